@@ -1,0 +1,73 @@
+"""Multi-head self-attention with an optional learned relative position bias."""
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+def relative_position_index(height, width):
+    """Row of the bias table for every ordered pair of tokens on a (height, width) grid.
+
+    :return: (T, T) int64 with T = height * width; entry (i, j) encodes the offset position(i) - position(j).
+    """
+    rows = torch.arange(height).repeat_interleave(width)
+    cols = torch.arange(width).repeat(height)
+    row_offset = rows[:, None] - rows[None, :] + height - 1
+    col_offset = cols[:, None] - cols[None, :] + width - 1
+    return row_offset * (2 * width - 1) + col_offset
+
+
+def gather_pairs(index, ids_keep):
+    """Restrict a pairwise table to the kept tokens of each sample.
+
+    :param index: (T, T) table over all ordered pairs.
+    :param ids_keep: (N, K) positions of the kept tokens.
+    :return: (N, K, K) table over the kept pairs.
+    """
+    return index[ids_keep[:, :, None], ids_keep[:, None, :]]
+
+
+class RelativePositionBias(nn.Module):
+    """A learned bias per head and per 2-D offset between two tokens, added to the attention logits."""
+
+    def __init__(self, window_size, num_heads):
+        super().__init__()
+        height, width = window_size
+        # The last three rows are never read: the released weights carry them.
+        num_offsets = (2 * height - 1) * (2 * width - 1) + 3
+        self.relative_position_bias_table = nn.Parameter(torch.zeros(num_offsets, num_heads))
+        self.register_buffer("relative_position_index", relative_position_index(height, width))
+
+    def forward(self, pair_index=None):
+        """
+        :param pair_index: (N, K, K) rows of the table for the kept tokens, or None for all T tokens.
+        :return: (N, heads, K, K), or (1, heads, T, T).
+        """
+        if pair_index is None:
+            pair_index = self.relative_position_index[None]
+        return F.embedding(pair_index, self.relative_position_bias_table).permute(0, 3, 1, 2)
+
+
+class Attention(nn.Module):
+    """Self-attention; with a `window_size` the logits get a relative position bias over that token grid."""
+
+    def __init__(self, dim, num_heads, window_size=None):
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"hidden_size ({dim}) must be a multiple of num_heads ({num_heads})")
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+        self.rel_pos_bias = RelativePositionBias(window_size, num_heads) if window_size else None
+
+    def forward(self, x, pair_index=None):
+        """
+        :param x: (N, T, D) tokens.
+        :param pair_index: (N, T, T) int64 from `gather_pairs` when x holds kept tokens only.
+        :return: (N, T, D).
+        """
+        N, T, D = x.shape
+        q, k, v = self.qkv(x).view(N, T, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # each (N, heads, T, D/heads)
+        bias = None if self.rel_pos_bias is None else self.rel_pos_bias(pair_index).to(q.dtype)
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        return self.proj(x.transpose(1, 2).reshape(N, T, D))

@@ -1,0 +1,33 @@
+from pathlib import Path
+
+from setuptools import setup
+
+EVAL = ["tensorflow>=2.16", "torch-fidelity>=0.3"]
+MPI = ["mpi4py>=4.0", "mpich>=4.2"]
+DEMO = ["scikit-learn>=1.3", "matplotlib>=3.8"]
+TEST = DEMO + ["pytest>=8.0", "pytest-timeout>=2.3", "ruff>=0.6", "build>=1.2"]
+
+setup(
+    name="masked-diffusion",
+    version="0.1.0",
+    description="Masked Diffusion Transformers (MDTv2, MDT, DiT): training, sampling and evaluation",
+    long_description=Path("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    packages=["masked_diffusion"],
+    python_requires=">=3.10",
+    install_requires=[
+        "torch>=2.6",
+        "numpy>=1.26",
+        "timm>=1.0.16",
+        "diffusers>=0.32",
+        "huggingface_hub>=0.27",
+        "safetensors>=0.4.5",
+        "adan-pytorch>=0.1.0",
+        "blobfile>=3.0",
+        "Pillow>=10.0",
+        "tqdm>=4.66",
+    ],
+    extras_require={"eval": EVAL, "mpi": MPI, "demo": DEMO, "test": TEST, "all": EVAL + MPI + TEST},
+)

@@ -1,0 +1,246 @@
+"""Parity with the published implementation, layouts, masking, initialisation, bad sizes."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import DATA
+from fill import fill, tensor
+
+from masked_diffusion import create_diffusion, create_model
+from masked_diffusion.attention import gather_pairs, relative_position_index
+from masked_diffusion.models import MODELS, MDTv2_S_2, sincos_pos_embed_2d, timestep_embedding
+
+T, Y = torch.tensor([730, 10]), torch.tensor([3, 999])
+MASKED = {"MDTv2_S_2": {"mask_ratio": 0.3, "decode_layer": 6}, "MDT_S_2": {"mask_ratio": 0.3, "decode_layer": 2}}
+LAYOUTS = json.loads((DATA / "state_dicts.json").read_text())
+
+
+def close(ours, golden, atol=2e-5):
+    difference = np.abs(ours.detach().numpy() - golden).max()
+    assert difference <= atol, difference
+
+
+def tiny(name="MDTv2_Nano_2", **options):
+    """A small model with weights that matter: a fresh one returns zeros."""
+    return fill(create_model(name, **{"input_size": 8, "in_channels": 3, "num_classes": 10} | options))
+
+
+# ---------------------------------------------------------------- parity
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_mdt_matches_published_outputs(name, golden, latents):
+    vectors = golden("models_small")
+    model = fill(create_model(name, input_size=32, **MASKED[name])).eval()
+    pair = torch.cat([latents[:1], latents[:1]])
+    t, y = torch.tensor([500, 500]), torch.tensor([3, 1000])
+    with torch.no_grad():
+        close(model(latents, T, Y), vectors[f"{name}/eval"])
+        close(model.forward_with_cfg(pair, t, y), vectors[f"{name}/nocfg"])
+        close(model.forward_with_cfg(pair, t, y, cfg_scale=3.8, scale_pow=4.0), vectors[f"{name}/cfg_pow4"])
+        close(model.forward_with_cfg(pair, t, y, cfg_scale=4.0, scale_pow=0.01), vectors[f"{name}/cfg_pow001"])
+        torch.manual_seed(8)
+        close(model(latents, T, Y, enable_mask=True), vectors[f"{name}/eval_masked"])
+        torch.manual_seed(7)
+        close(model.train()(latents, T, Y, enable_mask=True), vectors[f"{name}/train_masked"])
+
+
+def test_dit_matches_published_outputs(golden, latents):
+    vectors = golden("models_small")
+    model = fill(create_model("DiT_S_2", input_size=32)).eval()
+    with torch.no_grad():
+        close(model(latents, T, Y), vectors["DiT_S_2/eval"])
+        pair = torch.cat([latents[:1], latents[:1]])
+        out = model.forward_with_cfg(pair, torch.tensor([500, 500]), torch.tensor([3, 1000]), cfg_scale=4.0)
+        close(out, vectors["DiT_S_2/cfg"])
+        torch.manual_seed(7)
+        close(model.train()(latents, T, Y), vectors["DiT_S_2/train"])
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_losses_and_gradients_match_published(name, golden, latents):
+    vectors = golden("models_small")
+    model = fill(create_model(name, input_size=32, **MASKED[name])).train()
+    diffusion = create_diffusion(snr_gamma=5.0 if name.startswith("MDTv2") else None)
+    t, noise = torch.tensor([900, 20]), tensor("noise", (2, 4, 32, 32))
+    torch.manual_seed(9)
+    full = diffusion.training_losses(model, latents, t, {"y": Y}, noise=noise)
+    masked = diffusion.training_losses(model, latents, t, {"y": Y, "enable_mask": True}, noise=noise)
+    for part, terms in (("full", full), ("masked", masked)):
+        for key in ("loss", "mse", "vb"):
+            np.testing.assert_allclose(
+                terms[key].detach().numpy(), vectors[f"{name}/loss_{part}/{key}"], rtol=1e-5, atol=1e-6
+            )
+    (full["loss"].mean() + masked["loss"].mean()).backward()
+    norms = np.array([-1 if p.grad is None else p.grad.norm().item() for p in model.parameters()])
+    np.testing.assert_allclose(norms, vectors[f"{name}/grad_norms"], rtol=2e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", [name for name in LAYOUTS if "/" not in name])
+def test_state_dict_layout(name):
+    with torch.device("meta"):
+        model = create_model(name, input_size=32)
+    layout = {key: [list(value.shape), str(value.dtype)] for key, value in model.state_dict().items()}
+    assert layout == LAYOUTS[name]
+    assert list(layout) == list(LAYOUTS[name])
+    if f"{name}/param_names" in LAYOUTS:
+        assert [key for key, _ in model.named_parameters()] == LAYOUTS[f"{name}/param_names"]
+
+
+@pytest.mark.parametrize(
+    "name, millions", [("MDTv2_S_2", 38.455), ("MDTv2_B_2", 150.932), ("MDTv2_L_2", 507.016), ("MDTv2_XL_2", 742.264)]
+)
+def test_parameter_counts_of_the_paper(name, millions):
+    with torch.device("meta"):
+        model = create_model(name)
+    index = sum(b.numel() for b in model.buffers())
+    assert abs(sum(p.numel() for p in model.parameters()) / 1e6 - millions) < 6e-4 or index == 0
+
+
+# ---------------------------------------------------------------- masking
+
+
+def test_ids_keep_are_the_smallest_scores_at_the_drawn_ratio():
+    model = tiny(mask_ratio=0.3)
+    torch.manual_seed(5)
+    ids = model.draw_kept(4, "cpu")
+    torch.manual_seed(5)
+    keep = int(16 * (1 - (0.3 + 0.2 * torch.rand(1))))
+    order = torch.rand(4, 16).argsort(dim=1)
+    assert ids.shape == (4, keep)
+    assert torch.equal(ids, order[:, :keep].sort(dim=1).values)
+
+
+@pytest.mark.parametrize("name", ["MDTv2_Nano_2", "MDT_Nano_2"])
+def test_masked_pass_is_blind_to_dropped_patches_in_the_encoder(name):
+    # v1's decoder sees only interpolated tokens there; v2's decoder blocks see the patches again through their skip.
+    model = tiny(name, mask_ratio=0.5).eval()
+    x, ids = tensor("pixels", (1, 3, 8, 8)), torch.tensor([[0, 1, 2, 3, 4, 5]])
+    changed = x.clone()
+    changed[:, :, 6:, 6:] += 1.0  # token 15, which is dropped
+    out, out_changed = (model(v, T[:1], Y[:1] % 10, enable_mask=True, ids_keep=ids).detach() for v in (x, changed))
+    assert torch.equal(out, out_changed) == (name == "MDT_Nano_2")
+
+
+def test_keeping_all_tokens_equals_the_full_pass():
+    model = tiny(mask_ratio=0.3).eval()
+    x, ids = tensor("pixels", (2, 3, 8, 8)), torch.arange(16).expand(2, -1)
+    with torch.no_grad():
+        close(model(x, T, Y % 10, enable_mask=True, ids_keep=ids), model(x, T, Y % 10).numpy(), atol=1e-5)
+
+
+def test_masked_attention_uses_the_bias_of_the_kept_positions():
+    index = relative_position_index(4, 3)
+    ids = torch.tensor([[0, 5, 11], [1, 2, 3]])
+    pairs = gather_pairs(index, ids)
+    for n, i, j in np.ndindex(2, 3, 3):
+        (r1, c1), (r2, c2) = divmod(ids[n, i].item(), 3), divmod(ids[n, j].item(), 3)
+        assert pairs[n, i, j] == (r1 - r2 + 3) * 5 + (c1 - c2 + 2)
+    assert index.max() == 7 * 5 - 1
+
+
+@pytest.mark.parametrize("name", ["MDTv2_Nano_2", "MDT_Nano_2", "DiT_Nano_2"])
+@pytest.mark.parametrize("masked", [True, False])
+def test_every_trainable_parameter_gets_a_gradient(name, masked):
+    if name.startswith("DiT") and masked:
+        pytest.skip("DiT has no masked pass")
+    model = tiny(name, **({"mask_ratio": 0.3} if masked else {})).train()
+    x, y = tensor("pixels", (2, 3, 8, 8)), Y % 10
+    (model(x, T, y).square().mean() + model(x, T, y, enable_mask=True).square().mean()).backward()
+    assert [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
+
+
+# ---------------------------------------------------------------- labels and guidance
+
+
+def test_null_label_follows_the_model():
+    assert tiny(num_classes=7).null_label == 7
+    assert tiny(num_classes=0).null_label == 0
+    assert tiny(class_dropout_prob=0.0).null_label is None
+    with pytest.raises(ValueError, match="no null class"):
+        tiny(class_dropout_prob=0.0)(torch.zeros(1, 3, 8, 8), torch.zeros(1))
+
+
+def test_no_label_is_the_null_label():
+    model, x = tiny().eval(), tensor("pixels", (2, 3, 8, 8))
+    assert torch.equal(model(x, T), model(x, T, torch.tensor([10, 10])))
+
+
+def test_label_dropout_can_be_given():
+    model, x = tiny().train(), tensor("pixels", (2, 3, 8, 8))
+    out = model(x, T, Y % 10, drop_labels=torch.tensor([True, False]))
+    assert torch.equal(out, model.eval()(x, T, torch.tensor([10, 9])))
+
+
+def test_guidance_reaches_only_the_guided_channels():
+    model = tiny(in_channels=4).eval()
+    x, t, y = tensor("latent", (1, 4, 8, 8)).expand(2, -1, -1, -1), torch.tensor([300, 300]), torch.tensor([1, 10])
+    with torch.no_grad():
+        plain, three = model(x, t, y), model.forward_with_cfg(x, t, y, cfg_scale=3.0)
+        four = model.forward_with_cfg(x, t, y, cfg_scale=3.0, guided_channels=4)
+    w = 1 + 2 * (1 - np.cos(np.pi * 0.7**4)) / 2
+    expected = plain[1] + w * (plain[0] - plain[1])
+    close(three[0, :3], expected[:3].numpy())
+    close(four[1, :4], expected[:4].numpy())
+    assert torch.equal(three[:, 3:], plain[:, 3:])
+
+
+# ---------------------------------------------------------------- construction
+
+
+def test_position_table_is_maes():
+    table = sincos_pos_embed_2d(8, 3)[0].double().numpy()
+    omega = np.array([1.0, 1 / 100])
+    row, col = 2, 1
+    axis = [np.concatenate([np.sin(p * omega), np.cos(p * omega)]) for p in (col, row)]
+    np.testing.assert_allclose(table[row * 3 + col], np.concatenate(axis), atol=1e-7)
+
+
+def test_timestep_embedding_is_cosine_then_sine():
+    embedding = timestep_embedding(torch.tensor([0.0, 7.5]), 6).numpy()
+    freqs = 10000.0 ** (-np.arange(3) / 3)
+    np.testing.assert_allclose(embedding[1], np.concatenate([np.cos(7.5 * freqs), np.sin(7.5 * freqs)]), atol=1e-6)
+    np.testing.assert_array_equal(embedding[0], [1, 1, 1, 0, 0, 0])
+
+
+def test_initialisation():
+    torch.manual_seed(0)
+    model = MDTv2_S_2(input_size=32, mask_ratio=0.3, decode_layer=6)
+    assert model(torch.randn(1, 4, 32, 32), T[:1], Y[:1]).abs().max() == 0
+    block = model.en_inblocks[0]
+    assert block.adaLN_modulation[1].weight.abs().max() == 0
+    bound = (6 / (384 + 1536)) ** 0.5
+    assert 0.99 * bound < block.mlp.fc1.weight.abs().max() <= bound
+    assert abs(block.attn.rel_pos_bias.relative_position_bias_table.std() - 0.02) < 1e-3
+    assert abs(model.mask_token.std() - 0.02) < 3e-3
+    patch_bound = (6 / (384 + 16)) ** 0.5
+    assert 0.99 * patch_bound < model.x_embedder.proj.weight.abs().max() <= patch_bound
+    assert torch.equal(model.pos_embed, sincos_pos_embed_2d(384, 16)) and model.pos_embed.requires_grad
+    assert not create_model("DiT_Nano_2", input_size=8).pos_embed.requires_grad
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"name": "MDTv2_XXL_2"}, "MDTv2_XXL_2.*choose one of.*MDTv2_XL_2"),
+        ({"decode_layer": 3}, r"depth \(4\) - decode_layer \(3\) must be even"),
+        ({"decode_layer": 5}, "decode_layer is 5"),
+        ({"input_size": 7}, r"input_size \(7\) must be a multiple of patch_size \(2\)"),
+        ({"mask_ratio": 0.8}, "mask_ratio is 0.8"),
+        ({"class_dropout_prob": 1.0}, "class_dropout_prob is 1.0"),
+        ({"num_heads": 5}, r"hidden_size \(128\) must be a multiple of num_heads \(5\)"),
+        ({"name": "DiT_Nano_2", "mask_ratio": 0.3}, "DiT has no masked pass"),
+        ({"num_classes": -1}, "num_classes is -1"),
+    ],
+)
+def test_bad_options_say_what_to_do(options, message):
+    with pytest.raises(ValueError, match=message):
+        create_model(**{"name": "MDTv2_Nano_2", "input_size": 8} | options)
+
+
+def test_names_of_both_spellings():
+    assert "MDTv2_XL_2" in MODELS and "DiT_B_8" in MODELS
+    with torch.device("meta"):
+        assert create_model("DiT-B/4").patch_size == 4
