@@ -416,7 +416,7 @@ SIZES = {
 }
 
 
-def build_model(family, size, patch_size, **options):
+def build_model(family, size, patch_size, /, **options):
     """Make a `family` model of a named size; every option of the class may be given, the size's own too."""
     config = {"patch_size": patch_size} | SIZES[size]._asdict()
     if family is not MDTv2:

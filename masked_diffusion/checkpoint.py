@@ -1,0 +1,197 @@
+"""Files on disk: checkpoints that are whole or absent, the configuration beside them, and models made from either.
+
+File names are the published ones: `model{step:06d}.pt`, `ema_{rate}_{step:06d}.pt`, `opt{step:06d}.pt`. The first two
+are plain state dicts. `opt` is written last: where it is, the checkpoint is complete.
+"""
+
+import json
+import math
+import os
+import re
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from . import dist_util
+from .models import SIZES, create_model
+
+CONFIG_NAME = "config.json"
+ARCHITECTURE_KEYS = {
+    "pos_embed",
+    "x_embedder.proj.weight",
+    "y_embedder.embedding_table.weight",
+    "final_layer.linear.weight",
+}
+
+# ---------------------------------------------------------------- writing
+
+
+@contextmanager
+def atomic_write(path):
+    """A binary file that appears under `path` only once all of it is on the disk."""
+    path = Path(path)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with beside.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+        _sync_folder(path.parent)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+
+
+def _sync_folder(folder):
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path, value):
+    with atomic_write(path) as file:
+        file.write((json.dumps(value, indent=2) + "\n").encode())
+
+
+def model_name(step):
+    return f"model{step:06d}.pt"
+
+
+def ema_name(rate, step):
+    return f"ema_{rate}_{step:06d}.pt"
+
+
+def opt_name(step):
+    return f"opt{step:06d}.pt"
+
+
+def save_checkpoint(folder, step, model_state, ema_states, train_state):
+    """Write a complete checkpoint.
+
+    :param ema_states: dict of EMA rates, as the user wrote them, to state dicts.
+    :param train_state: dict of everything else that a resumed run needs.
+    """
+    files = {model_name(step): model_state}
+    files |= {ema_name(rate, step): state for rate, state in ema_states.items()}
+    files[opt_name(step)] = train_state
+    for name, state in files.items():
+        with atomic_write(Path(folder, name)) as file:
+            torch.save(state, file)
+
+
+# ---------------------------------------------------------------- finding
+
+
+def parse_step(path):
+    """The step in a checkpoint's file name.
+
+    :raises ValueError: for a name that carries none.
+    """
+    match = re.fullmatch(r"(?:model|opt|ema_[^/]*_)(\d{6,})\.pt", Path(path).name)
+    if not match:
+        raise ValueError(f"{path} names no step: it should be called like {model_name(1000)}")
+    return int(match.group(1))
+
+
+def latest_step(folder):
+    """The step of the newest complete checkpoint in a folder, or None."""
+    steps = [parse_step(path) for path in Path(folder).glob("opt*.pt") if re.fullmatch(r"opt\d{6,}\.pt", path.name)]
+    steps = [step for step in steps if Path(folder, model_name(step)).exists()]
+    return max(steps, default=None)
+
+
+def newest_ema(folder):
+    """The newest EMA of a training folder, of the slowest rate where there are several.
+
+    :raises ValueError: when the folder has no checkpoint.
+    """
+    emas = [path for path in Path(folder).glob("ema_*.pt") if re.fullmatch(r"ema_.+_\d{6,}\.pt", path.name)]
+    if not emas:
+        raise ValueError(f"{folder} holds no checkpoint (no ema_RATE_STEP.pt): name a file, or train first")
+    return max(emas, key=lambda path: (parse_step(path), float(path.name.split("_")[1])))
+
+
+def read_config(path):
+    """The configuration that training left beside a checkpoint; {} where there is none.
+
+    :param path: a checkpoint, or the folder that holds it.
+    """
+    folder = Path(path) if Path(path).is_dir() else Path(path).parent
+    config = folder / CONFIG_NAME
+    return json.loads(config.read_text()) if config.exists() else {}
+
+
+# ---------------------------------------------------------------- models from files
+
+
+def find_architecture(state_dict):
+    """Read the family, sizes and options of a model off its state dict.
+
+    What a state dict does not hold is taken from the paper: `decode_layer` of MDT (2), the heads of DiT (by its depth
+    and width).
+
+    :return: name and options for `create_model`.
+    :raises ValueError: when it is not a state dict of DiT, MDT or MDTv2.
+    """
+    if not isinstance(state_dict, dict) or not ARCHITECTURE_KEYS <= state_dict.keys():
+        keys = list(state_dict)[:3] if isinstance(state_dict, dict) else type(state_dict).__name__
+        raise ValueError(f"this is no state dict of DiT, MDT or MDTv2 (it begins with {keys})")
+
+    def count(stack):
+        return len({key.split(".")[1] for key in state_dict if key.startswith(stack + ".")})
+
+    hidden_size, in_channels, patch_size, _ = state_dict["x_embedder.proj.weight"].shape
+    out_channels = state_dict["final_layer.linear.weight"].shape[0] // patch_size**2
+    options = {
+        "input_size": math.isqrt(state_dict["pos_embed"].shape[1]) * patch_size,
+        "in_channels": in_channels,
+        "num_classes": state_dict["y_embedder.embedding_table.weight"].shape[0] - 1,
+        "learn_sigma": out_channels == 2 * in_channels,
+        "patch_size": patch_size,
+    }
+    table = next((v for k, v in state_dict.items() if k.endswith("relative_position_bias_table")), None)
+    if count("en_inblocks") or count("de_blocks"):
+        family, decode_layer = "MDTv2", count("de_blocks")
+        depth = count("en_inblocks") + count("en_outblocks") + decode_layer
+        options["decode_layer"] = decode_layer
+    else:
+        family, depth = "DiT" if table is None else "MDT", count("blocks")
+    sizes = [name for name, size in SIZES.items() if (size.depth, size.hidden_size) == (depth, hidden_size)]
+    if table is not None:
+        options["num_heads"] = table.shape[1]
+    if not sizes:
+        options |= {"depth": depth, "hidden_size": hidden_size}
+        if table is None:
+            raise ValueError(
+                f"a DiT of depth {depth} and width {hidden_size} has no name, and its weights do not tell its heads: "
+                f"keep the {CONFIG_NAME} of its training beside it"
+            )
+    return f"{family}_{sizes[0] if sizes else 'S'}_2", options
+
+
+def load_model(source, device="cpu", **options):
+    """A model with its weights, in eval mode.
+
+    The architecture comes from the configuration beside the file, if training left one, else from the state dict.
+
+    :param source: a `.pt` file, or a training folder, of which the newest EMA is taken.
+    :param options: for `create_model`, where the file leaves them open: `decode_layer` of MDT, say. None is not given.
+    :raises ValueError: for a file that is no checkpoint of these models, and for a folder without one.
+    """
+    path = newest_ema(source) if Path(source).is_dir() else Path(source)
+    if not path.exists():
+        raise ValueError(f"{path} does not exist: name a checkpoint (.pt) or a training folder")
+    state_dict = dist_util.load_state_dict(str(path))
+    config = read_config(path).get("model")
+    name, found = find_architecture(state_dict) if config is None else (config["name"], config["options"])
+    options = found | {key: value for key, value in options.items() if value is not None}
+    model = create_model(name, **options)
+    try:
+        model.load_state_dict(state_dict)
+    except RuntimeError as error:
+        raise ValueError(f"{path} does not fit {name} {options}: {' '.join(str(error).split())}") from error
+    return model.to(device).eval()

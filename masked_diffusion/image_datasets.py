@@ -1,0 +1,213 @@
+"""Images from a folder, in the layout and with the crops of ADM.
+
+Which image comes when is a function of (seed, position in the stream) alone, and how it is cropped and flipped of
+(seed, epoch, image): neither the number of ranks nor of workers changes them.
+"""
+
+import math
+import random
+
+import blobfile as bf
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from . import dist_util
+from .random_util import fold_seed
+
+EXTENSIONS = ("jpg", "jpeg", "png", "gif")
+
+
+def load_data(
+    *,
+    data_dir,
+    batch_size,
+    image_size,
+    class_cond=False,
+    deterministic=False,
+    random_crop=False,
+    random_flip=True,
+    num_workers=1,
+    seed=0,
+    start_step=0,
+):
+    """An endless iterator over `(batch, cond)`.
+
+    `batch` is (batch_size, 3, image_size, image_size) float32 in [-1, 1]; `cond` is `{}`, or with `class_cond`
+    `{"y": (batch_size,) int64}`. The stream is one permutation of all images after another; each global batch is the
+    next world_size * batch_size of it, cut into one block per rank.
+
+    :param data_dir: a folder, local or remote, searched with all its subfolders.
+    :param batch_size: images per rank.
+    :param class_cond: take labels from the file names; see `class_names`.
+    :param deterministic: keep the sorted order.
+    :param random_crop: crop at random, between 80 and 100 % of the short side, instead of the centre.
+    :param random_flip: mirror half of the images.
+    :param start_step: how many global batches of the stream to skip, as a resumed run does.
+    :raises ValueError: for a folder without images, with fewer than a global batch, with names that carry no class,
+        and, on the way, for an image that cannot be read.
+    """
+    if not data_dir:
+        raise ValueError("data_dir is empty: name a folder of images (--data_dir PATH)")
+    paths = list_image_files(data_dir)
+    global_batch = batch_size * dist_util.get_world_size()
+    if len(paths) < global_batch:
+        raise ValueError(
+            f"{data_dir} holds {len(paths)} images, fewer than one global batch of {global_batch} "
+            f"({batch_size} per rank): lower --batch_size"
+        )
+    dataset = ImageDataset(
+        image_size,
+        paths,
+        classes=image_classes(paths)[0] if class_cond else None,
+        random_crop=random_crop,
+        random_flip=random_flip,
+        seed=seed,
+    )
+    sampler = StreamSampler(len(paths), batch_size, seed=seed, shuffle=not deterministic, start_step=start_step)
+    return iter(
+        DataLoader(
+            dataset,
+            batch_sampler=sampler,
+            num_workers=num_workers,
+            pin_memory=dist_util.dev().type == "cuda",
+            prefetch_factor=4 if num_workers else None,
+        )
+    )
+
+
+def list_image_files(data_dir):
+    """Paths of all images below a folder, in ADM's order: each folder's entries sorted, subfolders in their place.
+
+    :raises ValueError: when there is no such folder or no image in it.
+    """
+    if not bf.isdir(data_dir):
+        raise ValueError(f"{data_dir} is not a folder: name one that holds images")
+    paths = _list_image_files_recursively(data_dir)
+    if not paths:
+        raise ValueError(f"{data_dir} holds no image ({', '.join(EXTENSIONS)}), in no subfolder either")
+    return paths
+
+
+def _list_image_files_recursively(folder):
+    paths = []
+    for name in sorted(bf.listdir(folder)):
+        path = bf.join(folder, name)
+        if "." in name and name.rsplit(".", 1)[1].lower() in EXTENSIONS:
+            paths.append(path)
+        elif bf.isdir(path):
+            paths.extend(_list_image_files_recursively(path))
+    return paths
+
+
+def image_classes(paths):
+    """Labels from file names: the class is the name up to its first underscore, the label the rank of the class.
+
+    :return: (len(paths),) int64 labels, and the sorted class names.
+    :raises ValueError: for a name without an underscore.
+    """
+    names = []
+    for path in paths:
+        name, underscore, _ = bf.basename(path).partition("_")
+        if not underscore:
+            raise ValueError(
+                f"{path} carries no class: name it CLASS_ANYTHING, or train without labels (--class_cond False)"
+            )
+        names.append(name)
+    classes, labels = np.unique(names, return_inverse=True)
+    return labels.astype(np.int64), classes.tolist()
+
+
+class StreamSampler(Sampler):
+    """This rank's batches of `(image index, epoch)` pairs, without end."""
+
+    def __init__(self, num_images, batch_size, *, seed=0, shuffle=True, start_step=0, rank=None, world_size=None):
+        self.num_images, self.batch_size, self.seed, self.shuffle = num_images, batch_size, seed, shuffle
+        self.start_step = start_step
+        self.rank = dist_util.get_rank() if rank is None else rank
+        self.world_size = dist_util.get_world_size() if world_size is None else world_size
+
+    def __iter__(self):
+        step, epoch, order = self.start_step, -1, None
+        while True:
+            start = (step * self.world_size + self.rank) * self.batch_size
+            batch = []
+            for position in range(start, start + self.batch_size):
+                if position // self.num_images != epoch:
+                    epoch = position // self.num_images
+                    order = self._order(epoch)
+                batch.append((int(order[position % self.num_images]), epoch))
+            yield batch
+            step += 1
+
+    def _order(self, epoch):
+        if not self.shuffle:
+            return np.arange(self.num_images)
+        return np.random.default_rng((self.seed, epoch)).permutation(self.num_images)
+
+
+class ImageDataset(Dataset):
+    """Images as (3, resolution, resolution) float32 in [-1, 1], with `{}` or `{"y": int64}`.
+
+    Items are asked for by index, or by `(index, epoch)`, of which crop and flip are a function.
+    """
+
+    def __init__(self, resolution, image_paths, classes=None, random_crop=False, random_flip=True, seed=0):
+        self.resolution, self.image_paths, self.classes = resolution, image_paths, classes
+        self.random_crop, self.random_flip, self.seed = random_crop, random_flip, seed
+
+    def __len__(self):
+        return len(self.image_paths)
+
+    def __getitem__(self, key):
+        index, epoch = key if isinstance(key, tuple) else (key, 0)
+        rng = random.Random(fold_seed(self.seed, epoch, index))
+        image = read_image(self.image_paths[index])
+        if self.random_crop:
+            pixels = random_crop_arr(image, self.resolution, rng=rng)
+        else:
+            pixels = center_crop_arr(image, self.resolution)
+        if self.random_flip and rng.random() < 0.5:
+            pixels = pixels[:, ::-1]
+        cond = {} if self.classes is None else {"y": np.int64(self.classes[index])}
+        return np.ascontiguousarray(pixels.transpose(2, 0, 1)).astype(np.float32) / 127.5 - 1, cond
+
+
+def read_image(path):
+    """A decoded RGB image.
+
+    :raises ValueError: for a file that is no image or is cut short; the message names it.
+    """
+    try:
+        with bf.BlobFile(path, "rb") as file, Image.open(file) as image:
+            return image.convert("RGB")
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read as an image ({error}): mend or remove it") from error
+
+
+def center_crop_arr(pil_image, image_size):
+    """The centre crop of ADM: (image_size, image_size, 3) uint8."""
+    pixels = np.array(_resize_short_side(pil_image, image_size))
+    crop_y = (pixels.shape[0] - image_size) // 2
+    crop_x = (pixels.shape[1] - image_size) // 2
+    return pixels[crop_y : crop_y + image_size, crop_x : crop_x + image_size]
+
+
+def random_crop_arr(pil_image, image_size, min_crop_frac=0.8, max_crop_frac=1.0, rng=random):
+    """The random crop of ADM, a share of the short side between the two fractions; (image_size, image_size, 3) uint8.
+
+    :param rng: where `randrange` comes from, which draws the resized short side, then the row, then the column.
+    """
+    smallest, largest = math.ceil(image_size / max_crop_frac), math.ceil(image_size / min_crop_frac)
+    pixels = np.array(_resize_short_side(pil_image, rng.randrange(smallest, largest + 1)))
+    crop_y = rng.randrange(pixels.shape[0] - image_size + 1)
+    crop_x = rng.randrange(pixels.shape[1] - image_size + 1)
+    return pixels[crop_y : crop_y + image_size, crop_x : crop_x + image_size]
+
+
+def _resize_short_side(image, size):
+    # Halving with a box filter first: bicubic alone would alias where the reduction is large.
+    while min(*image.size) >= 2 * size:
+        image = image.resize(tuple(x // 2 for x in image.size), resample=Image.BOX)
+    scale = size / min(*image.size)
+    return image.resize(tuple(round(x * scale) for x in image.size), resample=Image.BICUBIC)

@@ -1,0 +1,31 @@
+"""Number formats of the network's arithmetic; weights, losses and the diffusion's own arithmetic stay float32."""
+
+import torch
+
+PRECISIONS = {"fp32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def check_precision(precision, device):
+    """Refuse a format that the device does not train or sample in, and let `tf32` take effect.
+
+    :raises ValueError: for a format that is unknown, or not to be had on the device.
+    """
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision is {precision!r}: choose one of {', '.join(PRECISIONS)}")
+    if precision in ("fp16", "tf32") and device.type != "cuda":
+        raise ValueError(f"precision {precision} needs a GPU: on a {device.type.upper()} choose fp32 or bf16")
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+
+
+def autocast(model, precision):
+    """`model` as a function that computes in `precision` and returns its input's format."""
+    dtype = PRECISIONS[precision]
+    if dtype is None:
+        return model
+
+    def run(x, *args, **kwargs):
+        with torch.autocast(x.device.type, dtype):
+            out = model(x, *args, **kwargs)
+        return out.to(x.dtype)
+
+    return run

@@ -1,0 +1,226 @@
+"""What the scripts share: flags, and the objects that flags describe."""
+
+import argparse
+import sys
+import traceback
+from pathlib import Path
+
+import torch
+
+from . import dist_util, logger
+from .checkpoint import CONFIG_NAME, read_config, write_json
+from .models import create_model
+from .optim import OPTIMIZERS
+from .precision import PRECISIONS
+from .respace import create_diffusion
+
+
+def str2bool(text):
+    """`True` or `False` in the spellings of the published scripts."""
+    if text.lower() in ("true", "t", "yes", "y", "1"):
+        return True
+    if text.lower() in ("false", "f", "no", "n", "0"):
+        return False
+    raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
+
+
+def optional_float(text):
+    return None if text.lower() == "none" else float(text)
+
+
+def make_parser(description):
+    """A parser that shows defaults, and takes the `--local-rank` that torch.distributed.launch passes."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)
+    return parser
+
+
+def add_model_flags(parser):
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", default="MDTv2_S_2", help="family, size and patch size: MDTv2_XL_2, DiT_B_4, ...")
+    group.add_argument("--image_size", type=int, default=256, help="height and width of the images")
+    group.add_argument(
+        "--mask_ratio", type=optional_float, help="share of tokens a masked pass drops; None: no such pass"
+    )
+    group.add_argument("--decode_layer", type=int, help="blocks after the side-interpolater; None: the paper's number")
+    group.add_argument("--num_classes", type=int, help="rows of the label table; None: as many as the data has")
+    group.add_argument("--vae", default="ema", help="first stage: ema, mse, a hub id, a folder; identity for pixels")
+
+
+def add_diffusion_flags(parser):
+    group = parser.add_argument_group("diffusion")
+    group.add_argument("--diffusion_steps", type=int, default=1000, help="timesteps of the noise schedule")
+    group.add_argument("--noise_schedule", default="linear", help="linear or squaredcos_cap_v2")
+    group.add_argument("--learn_sigma", type=str2bool, default=True, help="learn the reverse process's variance")
+    group.add_argument(
+        "--sigma_small", type=str2bool, default=False, help="without learn_sigma: the posterior's variance"
+    )
+    group.add_argument("--use_kl", type=str2bool, default=False, help="train on the variational bound")
+    group.add_argument("--predict_xstart", type=str2bool, default=False, help="predict x_start instead of eps")
+    group.add_argument("--predict_v", type=str2bool, default=False, help="predict v instead of eps")
+    group.add_argument("--rescale_learned_sigmas", type=str2bool, default=False, help="bound times steps / 1000")
+    group.add_argument(
+        "--snr_gamma", type=optional_float, default=argparse.SUPPRESS,
+        help="Min-SNR weight of the MSE, or None (default: 5.0 for MDTv2, None for MDT and DiT)",
+    )  # fmt: skip
+
+
+def add_train_flags(parser):
+    data = parser.add_argument_group("data")
+    data.add_argument("--data_dir", default="", help="folder of images named CLASS_ANYTHING, with subfolders")
+    data.add_argument("--class_cond", type=str2bool, default=True, help="train with class labels")
+    data.add_argument("--random_crop", type=str2bool, default=False, help="crop at random instead of the centre")
+    data.add_argument("--random_flip", type=str2bool, default=True, help="mirror half of the images")
+    data.add_argument(
+        "--num_workers", type=int, default=4, help="loader processes per rank; 0: in the training process"
+    )
+
+    train = parser.add_argument_group("training")
+    train.add_argument("--batch_size", type=int, default=32, help="images per rank and step")
+    train.add_argument("--microbatch", type=int, default=-1, help="images per forward pass; -1: all of batch_size")
+    train.add_argument("--optimizer", choices=OPTIMIZERS, help="None: adan for MDTv2, adamw for MDT and DiT")
+    train.add_argument("--lr", type=float, default=3e-4, help="learning rate")
+    train.add_argument("--weight_decay", type=float, default=0.0, help="weight decay")
+    train.add_argument("--grad_clip", type=float, help="global gradient norm, 0: unclipped; None: 1 for adan, else 0")
+    train.add_argument(
+        "--lr_anneal_steps", type=int, default=0, help="anneal lr to zero until this step, and end there"
+    )
+    train.add_argument("--max_steps", type=int, default=0, help="end after this step; 0: go on")
+    train.add_argument("--ema_rate", default="0.9999", help="EMA rates, separated by commas")
+    train.add_argument("--schedule_sampler", default="uniform", help="timesteps: uniform or loss-second-moment")
+    train.add_argument("--precision", choices=PRECISIONS, default="fp32", help="arithmetic of the network")
+    train.add_argument("--use_fp16", type=str2bool, default=False, help="the same as --precision fp16")
+    train.add_argument("--fp16_scale_growth", type=float, default=1e-3, help="log2 of the loss scale's growth per step")
+    train.add_argument("--seed", type=int, default=0, help="of data order, weights and noise")
+
+    files = parser.add_argument_group("files")
+    files.add_argument("--log_dir", help="None: $OPENAI_LOGDIR, or output")
+    files.add_argument("--log_interval", type=int, default=100, help="steps between log lines")
+    files.add_argument("--save_interval", type=int, default=10000, help="steps between checkpoints")
+    files.add_argument(
+        "--resume_checkpoint", default="auto", help="auto: the newest of log_dir; a file; or '' to start afresh"
+    )
+
+
+def add_sample_flags(parser):
+    model = parser.add_argument_group("model")
+    model.add_argument("--model_path", required=True, help="checkpoint (.pt), or training folder: its newest EMA")
+    model.add_argument("--vae_decoder", help="ema, mse, a folder, identity; None: what training used, else ema")
+    model.add_argument("--precision", choices=PRECISIONS, default="fp32", help="arithmetic of the network")
+    model.add_argument("--use_fp16", type=str2bool, default=False, help="the same as --precision fp16")
+    model.add_argument("--model", help="read off the checkpoint; if given, it must agree")
+    model.add_argument("--image_size", type=int, help="read off the checkpoint; if given, it must agree")
+    model.add_argument("--decode_layer", type=int, help="read off the checkpoint; if given, it must agree")
+    model.add_argument(
+        "--mask_ratio", type=optional_float, help="taken for the published commands: sampling masks nothing"
+    )
+
+    sampling = parser.add_argument_group("sampling")
+    sampling.add_argument("--num_samples", type=int, default=50000, help="images to draw")
+    sampling.add_argument("--batch_size", type=int, default=16, help="images per rank at a time")
+    sampling.add_argument("--num_sampling_steps", default="250", help="steps: 250, 10,15,20 or ddim50")
+    sampling.add_argument("--use_ddim", type=str2bool, default=False, help="DDIM instead of ancestral sampling")
+    sampling.add_argument("--clip_denoised", type=str2bool, default=False, help="clip predicted x_start to [-1, 1]")
+    sampling.add_argument("--cfg_cond", type=str2bool, default=False, help="guide with the null class")
+    sampling.add_argument("--cfg_scale", type=float, default=3.8, help="guidance scale")
+    sampling.add_argument("--scale_pow", type=float, default=4.0, help="power of the power-cosine schedule")
+    sampling.add_argument("--class_rule", default="random", help="random, or balanced: image i is of class i mod n")
+    sampling.add_argument("--seed", type=int, default=0, help="image i is a function of (seed, i)")
+    sampling.add_argument("--log_dir", help="None: $OPENAI_LOGDIR, or output")
+
+
+def precision_of(args):
+    return "fp16" if args.use_fp16 else args.precision
+
+
+def model_config(args, first_stage, num_classes):
+    """Name and options of the model that flags describe.
+
+    :raises ValueError: when the first stage cannot halve image_size down to the model's input.
+    """
+    if args.image_size % first_stage.downsample:
+        raise ValueError(f"image_size ({args.image_size}) must be a multiple of {first_stage.downsample}")
+    options = {
+        "input_size": args.image_size // first_stage.downsample,
+        "in_channels": first_stage.channels,
+        "num_classes": num_classes,
+        "learn_sigma": args.learn_sigma,
+    }
+    given = {"mask_ratio": args.mask_ratio, "decode_layer": args.decode_layer}
+    options |= {key: value for key, value in given.items() if value is not None}
+    return {"name": args.model, "options": options}
+
+
+def diffusion_config(args):
+    """Options of `create_diffusion` that flags describe."""
+    config = {
+        "diffusion_steps": args.diffusion_steps,
+        "noise_schedule": args.noise_schedule,
+        "learn_sigma": args.learn_sigma,
+        "sigma_small": args.sigma_small,
+        "use_kl": args.use_kl,
+        "predict_xstart": args.predict_xstart,
+        "predict_v": args.predict_v,
+        "rescale_learned_sigmas": args.rescale_learned_sigmas,
+    }
+    return config | {"snr_gamma": getattr(args, "snr_gamma", 5.0 if args.model.startswith("MDTv2") else None)}
+
+
+def check_agreement(args, model, first_stage):
+    """Refuse sampling flags that describe another model than the checkpoint's.
+
+    :raises ValueError: naming the flag and both values.
+    """
+    pairs = {
+        "image_size": (args.image_size, model.input_size * first_stage.downsample),
+        "decode_layer": (args.decode_layer, model.decode_layer),
+    }
+    if args.model:
+        with torch.device("meta"):
+            pairs["model"] = describe(create_model(args.model)), describe(model)
+    for name, (asked, found) in pairs.items():
+        if asked not in (None, found):
+            raise ValueError(f"--{name} asks for {asked}, but the checkpoint has {found}: leave the flag out")
+
+
+def describe(model):
+    """Family and size of a model in a few words."""
+    return f"{type(model).__name__} of depth {model.depth}, width {model.hidden_size}, patch {model.patch_size}"
+
+
+def save_config(log_dir, config):
+    """Leave the configuration beside the checkpoints.
+
+    :raises ValueError: when the folder holds a run of another model, diffusion or first stage.
+    """
+    before = read_config(log_dir)
+    for key in ("model", "diffusion", "vae"):
+        if before and before[key] != config[key]:
+            raise ValueError(
+                f"{log_dir} holds a run with {key} {before[key]}, but the flags say {config[key]}: "
+                "repeat its flags, or choose another --log_dir"
+            )
+    if dist_util.is_main():
+        write_json(Path(log_dir, CONFIG_NAME), config)
+
+
+def create_model_and_diffusion(config):
+    """The model and the diffusion of a configuration."""
+    return create_model(config["model"]["name"], **config["model"]["options"]), create_diffusion(**config["diffusion"])
+
+
+def run(main):
+    """Run an entry point. A ValueError is a sentence for the user; its traceback goes to log.txt."""
+    try:
+        main()
+    except ValueError as error:
+        lines = str(error).strip().splitlines()
+        # A loader process sends its whole traceback, of which the last line is the sentence.
+        sentence = lines[-1].removeprefix("ValueError: ") if lines[0].startswith("Caught ValueError") else str(error)
+        if logger.get_dir():
+            with Path(logger.get_dir(), "log.txt").open("a") as file:
+                file.write(traceback.format_exc())
+        print(f"error: {sentence}", file=sys.stderr)
+        sys.exit(2)
+    finally:
+        dist_util.cleanup()

@@ -1,0 +1,58 @@
+"""Draw images into samples_{N}x{H}x{W}x{C}.npz. Run the same command again to go on where it stopped."""
+
+from pathlib import Path
+
+from masked_diffusion import create_diffusion, dist_util, load_model, logger, script_util
+from masked_diffusion.autoencoder import create_first_stage
+from masked_diffusion.checkpoint import read_config
+from masked_diffusion.precision import check_precision
+from masked_diffusion.sampling import Sampler, ShardStore, draw_samples, save_grid
+
+
+def parse_args():
+    parser = script_util.make_parser(__doc__)
+    script_util.add_sample_flags(parser)
+    return parser.parse_args()
+
+
+def main():
+    args = parse_args()
+    dist_util.setup_dist()
+    logger.configure(args.log_dir, quiet=not dist_util.is_main())
+    precision = script_util.precision_of(args)
+    check_precision(precision, dist_util.dev())
+    model = load_model(args.model_path, dist_util.dev(), decode_layer=args.decode_layer)
+    config = read_config(args.model_path)
+    with dist_util.main_first():
+        first_stage = create_first_stage(args.vae_decoder or config.get("vae", "ema"), dist_util.dev())
+    script_util.check_agreement(args, model, first_stage)
+    diffusion = create_diffusion(
+        **config.get("diffusion", {"learn_sigma": model.learn_sigma}), timestep_respacing=args.num_sampling_steps
+    )
+    sampler = Sampler(
+        model,
+        diffusion,
+        first_stage,
+        cfg_scale=args.cfg_scale if args.cfg_cond else None,
+        scale_pow=args.scale_pow,
+        use_ddim=args.use_ddim,
+        clip_denoised=args.clip_denoised,
+        precision=precision,
+        seed=args.seed,
+    )
+    size = model.input_size * first_stage.downsample
+    path = Path(logger.get_dir(), f"samples_{args.num_samples}x{size}x{size}x3.npz")
+    if path.exists():
+        logger.log(f"{path} is there already: nothing to draw")
+        return
+    store = ShardStore(path.with_suffix(".shards"))
+    draw_samples(sampler, store, args.num_samples, args.batch_size, args.class_rule, model.num_classes, args.seed)
+    if dist_util.is_main():
+        first_images = store.merge(path, args.num_samples)
+        save_grid(path.with_suffix(".png"), first_images)
+        logger.log(f"wrote {path} and {path.with_suffix('.png')}")
+    dist_util.barrier()
+
+
+if __name__ == "__main__":
+    script_util.run(main)

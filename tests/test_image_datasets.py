@@ -1,0 +1,195 @@
+"""Crops byte for byte, order, sharding, classes, bad folders."""
+
+import io
+import random
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import REPO
+from PIL import Image
+
+from masked_diffusion.image_datasets import (
+    ImageDataset,
+    StreamSampler,
+    center_crop_arr,
+    image_classes,
+    list_image_files,
+    load_data,
+    random_crop_arr,
+)
+
+PHOTOS = REPO.parent / "shared" / "data" / "imagenet_sample_120.tar"
+
+
+def write_images(folder, names, size=(12, 10)):
+    rng = np.random.default_rng(0)
+    for name in names:
+        path = Path(folder, name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)).save(path)
+    return [str(Path(folder, name)) for name in names]
+
+
+# ---------------------------------------------------------------- crops
+
+
+@pytest.fixture(scope="module")
+def photos():
+    if not PHOTOS.exists():
+        pytest.skip(f"{PHOTOS.name} is not here")
+    with tarfile.open(PHOTOS) as tar:
+        return {Path(m.name).name: tar.extractfile(m).read() for m in tar if m.isfile()}
+
+
+def test_crops_of_photos_are_byte_equal(photos, golden):
+    vectors = golden("loader")
+    for key in vectors.files:
+        kind, size, name = key.split("/")
+        image = Image.open(io.BytesIO(photos[name])).convert("RGB")
+        if kind == "center":
+            pixels = center_crop_arr(image, int(size))
+            pixels = pixels[::8, ::8] if size == "256" else pixels
+        else:
+            random.seed(5)
+            pixels = random_crop_arr(image, int(size))
+        np.testing.assert_array_equal(pixels, vectors[key], err_msg=key)
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (65, 200), (31, 30), (500, 129)])
+def test_crops_have_the_asked_size(shape):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8))
+    assert center_crop_arr(image, 32).shape == (32, 32, 3)
+    for seed in range(20):
+        assert random_crop_arr(image, 32, rng=random.Random(seed)).shape == (32, 32, 3)
+
+
+def test_center_crop_of_an_image_of_the_right_size_is_the_image():
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    np.testing.assert_array_equal(center_crop_arr(Image.fromarray(pixels), 16), pixels)
+
+
+# ---------------------------------------------------------------- the dataset
+
+
+def test_items_are_adms(tmp_path):
+    paths = write_images(tmp_path, ["b_0.png", "a_1.png"], size=(8, 8))
+    labels, classes = image_classes(paths)
+    dataset = ImageDataset(8, paths, classes=labels, random_flip=False)
+    pixels, cond = dataset[0]
+    assert pixels.shape == (3, 8, 8) and pixels.dtype == np.float32 and cond["y"].dtype == np.int64
+    assert (cond["y"], dataset[1][1]["y"], classes) == (1, 0, ["a", "b"])
+    raw = np.asarray(Image.open(paths[0])).astype(np.float32) / 127.5 - 1
+    np.testing.assert_array_equal(pixels, raw.transpose(2, 0, 1))
+    assert ImageDataset(8, paths)[0][1] == {}
+
+
+def test_flips_and_crops_depend_on_seed_epoch_and_index_alone(tmp_path):
+    paths = write_images(tmp_path, [f"a_{i}.png" for i in range(40)], size=(16, 16))
+    dataset = ImageDataset(8, paths, random_crop=True, seed=3)
+    first = [dataset[i, 1][0] for i in range(40)]
+    assert all(np.array_equal(first[i], dataset[i, 1][0]) for i in reversed(range(40)))
+    assert sum(np.array_equal(first[i], dataset[i, 2][0]) for i in range(40)) < 20
+    plain = ImageDataset(8, paths, random_flip=False)
+    flips = ImageDataset(8, paths, random_flip=True, seed=1)
+    flipped = [np.array_equal(flips[i][0], plain[i][0][:, :, ::-1]) for i in range(40)]
+    assert all(f or np.array_equal(flips[i][0], plain[i][0]) for i, f in enumerate(flipped))
+    assert 8 < sum(flipped) < 32
+
+
+def test_files_are_listed_in_adms_order(tmp_path):
+    names = ["b_0.JPG", "a/c_0.png", "a/b/d_0.gif", "a.png", "e_0.jpeg"]
+    write_images(tmp_path, names)
+    Path(tmp_path, "notes.txt").write_text("no image")
+    listed = [str(Path(p).relative_to(tmp_path)) for p in list_image_files(str(tmp_path))]
+    assert listed == ["a/b/d_0.gif", "a/c_0.png", "a.png", "b_0.JPG", "e_0.jpeg"]
+
+
+# ---------------------------------------------------------------- order and sharding
+
+
+def indices(sampler, steps):
+    batches = iter(sampler)
+    return [next(batches) for _ in range(steps)]
+
+
+@pytest.mark.parametrize("world_size, batch_size", [(1, 12), (2, 6), (4, 3)])
+def test_an_epoch_is_partitioned_among_ranks(world_size, batch_size):
+    ranks = [
+        indices(StreamSampler(30, batch_size, seed=1, rank=r, world_size=world_size), 10) for r in range(world_size)
+    ]
+    stream = [key for step in zip(*ranks, strict=True) for batch in step for key in batch]
+    assert stream == [
+        key for batch in indices(StreamSampler(30, 12, seed=1, rank=0, world_size=1), 10) for key in batch
+    ]
+    for epoch in range(4):
+        assert sorted(i for i, e in stream if e == epoch) == list(range(30))
+    assert [i for i, e in stream if e == 0] != [i for i, e in stream if e == 1]
+
+
+def test_the_stream_goes_on_where_it_is_asked_to():
+    whole = indices(StreamSampler(10, 4, seed=2, rank=0, world_size=1), 9)
+    assert indices(StreamSampler(10, 4, seed=2, rank=0, world_size=1, start_step=5), 4) == whole[5:]
+
+
+def test_batches_do_not_depend_on_workers(tmp_path):
+    write_images(tmp_path, [f"{'ab'[i % 2]}_{i}.png" for i in range(10)])
+    options = {"data_dir": str(tmp_path), "batch_size": 4, "image_size": 8, "class_cond": True, "random_crop": True}
+    ours, theirs = load_data(num_workers=0, **options), load_data(num_workers=2, start_step=3, **options)
+    steps = [next(ours) for _ in range(6)]
+    for batch, cond in steps[3:]:
+        other, other_cond = next(theirs)
+        assert torch.equal(batch, other) and torch.equal(cond["y"], other_cond["y"])
+    assert batch.shape == (4, 3, 8, 8) and batch.dtype == torch.float32 and cond["y"].dtype == torch.int64
+    assert batch.min() >= -1 and batch.max() <= 1
+
+
+def test_deterministic_data_comes_in_sorted_order(tmp_path):
+    paths = write_images(tmp_path, [f"a_{i}.png" for i in range(6)], size=(8, 8))
+    data = load_data(data_dir=str(tmp_path), batch_size=3, image_size=8, deterministic=True, random_flip=False)
+    batch = torch.cat([next(data)[0] for _ in range(2)])
+    expected = np.stack([ImageDataset(8, paths, random_flip=False)[i][0] for i in range(6)])
+    np.testing.assert_array_equal(batch.numpy(), expected)
+
+
+# ---------------------------------------------------------------- bad input
+
+
+def load(folder, **options):
+    return load_data(data_dir=str(folder), **{"batch_size": 2, "image_size": 8, "num_workers": 0} | options)
+
+
+def test_no_folder(tmp_path):
+    with pytest.raises(ValueError, match="data_dir is empty"):
+        load("")
+    with pytest.raises(ValueError, match="nowhere is not a folder"):
+        load(tmp_path / "nowhere")
+
+
+def test_a_folder_without_images(tmp_path):
+    with pytest.raises(ValueError, match=f"{tmp_path} holds no image"):
+        load(tmp_path)
+
+
+def test_fewer_images_than_a_batch(tmp_path):
+    write_images(tmp_path, ["a_0.png"])
+    with pytest.raises(ValueError, match=r"holds 1 images, fewer than one global batch of 2"):
+        load(tmp_path)
+
+
+def test_a_name_without_a_class(tmp_path):
+    write_images(tmp_path, ["a_0.png", "plain.png"])
+    with pytest.raises(ValueError, match=r"plain\.png carries no class"):
+        load(tmp_path, class_cond=True)
+    assert next(load(tmp_path, class_cond=False))[1] == {}
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize("content", [b"", b"not an image", "truncated"])
+def test_an_unreadable_image_is_named(tmp_path, content, num_workers):
+    good, bad = write_images(tmp_path, ["a_0.jpg", "a_1.jpg"], size=(40, 40))
+    Path(bad).write_bytes(Path(good).read_bytes()[:600] if content == "truncated" else content)
+    with pytest.raises(ValueError, match=r"a_1\.jpg cannot be read as an image"):
+        next(load(tmp_path, num_workers=num_workers))
