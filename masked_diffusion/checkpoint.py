@@ -4,6 +4,7 @@ File names are the published ones: `model{step:06d}.pt`, `ema_{rate}_{step:06d}.
 are plain state dicts. `opt` is written last: where it is, the checkpoint is complete.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -137,7 +138,7 @@ def find_architecture(state_dict):
     :return: name and options for `create_model`.
     :raises ValueError: when it is not a state dict of DiT, MDT or MDTv2.
     """
-    if not isinstance(state_dict, dict) or not ARCHITECTURE_KEYS <= state_dict.keys():
+    if not isinstance(state_dict, dict) or not state_dict.keys() >= ARCHITECTURE_KEYS:
         keys = list(state_dict)[:3] if isinstance(state_dict, dict) else type(state_dict).__name__
         raise ValueError(f"this is no state dict of DiT, MDT or MDTv2 (it begins with {keys})")
 
@@ -173,6 +174,26 @@ def find_architecture(state_dict):
     return f"{family}_{sizes[0] if sizes else 'S'}_2", options
 
 
+def find_weights(source):
+    """The file that a source names: itself, or the newest EMA of a training folder.
+
+    :raises ValueError: when there is no such file.
+    """
+    path = newest_ema(source) if Path(source).is_dir() else Path(source)
+    if not path.exists():
+        raise ValueError(f"{path} does not exist: name a checkpoint (.pt) or a training folder")
+    return path
+
+
+def file_hash(path):
+    """SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 def load_model(source, device="cpu", **options):
     """A model with its weights, in eval mode.
 
@@ -182,9 +203,7 @@ def load_model(source, device="cpu", **options):
     :param options: for `create_model`, where the file leaves them open: `decode_layer` of MDT, say. None is not given.
     :raises ValueError: for a file that is no checkpoint of these models, and for a folder without one.
     """
-    path = newest_ema(source) if Path(source).is_dir() else Path(source)
-    if not path.exists():
-        raise ValueError(f"{path} does not exist: name a checkpoint (.pt) or a training folder")
+    path = find_weights(source)
     state_dict = dist_util.load_state_dict(str(path))
     config = read_config(path).get("model")
     name, found = find_architecture(state_dict) if config is None else (config["name"], config["options"])

@@ -47,8 +47,6 @@ def load_data(
     :raises ValueError: for a folder without images, with fewer than a global batch, with names that carry no class,
         and, on the way, for an image that cannot be read.
     """
-    if not data_dir:
-        raise ValueError("data_dir is empty: name a folder of images (--data_dir PATH)")
     paths = list_image_files(data_dir)
     global_batch = batch_size * dist_util.get_world_size()
     if len(paths) < global_batch:
@@ -81,6 +79,8 @@ def list_image_files(data_dir):
 
     :raises ValueError: when there is no such folder or no image in it.
     """
+    if not data_dir:
+        raise ValueError("data_dir is empty: name a folder of images (--data_dir PATH)")
     if not bf.isdir(data_dir):
         raise ValueError(f"{data_dir} is not a folder: name one that holds images")
     paths = _list_image_files_recursively(data_dir)

@@ -1,6 +1,8 @@
 """Drawing images: one generator per image, shards on the disk, one npz at the end."""
 
 import io
+import json
+import shutil
 import time
 import zipfile
 from datetime import timedelta
@@ -12,7 +14,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from . import dist_util, logger
-from .checkpoint import atomic_write
+from .checkpoint import atomic_write, write_json
 from .precision import autocast
 from .random_util import PerSampleRandom, fold_seed
 
@@ -100,12 +102,37 @@ def to_uint8(images):
 class ShardStore:
     """Finished images of a run: one npz per batch in a folder, each with the indices it holds.
 
-    :param folder: made if it is not there. All ranks share it.
+    :param path: the npz that they will be merged into; the shards lie in a folder beside it. All ranks share it.
+    :param settings: what the images are a function of, as JSON values. They go into the npz.
+    :raises ValueError: when shards or npz are there and were made with other settings.
     """
 
-    def __init__(self, folder):
-        self.folder = Path(folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
+    def __init__(self, path, settings):
+        self.path, self.settings = Path(path), settings
+        self.folder = self.path.with_suffix(".shards")
+        described = self.folder / "settings.json"
+        if self.finished():
+            with np.load(self.path, allow_pickle=False) as arrays:
+                self._check(self.path, json.loads(str(arrays["settings"])))
+        elif described.exists():
+            self._check(self.folder, json.loads(described.read_text()))
+        dist_util.barrier()
+        if dist_util.is_main() and not self.finished():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_json(described, settings)
+        dist_util.barrier()
+
+    def _check(self, place, found):
+        different = [key for key, value in self.settings.items() if found.get(key) != value]
+        if different:
+            key = different[0]
+            raise ValueError(
+                f"{place} was made with {key} {found.get(key)}, now it is {self.settings[key]}: "
+                "choose another --log_dir, or remove it"
+            )
+
+    def finished(self):
+        return self.path.exists()
 
     def shards(self):
         return sorted(self.folder.glob("shard_*.npz"))
@@ -124,36 +151,36 @@ class ShardStore:
         with atomic_write(self.folder / f"shard_{indices[0]:06d}_{indices[-1]:06d}.npz") as file:
             file.write(buffer.getbuffer())
 
-    def merge(self, path, num_samples):
-        """Write images [0, num_samples) in order as `arr_0` and their labels as `arr_1`, a batch in memory at a time.
+    def merge(self, num_samples):
+        """Write the npz: images [0, num_samples) in order as `arr_0`, their labels as `arr_1`, and the settings.
+
+        One shard at a time is in memory; the folder of shards is removed at the end.
 
         :return: the first images, at most 64.
         """
-        path, labels = Path(path), np.zeros(num_samples, dtype=np.int64)
+        labels = np.zeros(num_samples, dtype=np.int64)
         with np.load(self.shards()[0], allow_pickle=False) as arrays:
             shape = (num_samples, *arrays["images"].shape[1:])
         scratch = self.folder / "merged.npy"
         images = np.lib.format.open_memmap(scratch, mode="w+", dtype=np.uint8, shape=shape, version=(1, 0))
         for shard in self.shards():
             with np.load(shard, allow_pickle=False) as arrays:
-                inside = arrays["indices"] < num_samples
-                images[arrays["indices"][inside]] = arrays["images"][inside]
-                labels[arrays["indices"][inside]] = arrays["labels"][inside]
+                images[arrays["indices"]] = arrays["images"]
+                labels[arrays["indices"]] = arrays["labels"]
         images.flush()
-        buffer = io.BytesIO()
-        np.save(buffer, labels)
-        with atomic_write(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+        first = images[:64].copy()
+        with atomic_write(self.path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
             archive.write(scratch, "arr_0.npy")
-            archive.writestr("arr_1.npy", buffer.getvalue())
-        scratch.unlink()  # the mapping stays readable
-        return images[:64]
+            for name, array in (("arr_1", labels), ("settings", np.array(json.dumps(self.settings)))):
+                buffer = io.BytesIO()
+                np.save(buffer, array)
+                archive.writestr(f"{name}.npy", buffer.getvalue())
+        shutil.rmtree(self.folder)
+        return first
 
 
-def draw_samples(sampler, store, num_samples, batch_size, class_rule, num_classes, seed):
-    """Draw what the store lacks of `num_samples` images, shared among the ranks.
-
-    :return: seconds that this call drew for.
-    """
+def draw_samples(sampler, store, num_samples, batch_size, class_rule):
+    """Draw what the store lacks of `num_samples` images, shared among the ranks."""
     start = time.perf_counter()
     missing = store.missing(num_samples)
     dist_util.barrier()  # before anyone writes: all ranks share out the same list
@@ -165,7 +192,7 @@ def draw_samples(sampler, store, num_samples, batch_size, class_rule, num_classe
     bar = tqdm(total=len(missing), unit="image", disable=None if dist_util.is_main() else True)
     done, last_log = 0, start
     for batch in own:
-        labels = choose_labels(batch, class_rule, num_classes, seed)
+        labels = choose_labels(batch, class_rule, sampler.model.num_classes, sampler.seed)
         store.write(batch, sampler(batch, labels), labels)
         done = min(done + len(batch) * world_size, len(missing))
         bar.update(done - bar.n)
@@ -177,7 +204,6 @@ def draw_samples(sampler, store, num_samples, batch_size, class_rule, num_classe
             last_log = now
     bar.close()
     dist_util.barrier()
-    return time.perf_counter() - start
 
 
 def save_grid(path, images, columns=8, scale=1):

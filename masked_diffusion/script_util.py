@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from . import dist_util, logger
-from .checkpoint import CONFIG_NAME, read_config, write_json
+from .checkpoint import CONFIG_NAME, latest_step, read_config, write_json
 from .models import create_model
 from .optim import OPTIMIZERS
 from .precision import PRECISIONS
@@ -129,6 +129,13 @@ def add_sample_flags(parser):
     sampling.add_argument("--log_dir", help="None: $OPENAI_LOGDIR, or output")
 
 
+def check_positive(args, *names):
+    """Refuse flags that are not positive, before anything starts."""
+    for name in names:
+        if getattr(args, name) <= 0:
+            raise ValueError(f"{name} is {getattr(args, name)}: it must be positive")
+
+
 def precision_of(args):
     return "fp16" if args.use_fp16 else args.precision
 
@@ -193,7 +200,7 @@ def save_config(log_dir, config):
 
     :raises ValueError: when the folder holds a run of another model, diffusion or first stage.
     """
-    before = read_config(log_dir)
+    before = {} if latest_step(log_dir) is None else read_config(log_dir)
     for key in ("model", "diffusion", "vae"):
         if before and before[key] != config[key]:
             raise ValueError(

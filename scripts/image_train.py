@@ -28,14 +28,16 @@ def count_classes(args):
     _, names = image_classes(list_image_files(args.data_dir))
     num_classes = args.num_classes or len(names)
     if len(names) > num_classes:
+        first = ", ".join(names[:5])
         raise ValueError(
-            f"{args.data_dir} has {len(names)} classes ({', '.join(names[:5])}, ...), more than {num_classes}"
+            f"{args.data_dir} has {len(names)} classes ({first}, ...), more than --num_classes {num_classes}"
         )
     return num_classes, names
 
 
 def main():
     args = parse_args()
+    script_util.check_positive(args, "batch_size", "log_interval", "save_interval", "lr", "image_size")
     dist_util.setup_dist()
     logger.configure(args.log_dir, quiet=not dist_util.is_main())
     precision = script_util.precision_of(args)

@@ -1,16 +1,12 @@
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from fill import tensor
 
 DATA = Path(__file__).parent / "data"
 REPO = Path(__file__).parent.parent
-sys.path.insert(0, str(DATA))
-
-from fill import tensor  # noqa: E402 (lies beside the vectors that it was made for)
-
 torch.set_num_threads(min(4, torch.get_num_threads()))
 
 

@@ -1,0 +1,26 @@
+PYTHON ?= python3
+VENV := .venv
+DEMO_FLAGS ?=
+
+.PHONY: demo test lint clean
+
+# A venv of its own with everything that the tests and the demo need.
+$(VENV)/installed: setup.py
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --upgrade pip
+	$(VENV)/bin/python -m pip install --quiet --editable ".[test]"
+	touch $@
+
+# Train a small masked MDTv2 on real handwritten digits, draw and grade 1,000 of them.
+demo: $(VENV)/installed
+	$(VENV)/bin/python scripts/digits_demo.py $(DEMO_FLAGS)
+
+test: $(VENV)/installed
+	$(VENV)/bin/python -m pytest
+
+lint: $(VENV)/installed
+	$(VENV)/bin/python -m ruff check .
+	$(VENV)/bin/python -m ruff format --check .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,87 @@
+"""The same numbers on a GPU, and the precisions that only a GPU has."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from fill import fill, tensor
+from test_train_util import make_loop, tensors, trained
+
+from masked_diffusion import create_diffusion, create_model
+from masked_diffusion.autoencoder import IdentityFirstStage
+from masked_diffusion.sampling import Sampler, choose_labels
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+]
+T, Y = torch.tensor([730, 10]), torch.tensor([3, 999])
+
+
+@pytest.mark.parametrize("name", ["MDTv2_S_2", "MDT_S_2"])
+def test_outputs_and_gradients_are_those_of_the_cpu(name, latents):
+    model = fill(create_model(name, input_size=32, mask_ratio=0.3)).eval()
+    ids = model.draw_kept(2, "cpu")
+    results = {}
+    for device in ("cpu", "cuda"):
+        model.to(device).zero_grad()
+        arguments = [value.to(device) for value in (latents, T, Y)]
+        full, masked = model(*arguments), model(*arguments, enable_mask=True, ids_keep=ids.to(device))
+        (full.square().mean() + masked.square().mean()).backward()
+        norms = torch.stack([p.grad.norm() for p in model.parameters()])
+        results[device] = [value.detach().cpu() for value in (full, masked, norms)]
+    for ours, theirs in zip(results["cuda"], results["cpu"], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("precision", ["tf32", "bf16", "fp16"])
+def test_lower_precisions_compute_nearly_the_same_loss(precision, tmp_path):
+    losses = {}
+    for kind in ("fp32", precision):
+        loop = trained(tmp_path / kind, precision=kind, device="cuda", max_steps=20, log_interval=20, save_interval=20)
+        rows = (tmp_path / kind / "progress.jsonl").read_text().splitlines()
+        losses[kind] = json.loads(rows[-1])["loss"]
+        assert {p.dtype for p in loop.params} == {torch.float32}
+    assert losses[precision] == pytest.approx(losses["fp32"], rel=0.05)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_stopped_run_goes_on(precision, tmp_path):
+    options = {"precision": precision, "device": "cuda"}
+    trained(tmp_path / "whole", **options)
+    trained(tmp_path / "parts", max_steps=2, **options)
+    trained(tmp_path / "parts", **options)
+    ours, theirs = tensors(tmp_path / "parts", 4), tensors(tmp_path / "whole", 4)
+    assert ours.keys() == theirs.keys()
+    for key, value in ours.items():
+        torch.testing.assert_close(value, theirs[key], rtol=1e-3, atol=1e-4, msg=key)
+
+
+def test_a_step_never_waits_for_the_device(tmp_path):
+    loop = make_loop(tmp_path, device="cuda")
+    for _ in range(3):
+        loop.run_step(*next(loop.data))
+    batch, cond = next(loop.data)
+    batch, cond = batch.pin_memory(), {"y": cond["y"].pin_memory()}
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        loop.run_step(batch, cond)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_an_image_does_not_depend_on_its_batch(precision):
+    model = fill(create_model("MDTv2_Nano_2", input_size=8, in_channels=3, num_classes=10)).eval().cuda()
+    sampler = Sampler(model, create_diffusion("6"), IdentityFirstStage(), cfg_scale=2.0, seed=4, precision=precision)
+    labels = choose_labels(range(6), "random", 10, seed=4)
+    whole = sampler(range(6), labels).astype(int)
+    parts = np.concatenate([sampler([5, 0], labels[[5, 0]]), sampler([3], labels[[3]])]).astype(int)
+    assert np.abs(whole[[5, 0, 3]] - parts).max() <= (1 if precision == "fp32" else 12)
+
+
+def test_diffusion_tables_follow_the_device(latents):
+    diffusion = create_diffusion()
+    ours = diffusion.q_sample(latents.cuda(), T.cuda(), tensor("noise", latents.shape).cuda()).cpu()
+    torch.testing.assert_close(ours, diffusion.q_sample(latents, T, tensor("noise", latents.shape)))

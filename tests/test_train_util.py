@@ -1,0 +1,300 @@
+"""The training loop: resume, ranks, microbatches, precision, logs, bad flags; through the script where it matters."""
+
+import csv
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import image_train
+import numpy as np
+import pytest
+import torch
+from conftest import REPO
+from PIL import Image
+
+from masked_diffusion import create_diffusion, create_model, logger, script_util
+from masked_diffusion.autoencoder import IdentityFirstStage
+from masked_diffusion.objective import TwoPassObjective
+from masked_diffusion.resample import create_named_schedule_sampler
+from masked_diffusion.train_util import TrainLoop, find_resume_step
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for i in range(24):
+        pixels = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{'abc'[i % 3]}_{i}.png")
+    return folder
+
+
+def stream(start_step, batch_size=8):
+    """A data iterator in memory: the batch of a step is a function of the step."""
+    step = start_step
+    while True:
+        generator = torch.Generator().manual_seed(step)
+        yield (
+            torch.rand(batch_size, 3, 8, 8, generator=generator) * 2 - 1,
+            {"y": torch.randint(0, 10, (batch_size,), generator=generator)},
+        )
+        step += 1
+
+
+def make_loop(log_dir, max_steps=4, sampler="uniform", precision="fp32", mask_ratio=0.3, device="cpu", **options):
+    torch.manual_seed(0)
+    logger.configure(str(log_dir))
+    model = create_model("MDTv2_Nano_2", input_size=8, in_channels=3, num_classes=10, mask_ratio=mask_ratio, depth=2)
+    diffusion = create_diffusion()
+    options = {"batch_size": 8, "lr": 1e-3, "ema_rate": "0.9,0.99", "log_interval": 2, "save_interval": 2} | options
+    return TrainLoop(
+        objective=TwoPassObjective(model.to(device), diffusion, precision),
+        first_stage=IdentityFirstStage(),
+        make_data=stream,
+        schedule_sampler=create_named_schedule_sampler(sampler, diffusion),
+        log_dir=log_dir,
+        max_steps=max_steps,
+        **options,
+    )
+
+
+def trained(log_dir, **options):
+    loop = make_loop(log_dir, **options)
+    loop.run_loop()
+    return loop
+
+
+def tensors(folder, step):
+    """Every tensor of a checkpoint, by file and key."""
+    found = {}
+    for path in sorted(Path(folder).glob(f"*{step:06d}.pt")):
+        stack = [(path.name, torch.load(path, weights_only=True))]
+        while stack:
+            name, value = stack.pop()
+            if isinstance(value, torch.Tensor):
+                found[name] = value
+            elif isinstance(value, dict):
+                stack += [(f"{name}/{key}", item) for key, item in value.items()]
+    return found
+
+
+def assert_same(ours, theirs, **tolerance):
+    assert ours.keys() == theirs.keys() and ours
+    for key, value in ours.items():
+        if tolerance:
+            torch.testing.assert_close(value, theirs[key], **tolerance, msg=key)
+        else:
+            assert torch.equal(value, theirs[key]), key
+
+
+# ---------------------------------------------------------------- resume
+
+
+@pytest.mark.parametrize("sampler", ["uniform", "loss-second-moment"])
+@pytest.mark.parametrize("optimizer", ["adan", "adan-pytorch", "adamw"])
+def test_a_stopped_run_goes_on_bitwise(tmp_path, sampler, optimizer):
+    options = {"sampler": sampler, "optimizer": optimizer}
+    trained(tmp_path / "whole", **options)
+    trained(tmp_path / "parts", max_steps=2, **options)
+    resumed = trained(tmp_path / "parts", **options)
+    assert resumed.step == 4
+    assert_same(tensors(tmp_path / "whole", 4), tensors(tmp_path / "parts", 4))
+
+
+def test_a_finished_run_does_nothing(tmp_path, capsys):
+    trained(tmp_path, max_steps=2)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.pt")}
+    trained(tmp_path, max_steps=2)
+    assert "nothing to train" in capsys.readouterr().out
+    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.pt")}
+
+
+def test_where_training_goes_on(tmp_path):
+    assert find_resume_step(tmp_path, "auto") == (None, 0)
+    trained(tmp_path, max_steps=4)
+    assert find_resume_step(tmp_path, "auto") == (tmp_path / "model000004.pt", 4)
+    assert find_resume_step(tmp_path, str(tmp_path / "model000002.pt")) == (tmp_path / "model000002.pt", 2)
+    assert find_resume_step(tmp_path, "") == (None, 0)
+    foreign = tmp_path / "mdt_xl2_v2_ckpt.pt"
+    (tmp_path / "model000002.pt").rename(foreign)
+    assert find_resume_step(tmp_path, str(foreign)) == (foreign, 0)
+    with pytest.raises(ValueError, match=r"absent\.pt does not exist"):
+        find_resume_step(tmp_path, str(tmp_path / "absent.pt"))
+
+
+def test_foreign_weights_start_at_step_0(tmp_path):
+    trained(tmp_path / "first", max_steps=2)
+    (tmp_path / "first" / "ema_0.9_000002.pt").rename(tmp_path / "weights.pt")
+    loop = make_loop(tmp_path / "second", resume_checkpoint=str(tmp_path / "weights.pt"))
+    weights = torch.load(tmp_path / "weights.pt", weights_only=True)
+    assert loop.step == 0
+    assert all(torch.equal(value, weights[name]) for name, value in loop.model.state_dict().items())
+
+
+def test_checkpoints_carry_the_published_names(tmp_path):
+    trained(tmp_path, max_steps=3)
+    files = {path.name for path in tmp_path.glob("*.pt")}
+    kinds = ("model{}.pt", "ema_0.9_{}.pt", "ema_0.99_{}.pt", "opt{}.pt")
+    assert files == {kind.format(f"{step:06d}") for kind in kinds for step in (2, 3)}
+
+
+# ---------------------------------------------------------------- arithmetic
+
+
+def test_microbatches_add_up_to_the_batch(tmp_path):
+    trained(tmp_path / "whole", max_steps=2, optimizer="adamw")
+    trained(tmp_path / "micro", max_steps=2, optimizer="adamw", microbatch=3)
+    for name in ("model000002.pt", "ema_0.9_000002.pt"):
+        ours, theirs = (torch.load(tmp_path / kind / name, weights_only=True) for kind in ("whole", "micro"))
+        assert_same(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_ema_follows_the_weights(tmp_path):
+    loop = make_loop(tmp_path)
+    expected = [p.detach().clone() for p in loop.params]
+    for _ in range(3):
+        loop.run_step(*next(loop.data))
+        expected = [0.9 * e + 0.1 * p.detach() for e, p in zip(expected, loop.params, strict=True)]
+    for ours, theirs in zip(loop.ema["0.9"], expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_training_lowers_the_loss(tmp_path):
+    trained(tmp_path, max_steps=60, log_interval=10, save_interval=60)
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "progress.jsonl").read_text().splitlines()]
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_annealing_ends_the_run_at_zero(tmp_path):
+    loop = trained(tmp_path, max_steps=0, lr_anneal_steps=4)
+    rows = [json.loads(line) for line in (tmp_path / "progress.jsonl").read_text().splitlines()]
+    assert loop.step == 4 and [row["lr"] for row in rows] == [pytest.approx(7.5e-4), pytest.approx(2.5e-4)]
+
+
+def test_the_gradient_is_clipped_to_its_global_norm(tmp_path):
+    loop = make_loop(tmp_path, grad_clip=1e-3, optimizer="adamw")
+    seen = []
+    loop.opt.step = lambda: seen.append(torch.cat([p.grad.flatten() for p in loop.params]).norm())
+    loop.run_step(*next(loop.data))
+    assert seen[0] == pytest.approx(1e-3, rel=1e-2)
+
+
+def test_bf16_trains_float32_weights(tmp_path):
+    loop = trained(tmp_path, precision="bf16", max_steps=2)
+    assert {p.dtype for p in loop.params} == {torch.float32}
+
+
+# ---------------------------------------------------------------- logs
+
+
+def test_logs_are_for_people_and_scripts(tmp_path, capsys):
+    trained(tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "progress.jsonl").read_text().splitlines()]
+    with (tmp_path / "progress.csv").open() as file:
+        table = list(csv.DictReader(file))
+    assert [row["step"] for row in rows] == [2, 4] and [int(row["step"]) for row in table] == [2, 4]
+    keys = {"loss", "mse", "vb", "masked_loss", "grad_norm", "lr", "images_per_second", "train_seconds", "eta_seconds"}
+    assert keys <= rows[0].keys() and any(f"loss_q{q}" in rows[0] for q in range(4))
+    assert rows[0]["loss"] == pytest.approx(rows[0]["mse"] + rows[0]["vb"] + rows[0]["masked_loss"], rel=1e-5)
+    assert float(table[1]["loss"]) == pytest.approx(rows[1]["loss"])
+    assert "images/s  ETA" in capsys.readouterr().out and "step 4/4" in (tmp_path / "log.txt").read_text()
+
+
+# ---------------------------------------------------------------- the script, ranks
+
+
+def run_script(script, *flags, launcher=(), check=True):
+    command = [sys.executable, *launcher, str(REPO / "scripts" / script), *map(str, flags)]
+    result = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=240
+    )
+    assert not check or result.returncode == 0, result.stdout + result.stderr
+    return result
+
+
+def train_flags(images, log_dir, **options):
+    flags = {
+        "data_dir": images, "log_dir": log_dir, "model": "MDTv2_Nano_2", "image_size": 8, "vae": "identity",
+        "mask_ratio": 0.3, "batch_size": 8, "max_steps": 3, "optimizer": "adamw", "lr": 1e-3, "num_workers": 1,
+        "ema_rate": "0.9", "log_interval": 1,
+    } | options  # fmt: skip
+    return [f"--{key}={value}" for key, value in flags.items()]
+
+
+@pytest.fixture(scope="module")
+def one_process(images, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("one")
+    run_script("image_train.py", *train_flags(images, folder))
+    return folder
+
+
+@pytest.mark.parametrize("launcher", ["torch.distributed.run", "torch.distributed.launch"])
+def test_two_processes_train_like_one_with_the_doubled_batch(images, one_process, tmp_path, launcher):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    launch = (
+        "-m",
+        launcher,
+        "--nproc_per_node=2",
+        f"--master_port={port}",
+    )
+    result = run_script("image_train.py", *train_flags(images, tmp_path, batch_size=4), launcher=launch)
+    assert result.stdout.count("step 3/3") == 1
+    ours, theirs = (torch.load(folder / "model000003.pt", weights_only=True) for folder in (tmp_path, one_process))
+    assert_same(ours, theirs, rtol=1e-4, atol=2e-6)
+    losses = [
+        [json.loads(line)["loss"] for line in (folder / "progress.jsonl").read_text().splitlines()]
+        for folder in (tmp_path, one_process)
+    ]
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
+
+
+def test_the_script_leaves_its_configuration(one_process):
+    config = json.loads((one_process / "config.json").read_text())
+    assert config["classes"] == ["a", "b", "c"]
+    assert config["model"]["options"]["num_classes"] == 3 and config["model"]["name"] == "MDTv2_Nano_2"
+    assert config["diffusion"]["snr_gamma"] == 5.0 and config["vae"] == "identity"
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"data_dir": ""}, "data_dir is empty"),
+        ({"model": "MDTv2_Huge_2"}, "no model is called 'MDTv2_Huge_2'"),
+        ({"decode_layer": 1}, "must be even"),
+        ({"num_classes": 2}, "has 3 classes (a, b, c, ...), more than --num_classes 2"),
+        ({"batch_size": 64}, "holds 24 images, fewer than one global batch of 64"),
+        ({"resume_checkpoint": "nowhere/model000001.pt"}, "nowhere/model000001.pt does not exist"),
+        ({"model": "DiT_Nano_2"}, "DiT has no masked pass"),
+        ({"schedule_sampler": "best"}, "schedule_sampler is 'best'"),
+    ]
+    + ([] if torch.cuda.is_available() else [({"use_fp16": True}, "precision fp16 needs a GPU")]),
+    ids=str,
+)
+def test_wrong_flags_end_in_one_sentence(images, tmp_path, options, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["image_train.py", *train_flags(images, tmp_path, **options)])
+    with pytest.raises(SystemExit) as stop:
+        script_util.run(image_train.main)
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert stop.value.code == 2 and error.startswith("error: ") and message in error
+    assert not list(tmp_path.glob("*.pt"))
+
+
+def test_another_model_in_the_same_folder_is_refused(images, one_process):
+    result = run_script("image_train.py", *train_flags(images, one_process, decode_layer=4), check=False)
+    assert result.returncode == 2 and "repeat its flags, or choose another --log_dir" in result.stderr
+
+
+def test_an_unreadable_image_stops_training_with_its_name(images, tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for path in images.glob("*.png"):
+        (folder / path.name).write_bytes(path.read_bytes())
+    (folder / "a_0.png").write_bytes(b"broken")
+    result = run_script("image_train.py", *train_flags(folder, tmp_path / "log"), check=False)
+    assert result.returncode == 2
+    assert result.stderr.strip().splitlines()[-1].startswith(f"error: {folder}/a_0.png cannot be read as an image")
