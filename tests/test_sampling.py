@@ -51,10 +51,9 @@ def test_labels_follow_the_rule():
 
 def test_guidance_is_the_models_own():
     model, x, t, y = small_model(), torch.randn(3, 3, 8, 8), torch.tensor([500] * 3), torch.tensor([1, 2, 3])
-    doubled = model.forward_with_cfg(
-        torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, torch.full((3,), 10)]), 3.0, 1000, 2.0
-    )
+    pairs, nulls = torch.cat([x, x]), torch.full((3,), 10)
     with torch.no_grad():
+        doubled = model.forward_with_cfg(pairs, torch.cat([t, t]), torch.cat([y, nulls]), 3.0, 1000, 2.0)
         assert torch.equal(guided(model, 3.0, 1000, 2.0)(x, t, y), doubled[:3])
     assert guided(model) is model
     with pytest.raises(ValueError, match="guidance needs a null class"):
