@@ -19,3 +19,21 @@ def golden():
 @pytest.fixture
 def latents():
     return tensor("x", (2, 4, 32, 32))
+
+
+@pytest.fixture(scope="session")
+def vae_folder(tmp_path_factory):
+    """A small AutoencoderKL of the Stable Diffusion kind, with random weights."""
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * 4,
+        up_block_types=["UpDecoderBlock2D"] * 4,
+        block_out_channels=[8, 8, 8, 8],
+        norm_num_groups=4,
+        latent_channels=4,
+    )
+    folder = tmp_path_factory.mktemp("vae")
+    vae.save_pretrained(folder)
+    return str(folder)

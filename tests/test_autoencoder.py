@@ -4,23 +4,6 @@ import torch
 from masked_diffusion.autoencoder import StableDiffusionVAE, create_first_stage
 
 
-@pytest.fixture(scope="module")
-def vae_folder(tmp_path_factory):
-    from diffusers import AutoencoderKL
-
-    torch.manual_seed(0)
-    vae = AutoencoderKL(
-        down_block_types=["DownEncoderBlock2D"] * 4,
-        up_block_types=["UpDecoderBlock2D"] * 4,
-        block_out_channels=[8, 8, 8, 8],
-        norm_num_groups=4,
-        latent_channels=4,
-    )
-    folder = tmp_path_factory.mktemp("vae")
-    vae.save_pretrained(folder)
-    return str(folder)
-
-
 def test_pixels_pass_unchanged():
     stage, images = create_first_stage("identity"), torch.randn(2, 3, 8, 8)
     assert stage.decode(stage.encode(images)) is images

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import image_sample
 import image_train
 import numpy as np
 import pytest
@@ -219,7 +220,7 @@ def train_flags(images, log_dir, **options):
     flags = {
         "data_dir": images, "log_dir": log_dir, "model": "MDTv2_Nano_2", "image_size": 8, "vae": "identity",
         "mask_ratio": 0.3, "batch_size": 8, "max_steps": 3, "optimizer": "adamw", "lr": 1e-3, "num_workers": 1,
-        "ema_rate": "0.9", "log_interval": 1,
+        "ema_rate": "0.9", "log_interval": 1, "schedule_sampler": "loss-second-moment",
     } | options  # fmt: skip
     return [f"--{key}={value}" for key, value in flags.items()]
 
@@ -244,13 +245,38 @@ def test_two_processes_train_like_one_with_the_doubled_batch(images, one_process
     )
     result = run_script("image_train.py", *train_flags(images, tmp_path, batch_size=4), launcher=launch)
     assert result.stdout.count("step 3/3") == 1
-    ours, theirs = (torch.load(folder / "model000003.pt", weights_only=True) for folder in (tmp_path, one_process))
-    assert_same(ours, theirs, rtol=1e-4, atol=2e-6)
+    for name in ("model000003.pt", "ema_0.9_000003.pt"):
+        ours, theirs = (torch.load(folder / name, weights_only=True) for folder in (tmp_path, one_process))
+        assert_same(ours, theirs, rtol=1e-4, atol=2e-6)
+    ours, theirs = (
+        torch.load(folder / "opt000003.pt", weights_only=True)["schedule_sampler"] for folder in (tmp_path, one_process)
+    )
+    assert_same(ours, theirs, rtol=1e-4, atol=1e-6)
     losses = [
         [json.loads(line)["loss"] for line in (folder / "progress.jsonl").read_text().splitlines()]
         for folder in (tmp_path, one_process)
     ]
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
+
+
+def run_train(monkeypatch, flags):
+    monkeypatch.setattr(sys, "argv", ["image_train.py", *flags])
+    script_util.run(image_train.main)
+
+
+def test_training_and_sampling_in_the_latents_of_a_vae(images, vae_folder, tmp_path, monkeypatch):
+    flags = {"vae": vae_folder, "image_size": 32, "decode_layer": 4, "class_cond": False, "max_steps": 2}
+    run_train(monkeypatch, train_flags(images, tmp_path, **flags))
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert (
+        config["model"]["options"] | {"input_size": 4, "in_channels": 4, "num_classes": 0} == config["model"]["options"]
+    )
+    sample = {"model_path": tmp_path, "log_dir": tmp_path / "samples", "num_samples": 3, "num_sampling_steps": 2}
+    monkeypatch.setattr(sys, "argv", ["image_sample.py", *(f"--{key}={value}" for key, value in sample.items())])
+    script_util.run(image_sample.main)
+    with np.load(tmp_path / "samples" / "samples_3x32x32x3.npz", allow_pickle=False) as arrays:
+        assert arrays["arr_0"].shape == (3, 32, 32, 3) and arrays["arr_0"].std() > 0
+        assert json.loads(str(arrays["settings"]))["vae"] == vae_folder
 
 
 def test_the_script_leaves_its_configuration(one_process):
@@ -276,9 +302,8 @@ def test_the_script_leaves_its_configuration(one_process):
     ids=str,
 )
 def test_wrong_flags_end_in_one_sentence(images, tmp_path, options, message, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["image_train.py", *train_flags(images, tmp_path, **options)])
     with pytest.raises(SystemExit) as stop:
-        script_util.run(image_train.main)
+        run_train(monkeypatch, train_flags(images, tmp_path, **options))
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert stop.value.code == 2 and error.startswith("error: ") and message in error
     assert not list(tmp_path.glob("*.pt"))
