@@ -5,7 +5,7 @@ from setuptools import setup
 EVAL = ["tensorflow>=2.16", "torch-fidelity>=0.3"]
 MPI = ["mpi4py>=4.0", "mpich>=4.2"]
 DEMO = ["scikit-learn>=1.3", "matplotlib>=3.8"]
-TEST = DEMO + ["pytest>=8.0", "pytest-timeout>=2.3", "ruff>=0.6", "build>=1.2"]
+TEST = DEMO + ["pytest>=8.0", "pytest-timeout>=2.3", "ruff>=0.6", "build>=1.2", "setuptools>=77", "wheel"]
 
 setup(
     name="masked-diffusion",

@@ -4,6 +4,7 @@ import ast
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -50,11 +51,14 @@ def test_the_names_that_users_import():
 
 
 def test_the_wheel_holds_the_package_and_nothing_else(tmp_path):
-    subprocess.run(
-        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path, REPO],
-        check=True,
-        capture_output=True,
-    )
+    source = tmp_path / "source"
+    shutil.copytree(REPO / "masked_diffusion", source / "masked_diffusion")
+    for folder in ("scripts", "evaluations", "datasets"):
+        shutil.copytree(REPO / folder, source / folder)
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(REPO / name, source)
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path, source]
+    subprocess.run(command, check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"masked_diffusion"}
