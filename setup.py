@@ -5,7 +5,11 @@ from setuptools import setup
 EVAL = ["tensorflow>=2.16", "torch-fidelity>=0.3"]
 MPI = ["mpi4py>=4.0", "mpich>=4.2"]
 DEMO = ["scikit-learn>=1.3", "matplotlib>=3.8"]
-TEST = DEMO + ["pytest>=8.0", "pytest-timeout>=2.3", "ruff>=0.6", "build>=1.2", "setuptools>=77", "wheel"]
+TEST = (
+    DEMO
+    + MPI
+    + ["lmdb>=1.4", "pytest>=8.0", "pytest-timeout>=2.3", "ruff>=0.6", "build>=1.2", "setuptools>=77", "wheel"]
+)
 
 setup(
     name="masked-diffusion",
@@ -28,6 +32,7 @@ setup(
         "blobfile>=3.0",
         "Pillow>=10.0",
         "tqdm>=4.66",
+        "tensorboard>=2.16",
     ],
-    extras_require={"eval": EVAL, "mpi": MPI, "demo": DEMO, "test": TEST, "all": EVAL + MPI + TEST},
+    extras_require={"eval": EVAL, "mpi": MPI, "demo": DEMO, "lsun": ["lmdb>=1.4"], "test": TEST, "all": EVAL + TEST},
 )

@@ -7,6 +7,7 @@ import argparse
 from pathlib import Path
 
 import numpy as np
+from common import whole_file
 from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
@@ -25,9 +26,8 @@ def write_digits(out):
         for i in indices:
             path = folder / f"{digits.target[i]}_{i:04d}.png"
             if not path.exists():
-                partial = path.with_suffix(".partial")
-                Image.fromarray(pixels[i]).save(partial, format="png")
-                partial.replace(path)
+                with whole_file(path) as unfinished:
+                    Image.fromarray(pixels[i]).save(unfinished, format="png")
     return len(train), len(test)
 
 

@@ -26,6 +26,14 @@ class IdentityFirstStage:
         """(N, 3, H, W) in [-1, 1] -> the same."""
         return images
 
+    def moments(self, images):
+        """(N, 3, H, W) in [-1, 1] -> mean and standard deviation of each pixel: the same, and 0."""
+        return images, torch.zeros_like(images)
+
+    def sample(self, mean, std, randn_like=torch.randn_like):
+        """Mean and standard deviation -> the mean."""
+        return mean
+
     def decode(self, latents):
         """(N, 3, H, W) -> the same."""
         return latents
@@ -53,13 +61,20 @@ class StableDiffusionVAE:
         self.channels = vae.config.latent_channels
         self.downsample = 2 ** (len(vae.config.block_out_channels) - 1)
 
-    @torch.no_grad()
     def encode(self, images, randn_like=torch.randn_like):
         """(N, 3, H, W) in [-1, 1] -> a draw from the posterior, (N, channels, H / downsample, W / downsample)."""
+        return self.sample(*self.moments(images), randn_like)
+
+    @torch.no_grad()
+    def moments(self, images):
+        """(N, 3, H, W) in [-1, 1] -> mean and standard deviation of the posterior, both before `scale`."""
         posterior = self.vae.encode(images).latent_dist
         # Contiguous, so that the noise does not depend on the memory layout that the convolution chose.
-        noise = randn_like(posterior.mean.contiguous())
-        return (posterior.mean + posterior.std * noise) * self.scale
+        return posterior.mean.contiguous(), posterior.std.contiguous()
+
+    def sample(self, mean, std, randn_like=torch.randn_like):
+        """Mean and standard deviation, as `moments` gives them, -> a draw from the posterior, times `scale`."""
+        return (mean + std * randn_like(mean)) * self.scale
 
     @torch.no_grad()
     def decode(self, latents):

@@ -84,6 +84,20 @@ def save_checkpoint(folder, step, model_state, ema_states, train_state):
             torch.save(state, file)
 
 
+def prune_checkpoints(folder, keep):
+    """Remove all but the newest `keep` complete checkpoints, and what killed writers left; 0 keeps all of them."""
+    for pattern in (".model*.partial", ".ema_*.partial", ".phema_*.partial", ".opt*.partial"):
+        for path in Path(folder).glob(pattern):
+            path.unlink()
+    for step in complete_steps(folder)[:-keep] if keep else ():
+        Path(folder, opt_name(step)).rename(Path(folder, f".{opt_name(step)}.pruned"))
+    # A checkpoint that has lost its `opt` is none any more; the mark lets a killed removal be finished later.
+    for mark in Path(folder).glob(".opt*.pt.pruned"):
+        step = parse_step(mark.name[1:].removesuffix(".pruned"))
+        for path in (Path(folder, model_name(step)), *Path(folder).glob(f"ema_*_{step:06d}.pt"), mark):
+            path.unlink(missing_ok=True)
+
+
 # ---------------------------------------------------------------- finding
 
 
@@ -98,11 +112,15 @@ def parse_step(path):
     return int(match.group(1))
 
 
+def complete_steps(folder):
+    """The steps of all complete checkpoints in a folder, ascending."""
+    steps = [parse_step(path) for path in Path(folder).glob("opt*.pt") if re.fullmatch(r"opt\d{6,}\.pt", path.name)]
+    return sorted(step for step in steps if Path(folder, model_name(step)).exists())
+
+
 def latest_step(folder):
     """The step of the newest complete checkpoint in a folder, or None."""
-    steps = [parse_step(path) for path in Path(folder).glob("opt*.pt") if re.fullmatch(r"opt\d{6,}\.pt", path.name)]
-    steps = [step for step in steps if Path(folder, model_name(step)).exists()]
-    return max(steps, default=None)
+    return max(complete_steps(folder), default=None)
 
 
 def newest_ema(folder):

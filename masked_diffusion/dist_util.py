@@ -1,22 +1,30 @@
-"""Process groups: torchrun and torch.distributed.launch, on GPUs (nccl) or CPUs (gloo); one process needs neither."""
+"""Process groups of torchrun, torch.distributed.launch or mpiexec, on GPUs (nccl) or CPUs (gloo); or none at all."""
 
 import os
+import socket
 from contextlib import contextmanager
 
 import blobfile as bf
 import torch
 import torch.distributed as dist
 
+SHARED_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
+MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK")  # Open MPI, MPICH and Intel MPI, PMIx launchers
+
 
 def setup_dist():
-    """Join the process group that the launcher describes in the environment; alone, do nothing.
+    """Join the process group of torchrun, torch.distributed.launch or mpiexec; alone, do nothing.
 
     :raises ValueError: when a launcher starts more processes on a node than it has GPUs.
     """
-    if dist.is_initialized() or "WORLD_SIZE" not in os.environ:
+    if dist.is_initialized():
+        return
+    if "WORLD_SIZE" not in os.environ and any(name in os.environ for name in MPI_SIZES):
+        _describe_mpi_job()
+    if "WORLD_SIZE" not in os.environ:
         return
     if not torch.cuda.is_available():
-        dist.init_process_group("gloo")
+        _join("gloo")
         return
     local_rank, num_gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
     if local_rank >= num_gpus:
@@ -25,12 +33,47 @@ def setup_dist():
             f"start at most {num_gpus} processes per node (torchrun --nproc_per_node)"
         )
     torch.cuda.set_device(local_rank)
-    dist.init_process_group("nccl", device_id=dev())
+    _join("nccl", device_id=dev())
+
+
+def _join(backend, **options):
+    try:
+        dist.init_process_group(backend, **options)
+    except RuntimeError as error:
+        if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0" or SHARED_STORE in os.environ:
+            raise
+        # torchrun reuses its store after a restart, in which gloo then finds the addresses of the dead processes.
+        raise ValueError(
+            f"the processes do not meet after a restart: export {SHARED_STORE}=1 before torchrun"
+        ) from error
+
+
+def _describe_mpi_job():
+    """Put an MPI job into the environment variables that torch reads."""
+    from mpi4py import MPI
+
+    world = MPI.COMM_WORLD
+    address = None
+    if world.rank == 0:
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            address = socket.gethostname(), probe.getsockname()[1]
+    host, port = world.bcast(address)
+    same_host = world.Split_type(MPI.COMM_TYPE_SHARED)
+    os.environ |= {
+        "RANK": str(world.rank),
+        "WORLD_SIZE": str(world.size),
+        "LOCAL_RANK": str(same_host.rank),
+        "MASTER_ADDR": "127.0.0.1" if same_host.size == world.size else host,
+        "MASTER_PORT": str(port),
+    }
 
 
 def cleanup():
+    global _host_group
     if dist.is_initialized():
         dist.destroy_process_group()
+        _host_group = None
 
 
 def dev():
@@ -87,6 +130,29 @@ def mean_over_ranks(values):
         dist.all_reduce(values)
         values /= get_world_size()
     return values
+
+
+def broadcast_object(value):
+    """Rank 0's value on every rank, which may be any Python object."""
+    box = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(box, 0)
+    return box[0]
+
+
+def any_rank(flag):
+    """Whether the flag is set on some rank, known to all: they meet on their hosts, and no GPU is waited for."""
+    if not dist.is_initialized():
+        return flag
+    global _host_group
+    if _host_group is None:
+        _host_group = dist.new_group(backend="gloo")
+    value = torch.tensor(int(flag))
+    dist.all_reduce(value, op=dist.ReduceOp.MAX, group=_host_group)
+    return bool(value)
+
+
+_host_group = None
 
 
 def load_state_dict(path, map_location="cpu"):

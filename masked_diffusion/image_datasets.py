@@ -4,8 +4,11 @@ Which image comes when is a function of (seed, position in the stream) alone, an
 (seed, epoch, image): neither the number of ranks nor of workers changes them.
 """
 
+import ctypes
 import math
 import random
+import signal
+import sys
 
 import blobfile as bf
 import numpy as np
@@ -30,6 +33,8 @@ def load_data(
     num_workers=1,
     seed=0,
     start_step=0,
+    paths=None,
+    on_bad_image="error",
 ):
     """An endless iterator over `(batch, cond)`.
 
@@ -44,16 +49,12 @@ def load_data(
     :param random_crop: crop at random, between 80 and 100 % of the short side, instead of the centre.
     :param random_flip: mirror half of the images.
     :param start_step: how many global batches of the stream to skip, as a resumed run does.
+    :param paths: the images of `data_dir`, where they have been listed already.
+    :param on_bad_image: `error`, or `skip` to take the next image in the place of one that cannot be read.
     :raises ValueError: for a folder without images, with fewer than a global batch, with names that carry no class,
         and, on the way, for an image that cannot be read.
     """
-    paths = list_image_files(data_dir)
-    global_batch = batch_size * dist_util.get_world_size()
-    if len(paths) < global_batch:
-        raise ValueError(
-            f"{data_dir} holds {len(paths)} images, fewer than one global batch of {global_batch} "
-            f"({batch_size} per rank): lower --batch_size"
-        )
+    paths = list_image_files(data_dir) if paths is None else paths
     dataset = ImageDataset(
         image_size,
         paths,
@@ -61,8 +62,24 @@ def load_data(
         random_crop=random_crop,
         random_flip=random_flip,
         seed=seed,
+        on_bad_image=on_bad_image,
     )
-    sampler = StreamSampler(len(paths), batch_size, seed=seed, shuffle=not deterministic, start_step=start_step)
+    return stream(dataset, data_dir, batch_size, num_workers, seed, start_step, shuffle=not deterministic)
+
+
+def stream(dataset, source, batch_size, num_workers, seed, start_step, shuffle=True):
+    """An endless iterator over this rank's batches of a dataset; see `load_data`.
+
+    :param source: what an error calls the dataset.
+    :raises ValueError: for fewer items than a global batch.
+    """
+    global_batch = batch_size * dist_util.get_world_size()
+    if len(dataset) < global_batch:
+        raise ValueError(
+            f"{source} holds {len(dataset)} images, fewer than one global batch of {global_batch} "
+            f"({batch_size} per rank): lower --batch_size"
+        )
+    sampler = StreamSampler(len(dataset), batch_size, seed=seed, shuffle=shuffle, start_step=start_step)
     return iter(
         DataLoader(
             dataset,
@@ -70,8 +87,16 @@ def load_data(
             num_workers=num_workers,
             pin_memory=dist_util.dev().type == "cuda",
             prefetch_factor=4 if num_workers else None,
+            worker_init_fn=_die_with_parent,
         )
     )
+
+
+def _die_with_parent(worker_id):
+    """Let the kernel end a loader process whose rank was killed: by itself it waits for ever on a full pipe."""
+    if sys.platform == "linux":
+        set_parent_death_signal = 1
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
 
 
 def list_image_files(data_dir):
@@ -126,24 +151,29 @@ class StreamSampler(Sampler):
         self.start_step = start_step
         self.rank = dist_util.get_rank() if rank is None else rank
         self.world_size = dist_util.get_world_size() if world_size is None else world_size
+        self._epoch = self._indices = None
 
     def __iter__(self):
-        step, epoch, order = self.start_step, -1, None
+        step = self.start_step
         while True:
-            start = (step * self.world_size + self.rank) * self.batch_size
-            batch = []
-            for position in range(start, start + self.batch_size):
-                if position // self.num_images != epoch:
-                    epoch = position // self.num_images
-                    order = self._order(epoch)
-                batch.append((int(order[position % self.num_images]), epoch))
-            yield batch
+            yield self.batch(step)
             step += 1
 
+    def batch(self, step):
+        """The pairs of one step."""
+        start = (step * self.world_size + self.rank) * self.batch_size
+        positions = range(start, start + self.batch_size)
+        return [
+            (int(self._order(position // self.num_images)[position % self.num_images]), position // self.num_images)
+            for position in positions
+        ]
+
     def _order(self, epoch):
-        if not self.shuffle:
-            return np.arange(self.num_images)
-        return np.random.default_rng((self.seed, epoch)).permutation(self.num_images)
+        if self._epoch != epoch:
+            self._epoch, self._indices = epoch, np.arange(self.num_images)
+            if self.shuffle:
+                self._indices = np.random.default_rng((self.seed, epoch)).permutation(self.num_images)
+        return self._indices
 
 
 class ImageDataset(Dataset):
@@ -152,9 +182,19 @@ class ImageDataset(Dataset):
     Items are asked for by index, or by `(index, epoch)`, of which crop and flip are a function.
     """
 
-    def __init__(self, resolution, image_paths, classes=None, random_crop=False, random_flip=True, seed=0):
+    def __init__(
+        self,
+        resolution,
+        image_paths,
+        classes=None,
+        random_crop=False,
+        random_flip=True,
+        seed=0,
+        on_bad_image="error",
+    ):
         self.resolution, self.image_paths, self.classes = resolution, image_paths, classes
         self.random_crop, self.random_flip, self.seed = random_crop, random_flip, seed
+        self.on_bad_image = on_bad_image
 
     def __len__(self):
         return len(self.image_paths)
@@ -162,7 +202,7 @@ class ImageDataset(Dataset):
     def __getitem__(self, key):
         index, epoch = key if isinstance(key, tuple) else (key, 0)
         rng = random.Random(fold_seed(self.seed, epoch, index))
-        image = read_image(self.image_paths[index])
+        index, image = self._read(index)
         if self.random_crop:
             pixels = random_crop_arr(image, self.resolution, rng=rng)
         else:
@@ -171,6 +211,18 @@ class ImageDataset(Dataset):
             pixels = pixels[:, ::-1]
         cond = {} if self.classes is None else {"y": np.int64(self.classes[index])}
         return np.ascontiguousarray(pixels.transpose(2, 0, 1)).astype(np.float32) / 127.5 - 1, cond
+
+    def _read(self, index):
+        """The image, or with `skip` the first readable one after it, and its index."""
+        for _ in range(len(self)):
+            try:
+                return index, read_image(self.image_paths[index])
+            except ValueError as error:
+                if self.on_bad_image == "error":
+                    raise
+                print(f"skipped: {error}", file=sys.stderr, flush=True)
+                index = (index + 1) % len(self)
+        raise ValueError(f"none of the {len(self)} images can be read")
 
 
 def read_image(path):

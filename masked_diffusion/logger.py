@@ -1,4 +1,4 @@
-"""Logging for people and for scripts: lines, `log.txt`, `progress.csv` and `progress.jsonl`, on rank 0 only.
+"""Logging for people and for scripts, on rank 0 only: lines, `log.txt`, `progress.csv`, `progress.jsonl`, TensorBoard.
 
 The function names are ADM's `logger`'s. Files are appended to, so a resumed run keeps its history.
 """
@@ -26,6 +26,12 @@ class CSVTable:
             with self.path.open(newline="") as file:
                 self.columns = next(csv.reader(file), [])
 
+    def rewind(self, step):
+        """Drop the rows after `step`, and one that was cut short."""
+        if self.columns:
+            rows = [row for row in self._read() if row.get("step") and None not in row.values()]
+            self._write_anew([row for row in rows if int(float(row["step"])) <= step])
+
     def write(self, row):
         if not set(row) <= set(self.columns):
             self._add_columns([key for key in row if key not in self.columns])
@@ -33,14 +39,20 @@ class CSVTable:
             csv.DictWriter(file, self.columns).writerow(row)
 
     def _add_columns(self, columns):
-        rows = []
-        if self.path.exists():
-            with self.path.open(newline="") as file:
-                rows = list(csv.DictReader(file))
+        rows = self._read()
         self.columns += columns
+        self._write_anew(rows)
+
+    def _read(self):
+        if not self.path.exists():
+            return []
+        with self.path.open(newline="") as file:
+            return list(csv.DictReader(file))
+
+    def _write_anew(self, rows):
         beside = self.path.with_suffix(".tmp")
         with beside.open("w", newline="") as file:
-            writer = csv.DictWriter(file, self.columns)
+            writer = csv.DictWriter(file, self.columns, extrasaction="ignore")
             writer.writeheader()
             writer.writerows(rows)
         beside.replace(self.path)
@@ -56,7 +68,7 @@ class Logger:
     def __init__(self, directory=None, quiet=False):
         self.directory, self.quiet = directory, quiet
         self.values, self.counts = defaultdict(float), defaultdict(int)
-        self.table = None
+        self.table = self._board = self.purge_step = None
         if directory and not quiet:
             Path(directory).mkdir(parents=True, exist_ok=True)
             self.table = CSVTable(Path(directory, "progress.csv"))
@@ -70,6 +82,34 @@ class Logger:
         if self.directory:
             with Path(self.directory, "log.txt").open("a") as file:
                 file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
+
+    def rewind(self, step):
+        """Forget the rows after `step`: a run that resumes there will write them again."""
+        if self.table is None:
+            return
+        self.table.rewind(step)
+        path = Path(self.directory, "progress.jsonl")
+        if path.exists():
+            lines = [line for line in path.read_text().splitlines() if line.endswith("}")]
+            kept = [line for line in lines if json.loads(line).get("step", 0) <= step]
+            beside = path.with_suffix(".tmp")
+            beside.write_text("".join(line + "\n" for line in kept))
+            beside.replace(path)
+        self.purge_step = step + 1
+
+    @property
+    def board(self):
+        """TensorBoard's writer, made on first use: its import takes a second."""
+        if self._board is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(self.directory, purge_step=self.purge_step)
+        return self._board
+
+    def image(self, name, pixels, step):
+        """Show (H, W, 3) uint8 pixels on TensorBoard."""
+        if self.table is not None:
+            self.board.add_image(name, pixels, step, dataformats="HWC")
 
     def logkv(self, key, value):
         self.values[key], self.counts[key] = value, 1
@@ -87,6 +127,8 @@ class Logger:
             self.table.write(row)
             with Path(self.directory, "progress.jsonl").open("a") as file:
                 file.write(json.dumps(row) + "\n")
+            for key, value in row.items():
+                self.board.add_scalar(key, value, row.get("step"))
         return row
 
 
@@ -106,6 +148,16 @@ def get_dir():
 
 def log(*args):
     _current.log(*args)
+
+
+def rewind(step):
+    """Forget the logged rows after `step`: a run that resumes there will write them again."""
+    _current.rewind(step)
+
+
+def image(name, pixels, step):
+    """Show (H, W, 3) uint8 pixels on TensorBoard."""
+    _current.image(name, pixels, step)
 
 
 def logkv(key, value):

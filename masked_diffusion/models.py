@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 from timm.layers import Mlp, PatchEmbed
+from torch.utils.checkpoint import checkpoint
 
 from .attention import Attention, gather_pairs
 from .guidance import constant_weight, guide, power_cosine_weight
@@ -94,6 +95,8 @@ def modulate(x, shift, scale):
 class Block(nn.Module):
     """A transformer block with adaLN-Zero conditioning and, where `skip` is set, a long skip input."""
 
+    grad_checkpoint = False
+
     def __init__(self, hidden_size, num_heads, mlp_ratio=4.0, window_size=None, skip=False):
         super().__init__()
         self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
@@ -109,6 +112,11 @@ class Block(nn.Module):
         :param skip: (N, T, D) input of the long skip, for blocks made with one.
         :param pair_index: see `Attention.forward`.
         """
+        if self.grad_checkpoint and torch.is_grad_enabled():
+            return checkpoint(self.compute, x, c, skip, pair_index, use_reentrant=False)
+        return self.compute(x, c, skip, pair_index)
+
+    def compute(self, x, c, skip, pair_index):
         if self.skip_linear is not None:
             x = self.skip_linear(torch.cat([x, skip], dim=-1))
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(6, dim=1)
@@ -201,6 +209,30 @@ class DiT(nn.Module):
 
     def make_blocks(self, count, **options):
         return nn.ModuleList(Block(self.hidden_size, self.num_heads, self.mlp_ratio, **options) for _ in range(count))
+
+    def all_blocks(self):
+        """Every `Block`, wherever the family keeps it."""
+        return [module for module in self.modules() if isinstance(module, Block)]
+
+    def decoder_blocks(self):
+        """The blocks after the side-interpolater; none in DiT."""
+        return []
+
+    def enable_grad_checkpoint(self):
+        """Compute activations of a block again in the backward pass instead of keeping them."""
+        for block in self.all_blocks():
+            block.grad_checkpoint = True
+
+    def compile_blocks(self, dynamic=False):
+        """Compile the blocks, which hold nearly all arithmetic, and let a failure to compile be an error.
+
+        Blocks share one compiled form for each kind and shape of input: with and without skip, full length, and every
+        kept length. `dynamic` compiles one form for all lengths instead.
+        """
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+        torch._dynamo.config.fail_on_recompile_limit_hit = True
+        for block in self.all_blocks():
+            block.compile(dynamic=None if dynamic else False)
 
     def initialize_weights(self):
         for module in self.modules():
@@ -303,17 +335,19 @@ class MDT(DiT):
             if isinstance(module, Attention):
                 nn.init.trunc_normal_(module.rel_pos_bias.relative_position_bias_table, std=0.02)
 
-    def draw_kept(self, num_samples, device, rand=torch.rand, host_rand=torch.rand):
+    def draw_kept(self, num_samples, device, rand=torch.rand, host_rand=torch.rand, multiple=1):
         """Draw the tokens that each sample of a masked pass keeps.
 
         :param host_rand: where the ratio comes from; it is drawn on the host, so that nothing waits for the device.
         :param rand: where the (N, T) scores on `device` come from.
+        :param multiple: round K to a multiple of this, so that few lengths occur.
         :return: (N, K) int64 positions, ascending: those of the K = int(T (1 - r)) smallest scores.
         """
         ratio = self.mask_ratio
         if self.mask_ratio_spread:
             ratio = host_rand(1) * self.mask_ratio_spread + ratio
         num_kept = int(self.num_patches * (1 - ratio))
+        num_kept = max(round(num_kept / multiple), 1) * multiple
         scores = rand(num_samples, self.num_patches, device=device)
         return scores.argsort(dim=1)[:, :num_kept].sort(dim=1).values
 
@@ -329,6 +363,9 @@ class MDT(DiT):
         dropped = torch.ones(full.shape[:2], dtype=torch.bool, device=x.device).scatter_(1, ids_keep, False)
         return torch.where(dropped[:, :, None], self.sideblocks[0](full, c), full)
 
+    def decoder_blocks(self):
+        return list(self.blocks[self.depth - self.decode_layer :])
+
     def encode(self, x, c, pair_index):
         """(N, K, D) tokens through the blocks before the side-interpolater."""
         for block in self.blocks[: self.depth - self.decode_layer]:
@@ -337,7 +374,7 @@ class MDT(DiT):
 
     def decode(self, x, c, patches):
         """(N, T, D) tokens through the blocks after the side-interpolater."""
-        for block in self.blocks[self.depth - self.decode_layer :]:
+        for block in self.decoder_blocks():
             x = block(x, c)
         return x
 
@@ -380,6 +417,9 @@ class MDTv2(MDT):
         self.en_outblocks = self.make_blocks(half, window_size=window_size, skip=True)
         self.de_blocks = self.make_blocks(self.decode_layer, window_size=window_size, skip=True)
         self.sideblocks = self.make_blocks(1, window_size=window_size)
+
+    def decoder_blocks(self):
+        return list(self.de_blocks)
 
     def encode(self, x, c, pair_index):
         skips = []

@@ -207,7 +207,10 @@ def draw_samples(sampler, store, num_samples, batch_size, class_rule):
 
 
 def save_grid(path, images, columns=8, scale=1):
-    """Write (N, H, W, 3) uint8 images as one PNG, row by row, each enlarged `scale` times without smoothing."""
+    """Write (N, H, W, 3) uint8 images as one PNG, row by row, each enlarged `scale` times without smoothing.
+
+    :return: the (H, W, 3) uint8 sheet.
+    """
     n, height, width, channels = images.shape
     rows = -(-n // columns)
     sheet = np.full((rows, columns, height, width, channels), 255, dtype=np.uint8)
@@ -216,3 +219,4 @@ def save_grid(path, images, columns=8, scale=1):
     pixels = pixels.repeat(scale, axis=0).repeat(scale, axis=1)
     with atomic_write(path) as file:
         Image.fromarray(pixels).save(file, format="png")
+    return pixels

@@ -9,8 +9,11 @@ import torch
 
 from . import dist_util, logger
 from .checkpoint import CONFIG_NAME, latest_step, read_config, write_json
+from .guardian import TrainingFault
 from .models import create_model
 from .optim import OPTIMIZERS
+from .parallel import SHARDS
+from .posthoc_ema import DTYPES
 from .precision import PRECISIONS
 from .respace import create_diffusion
 
@@ -68,9 +71,11 @@ def add_diffusion_flags(parser):
 def add_train_flags(parser):
     data = parser.add_argument_group("data")
     data.add_argument("--data_dir", default="", help="folder of images named CLASS_ANYTHING, with subfolders")
+    data.add_argument("--latent_dir", default="", help="what encode_latents.py made of the images, instead of data_dir")
     data.add_argument("--class_cond", type=str2bool, default=True, help="train with class labels")
     data.add_argument("--random_crop", type=str2bool, default=False, help="crop at random instead of the centre")
     data.add_argument("--random_flip", type=str2bool, default=True, help="mirror half of the images")
+    data.add_argument("--on_bad_image", choices=("error", "skip"), default="error", help="unreadable or tiny images")
     data.add_argument(
         "--num_workers", type=int, default=4, help="loader processes per rank; 0: in the training process"
     )
@@ -87,14 +92,29 @@ def add_train_flags(parser):
     )
     train.add_argument("--max_steps", type=int, default=0, help="end after this step; 0: go on")
     train.add_argument("--ema_rate", default="0.9999", help="EMA rates, separated by commas")
+    train.add_argument("--phema", default="", help="widths of EMAs to reconstruct from later, such as 0.05,0.10")
+    train.add_argument("--phema_dtype", choices=DTYPES, default="fp32", help="format of their snapshots")
     train.add_argument("--schedule_sampler", default="uniform", help="timesteps: uniform or loss-second-moment")
     train.add_argument("--precision", choices=PRECISIONS, default="fp32", help="arithmetic of the network")
+    train.add_argument("--compile", type=str2bool, default=False, help="compile the blocks")
+    train.add_argument("--exact_lengths", type=str2bool, default=False, help="with compile: do not round kept lengths")
+    train.add_argument("--grad_checkpoint", type=str2bool, default=False, help="compute activations twice, keep few")
+    train.add_argument("--split_backward", type=str2bool, default=False, help="backward after each pass: less memory")
+    train.add_argument("--shard", choices=SHARDS, default="none", help="zero1: optimizer state, fsdp: everything")
     train.add_argument("--use_fp16", type=str2bool, default=False, help="the same as --precision fp16")
     train.add_argument("--fp16_scale_growth", type=float, default=1e-3, help="log2 of the loss scale's growth per step")
     train.add_argument("--seed", type=int, default=0, help="of data order, weights and noise")
 
+    guard = parser.add_argument_group("guardian")
+    guard.add_argument("--max_bad_steps", type=int, default=10, help="stop after so many non-finite steps in a row")
+    guard.add_argument("--spike_zscore", type=float, default=6.0, help="report losses so far above the recent mean")
+    guard.add_argument("--rollback_on_spike", type=int, default=0, help="go back to the last checkpoint, so many times")
+
     files = parser.add_argument_group("files")
     files.add_argument("--log_dir", help="None: $OPENAI_LOGDIR, or output")
+    files.add_argument("--keep", type=int, default=0, help="keep the newest so many checkpoints; 0: all")
+    files.add_argument("--sample_interval", type=int, default=0, help="steps between EMA sample grids; 0: none")
+    files.add_argument("--allow_config_change", type=str2bool, default=False, help="resume with other flags")
     files.add_argument("--log_interval", type=int, default=100, help="steps between log lines")
     files.add_argument("--save_interval", type=int, default=10000, help="steps between checkpoints")
     files.add_argument(
@@ -195,17 +215,28 @@ def describe(model):
     return f"{type(model).__name__} of depth {model.depth}, width {model.hidden_size}, patch {model.patch_size}"
 
 
-def save_config(log_dir, config):
+# Flags that change what a run computes. Others, of speed and files, may change when it is resumed.
+RUN_FLAGS = (
+    "model image_size mask_ratio decode_layer num_classes vae diffusion_steps noise_schedule learn_sigma sigma_small "
+    "use_kl predict_xstart predict_v rescale_learned_sigmas snr_gamma class_cond random_crop random_flip optimizer lr "
+    "weight_decay grad_clip lr_anneal_steps ema_rate phema schedule_sampler precision use_fp16 exact_lengths seed "
+    "global_batch"
+)
+
+
+def save_config(log_dir, config, allow_change=False):
     """Leave the configuration beside the checkpoints.
 
-    :raises ValueError: when the folder holds a run of another model, diffusion or first stage.
+    :raises ValueError: when the folder holds a run with another value of a flag that matters, unless changes are
+        allowed; names the flag and both values.
     """
     before = {} if latest_step(log_dir) is None else read_config(log_dir)
-    for key in ("model", "diffusion", "vae"):
-        if before and before[key] != config[key]:
+    for name in RUN_FLAGS.split():
+        old, new = before.get("flags", {}).get(name), config["flags"].get(name)
+        if before and old != new and not allow_change:
             raise ValueError(
-                f"{log_dir} holds a run with {key} {before[key]}, but the flags say {config[key]}: "
-                "repeat its flags, or choose another --log_dir"
+                f"--{name} was {old} when {log_dir} was begun, now it is {new}: repeat it, "
+                "choose another --log_dir, or say --allow_config_change True"
             )
     if dist_util.is_main():
         write_json(Path(log_dir, CONFIG_NAME), config)
@@ -217,10 +248,10 @@ def create_model_and_diffusion(config):
 
 
 def run(main):
-    """Run an entry point. A ValueError is a sentence for the user; its traceback goes to log.txt."""
+    """Run an entry point. A ValueError or TrainingFault is a sentence for the user; its traceback goes to log.txt."""
     try:
         main()
-    except ValueError as error:
+    except (ValueError, TrainingFault) as error:
         lines = str(error).strip().splitlines()
         # A loader process sends its whole traceback, of which the last line is the sentence.
         sentence = lines[-1].removeprefix("ValueError: ") if lines[0].startswith("Caught ValueError") else str(error)

@@ -1,16 +1,26 @@
 """Train MDTv2, MDT or DiT on a folder of images. Run the same command again to go on where it stopped."""
 
+from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
+import numpy as np
 import torch
 
-from masked_diffusion import dist_util, logger, script_util
+from masked_diffusion import create_diffusion, dist_util, logger, preflight, script_util
 from masked_diffusion.autoencoder import create_first_stage
-from masked_diffusion.image_datasets import image_classes, list_image_files, load_data
+from masked_diffusion.finetune import load_pretrained
+from masked_diffusion.flops import forward_flops
+from masked_diffusion.guardian import Guardian
+from masked_diffusion.image_datasets import StreamSampler, image_classes, list_image_files, load_data
+from masked_diffusion.latent_cache import LatentCache, load_latents
 from masked_diffusion.objective import TwoPassObjective
 from masked_diffusion.precision import check_precision
 from masked_diffusion.resample import create_named_schedule_sampler
+from masked_diffusion.sampling import Sampler, choose_labels, save_grid
 from masked_diffusion.train_util import TrainLoop
+
+GRID_IMAGES, GRID_STEPS, GRID_SCALE = 40, "50", 1.5
 
 
 def parse_args():
@@ -21,71 +31,130 @@ def parse_args():
     return parser.parse_args()
 
 
-def count_classes(args):
-    """The number of classes the model gets, and their names."""
-    if not args.class_cond:
-        return 0, []
-    _, names = image_classes(list_image_files(args.data_dir))
-    num_classes = args.num_classes or len(names)
-    if len(names) > num_classes:
-        first = ", ".join(names[:5])
-        raise ValueError(
-            f"{args.data_dir} has {len(names)} classes ({first}, ...), more than --num_classes {num_classes}"
-        )
-    return num_classes, names
+class TrainingData(NamedTuple):
+    names: list  # of the files, in the order of their indices
+    labels: np.ndarray | None
+    class_names: list
+    load: Callable  # load_data or load_latents, but for start_step and seed
+
+
+def find_images(args):
+    """Training from images; rank 0 looks at the files for all."""
+    paths = list_image_files(args.data_dir)
+    if dist_util.is_main():
+        paths = preflight.check_images(paths, args.image_size, args.on_bad_image)
+    paths = dist_util.broadcast_object(paths)
+    labels, class_names = image_classes(paths) if args.class_cond else (None, [])
+    load = partial(load_data, data_dir=args.data_dir, paths=paths, on_bad_image=args.on_bad_image)
+    return TrainingData(paths, labels, class_names, load)
+
+
+def find_latents(args, first_stage):
+    """Training from what encode_latents.py made."""
+    cache = LatentCache(args.latent_dir)
+    shards = [cache.describe(shard) for shard in range(len(cache))]
+    labels = np.concatenate([shard["labels"] for shard in shards]) if args.class_cond else None
+    load = partial(load_latents, latent_dir=args.latent_dir, first_stage=first_stage)
+    names = [name for shard in shards for name in shard["files"]]
+    return TrainingData(names, labels, cache.header["classes"] if args.class_cond else [], load)
+
+
+def build_model(args, config):
+    torch.manual_seed(args.seed)
+    model, diffusion = script_util.create_model_and_diffusion(config)
+    model.to(dist_util.dev())
+    if args.grad_checkpoint:
+        model.enable_grad_checkpoint()
+    if args.compile:
+        model.compile_blocks(dynamic=args.exact_lengths)
+    return model, diffusion
+
+
+def grid_drawer(model, config, first_stage, precision, seed):
+    """Draws the same images, of fixed noise and labels, with whatever weights the model has by then."""
+    diffusion = create_diffusion(**config["diffusion"], timestep_respacing=GRID_STEPS)
+    scale = None if model.null_label is None or not model.num_classes else GRID_SCALE
+    sampler = Sampler(model, diffusion, first_stage, cfg_scale=scale, scale_pow=1.0, precision=precision, seed=seed)
+    labels = choose_labels(range(GRID_IMAGES), "balanced", model.num_classes, seed)
+    return lambda _, path: save_grid(path, sampler(range(GRID_IMAGES), labels), columns=10)
 
 
 def main():
     args = parse_args()
-    script_util.check_positive(args, "batch_size", "log_interval", "save_interval", "lr", "image_size")
+    script_util.check_positive(args, "batch_size", "log_interval", "save_interval", "lr", "image_size", "max_bad_steps")
     dist_util.setup_dist()
     logger.configure(args.log_dir, quiet=not dist_util.is_main())
     precision = script_util.precision_of(args)
     check_precision(precision, dist_util.dev())
-    num_classes, class_names = count_classes(args)
     with dist_util.main_first():
         first_stage = create_first_stage(args.vae, dist_util.dev())
+    data = find_latents(args, first_stage) if args.latent_dir else find_images(args)
+    num_classes = (args.num_classes or len(data.class_names)) if args.class_cond else 0
+    if args.class_cond:
+        preflight.check_classes(args.latent_dir or args.data_dir, data.class_names, num_classes)
+    global_batch = args.batch_size * dist_util.get_world_size()
     config = {
         "model": script_util.model_config(args, first_stage, num_classes),
         "diffusion": script_util.diffusion_config(args),
         "vae": args.vae,
-        "classes": class_names,
-        "flags": vars(args),
+        "classes": data.class_names,
+        "flags": vars(args) | {"global_batch": global_batch},
     }
-    torch.manual_seed(args.seed)
-    model, diffusion = script_util.create_model_and_diffusion(config)
-    script_util.save_config(logger.get_dir(), config)
-    logger.log(
-        f"{args.model}: {sum(p.numel() for p in model.parameters()) / 1e6:.3f} M parameters, {num_classes} classes"
-    )
+    model, diffusion = build_model(args, config)
+    optimizer = args.optimizer or ("adan" if args.model.startswith("MDTv2") else "adamw")
+    script_util.save_config(logger.get_dir(), config, args.allow_config_change)
 
+    num_params = sum(p.numel() for p in model.parameters())
+    num_emas = len(args.ema_rate.split(",")) + len(args.phema.split(",")) * bool(args.phema)
+    preflight.report(
+        labels=data.labels,
+        names=data.class_names,
+        num_images=len(data.names),
+        model_name=args.model,
+        num_params=num_params,
+        gflop=forward_flops(model) / 1e9,
+        global_batch=global_batch,
+        memory=preflight.memory_estimate(num_params, num_emas, optimizer, dist_util.get_world_size(), args.shard),
+    )
+    kept_multiple = max(1, model.num_patches // 16) if args.compile and not args.exact_lengths else 1
     TrainLoop(
-        objective=TwoPassObjective(model.to(dist_util.dev()), diffusion, precision),
+        objective=TwoPassObjective(model, diffusion, precision, kept_multiple),
         first_stage=first_stage,
         make_data=partial(
-            load_data,
-            data_dir=args.data_dir,
+            data.load,
             batch_size=args.batch_size,
             image_size=args.image_size,
             class_cond=args.class_cond,
             random_crop=args.random_crop,
             random_flip=args.random_flip,
             num_workers=args.num_workers,
-            seed=args.seed,
         ),
+        batch_names=lambda step, seed: [
+            data.names[index] for index, _ in StreamSampler(len(data.names), args.batch_size, seed=seed).batch(step)
+        ],
         schedule_sampler=create_named_schedule_sampler(args.schedule_sampler, diffusion),
+        guardian=Guardian(args.max_bad_steps, args.spike_zscore),
+        load_weights=partial(load_pretrained, class_names=data.class_names),
+        draw_grid=grid_drawer(model, config, first_stage, precision, args.seed),
         log_dir=logger.get_dir(),
-        optimizer=args.optimizer or ("adan" if args.model.startswith("MDTv2") else "adamw"),
+        optimizer=optimizer,
         batch_size=args.batch_size,
         microbatch=args.microbatch,
         lr=args.lr,
         weight_decay=args.weight_decay,
         grad_clip=args.grad_clip,
+        split_backward=args.split_backward,
+        shard=args.shard,
         lr_anneal_steps=args.lr_anneal_steps,
         max_steps=args.max_steps,
+        max_rollbacks=args.rollback_on_spike,
         ema_rate=args.ema_rate,
+        phema=args.phema,
+        phema_dtype=args.phema_dtype,
         log_interval=args.log_interval,
         save_interval=args.save_interval,
+        sample_interval=args.sample_interval,
+        keep=args.keep,
         resume_checkpoint=args.resume_checkpoint,
         fp16_scale_growth=args.fp16_scale_growth,
         seed=args.seed,

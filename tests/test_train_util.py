@@ -18,6 +18,8 @@ from PIL import Image
 
 from masked_diffusion import create_diffusion, create_model, logger, script_util
 from masked_diffusion.autoencoder import IdentityFirstStage
+from masked_diffusion.finetune import load_pretrained
+from masked_diffusion.guardian import Guardian
 from masked_diffusion.objective import TwoPassObjective
 from masked_diffusion.resample import create_named_schedule_sampler
 from masked_diffusion.train_util import TrainLoop, find_resume_step
@@ -28,16 +30,16 @@ def images(tmp_path_factory):
     folder = tmp_path_factory.mktemp("images")
     rng = np.random.default_rng(0)
     for i in range(24):
-        pixels = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+        pixels = rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / f"{'abc'[i % 3]}_{i}.png")
     return folder
 
 
-def stream(start_step, batch_size=8):
-    """A data iterator in memory: the batch of a step is a function of the step."""
+def stream(start_step, seed, batch_size=8):
+    """A data iterator in memory: the batch of a step is a function of the seed and the step."""
     step = start_step
     while True:
-        generator = torch.Generator().manual_seed(step)
+        generator = torch.Generator().manual_seed(seed % 1000 + step)
         yield (
             torch.rand(batch_size, 3, 8, 8, generator=generator) * 2 - 1,
             {"y": torch.randint(0, 10, (batch_size,), generator=generator)},
@@ -45,7 +47,9 @@ def stream(start_step, batch_size=8):
         step += 1
 
 
-def make_loop(log_dir, max_steps=4, sampler="uniform", precision="fp32", mask_ratio=0.3, device="cpu", **options):
+def make_loop(
+    log_dir, max_steps=4, sampler="uniform", precision="fp32", mask_ratio=0.3, device="cpu", guardian=None, **options
+):
     torch.manual_seed(0)
     logger.configure(str(log_dir))
     model = create_model("MDTv2_Nano_2", input_size=8, in_channels=3, num_classes=10, mask_ratio=mask_ratio, depth=2)
@@ -56,6 +60,8 @@ def make_loop(log_dir, max_steps=4, sampler="uniform", precision="fp32", mask_ra
         first_stage=IdentityFirstStage(),
         make_data=stream,
         schedule_sampler=create_named_schedule_sampler(sampler, diffusion),
+        guardian=Guardian(**(guardian or {})),
+        load_weights=load_pretrained,
         log_dir=log_dir,
         max_steps=max_steps,
         **options,
@@ -309,17 +315,30 @@ def test_wrong_flags_end_in_one_sentence(images, tmp_path, options, message, mon
     assert not list(tmp_path.glob("*.pt"))
 
 
-def test_another_model_in_the_same_folder_is_refused(images, one_process):
-    result = run_script("image_train.py", *train_flags(images, one_process, decode_layer=4), check=False)
-    assert result.returncode == 2 and "repeat its flags, or choose another --log_dir" in result.stderr
+def test_flags_that_matter_are_compared_on_resume(images, one_process, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        run_train(monkeypatch, train_flags(images, one_process, lr=2e-3))
+    error = capsys.readouterr().err
+    assert "--lr was 0.001 when" in error and "now it is 0.002: repeat it" in error
+    run_train(monkeypatch, train_flags(images, one_process, log_interval=2, num_workers=0))
+    run_train(monkeypatch, train_flags(images, one_process, lr=1e-3, allow_config_change=True))
 
 
-def test_an_unreadable_image_stops_training_with_its_name(images, tmp_path):
+def test_an_unreadable_image_stops_training_with_its_name(images, tmp_path, monkeypatch, capsys):
     folder = tmp_path / "images"
     folder.mkdir()
     for path in images.glob("*.png"):
         (folder / path.name).write_bytes(path.read_bytes())
-    (folder / "a_0.png").write_bytes(b"broken")
-    result = run_script("image_train.py", *train_flags(folder, tmp_path / "log"), check=False)
-    assert result.returncode == 2
-    assert result.stderr.strip().splitlines()[-1].startswith(f"error: {folder}/a_0.png cannot be read as an image")
+    whole = (folder / "a_0.png").read_bytes()
+    for content, message in (
+        (b"broken", f"1 bad images, the first: {folder}/a_0.png cannot be read"),
+        (whole[: len(whole) // 2], f"error: {folder}/a_0.png cannot be read as an image"),
+    ):
+        (folder / "a_0.png").write_bytes(content)
+        with pytest.raises(SystemExit):
+            run_train(monkeypatch, train_flags(folder, tmp_path / "log"))
+        assert message in capsys.readouterr().err.strip().splitlines()[-1]
+        run_train(
+            monkeypatch, train_flags(folder, tmp_path / f"skip{len(content)}", on_bad_image="skip", num_workers=0)
+        )
+        assert "a_0.png cannot be read" in "".join(capsys.readouterr())

@@ -1,0 +1,81 @@
+"""Write ImageNet's training set as images: OUT holds `WNID_ImgID.JPEG`, byte for byte, and classes.json.
+
+SOURCE is ILSVRC2012_img_train.tar, a folder with the tars of the classes (n01440764.tar), or one with class folders.
+"""
+
+import re
+from pathlib import Path
+
+from common import (
+    images_by_class,
+    is_image,
+    make_parser,
+    name_images,
+    open_source,
+    open_tar,
+    progress,
+    run,
+    write_images,
+)
+
+WNID = re.compile("n[0-9]{8}")
+
+
+def main():
+    parser = make_parser(__doc__)
+    parser.add_argument("--names", help="text file of `n01440764 tench, Tinca tinca`: names for classes.json")
+    args = parser.parse_args()
+    names = read_names(args.names) if args.names else {}
+    with open_source(args.source, args.out) as (files, folders):
+        tars = class_tars(files, args.source)
+        if tars:
+            wnids, images = tars, tar_images(tars, args.source)
+        else:
+            wnids = images_by_class(files, folders, args.source)
+            check(wnids)
+            images = progress([x for wnid in wnids for x in name_images(wnid, wnids[wnid], args.source)])
+        write_images(args.out, {wnid: names.get(wnid, wnid) for wnid in wnids}, images, args.link == "True")
+
+
+def read_names(path):
+    lines = Path(path).read_text(encoding="utf-8").splitlines()
+    names = dict(line.strip().split(maxsplit=1) for line in lines if len(line.split()) > 1)
+    check(names)
+    return names
+
+
+def check(wnids):
+    for wnid in wnids:
+        if not WNID.fullmatch(wnid):
+            raise ValueError(f"{wnid} is no ImageNet class such as n01440764: other trees go to class_folders.py")
+
+
+def class_tars(files, source):
+    """`{WNID: its tar}` in sorted order. Other tars, such as the one that these came from, are left alone."""
+    tars = {}
+    for file in files:
+        name = file.name.rsplit("/", 1)[-1]
+        wnid = name.removesuffix(".tar")
+        if name.endswith(".tar") and WNID.fullmatch(wnid):
+            if wnid in tars:
+                raise ValueError(f"{source} holds {tars[wnid].name} and {file.name}: keep one of them")
+            tars[wnid] = file
+    images = [file.name for file in files if is_image(file.name)]
+    if tars and images:
+        raise ValueError(f"{source} holds class tars and images such as {images[0]}: keep one kind")
+    return dict(sorted(tars.items()))
+
+
+def tar_images(tars, source):
+    """The images of all class tars, one tar at a time: only the headers of a tar are read before its images."""
+    for wnid, tar in progress(tars.items(), "class"):
+        name = f"{source}: {tar.name}"
+        with tar.open() as file, open_tar(file, name) as (files, _):
+            images = [file for file in files if is_image(file.name)]
+            if not images:
+                raise ValueError(f"{name} holds no image: fetch it again")
+            yield from name_images(wnid, images, name)
+
+
+if __name__ == "__main__":
+    run(main)

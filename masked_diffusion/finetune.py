@@ -1,0 +1,86 @@
+"""Start a model from weights that were trained for other classes or another image size."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from . import dist_util, logger
+from .checkpoint import read_config
+
+POSITION_TABLES = ("pos_embed", "decoder_pos_embed")
+BIAS_TABLE = "relative_position_bias_table"
+LABEL_TABLE = "y_embedder.embedding_table.weight"
+UNREAD_ROWS = 3  # at the end of every bias table; see attention.RelativePositionBias
+
+
+def load_pretrained(model, path, class_names=()):
+    """Load weights into a model that may have other classes or another input size.
+
+    Position and bias tables are interpolated. Rows of the label table move by class name where both sides know their
+    names (the file through the configuration beside it), else by number where the numbers of classes agree; the null
+    class always moves. All other classes keep their fresh rows and are listed.
+
+    :param path: a state dict of the same family, depth and width.
+    :param class_names: of the model's classes, in the order of their labels.
+    :raises ValueError: when something other than these tables differs.
+    """
+    state, own = dist_util.load_state_dict(path), model.state_dict()
+    if not isinstance(state, dict) or LABEL_TABLE not in state:
+        raise ValueError(f"{path} holds no weights of DiT, MDT or MDTv2: it has no {LABEL_TABLE}")
+    missing, unknown = own.keys() - state.keys(), state.keys() - own.keys()
+    if missing or unknown:
+        raise ValueError(
+            f"{path} is of another model: it lacks {sorted(missing)[:3]} and has {sorted(unknown)[:3]} beyond; "
+            "choose the --model and --decode_layer that it was trained with"
+        )
+    old_names = read_config(path).get("classes") or ()
+    for name, value in own.items():
+        if name.endswith("relative_position_index"):
+            state[name] = value
+        elif name == LABEL_TABLE:
+            state[name] = _move_labels(state[name], value, old_names, class_names)
+        elif state[name].shape != value.shape:
+            state[name] = _interpolate(name, state[name], value.shape)
+    model.load_state_dict(state)
+
+
+def _interpolate(name, value, shape):
+    if name in POSITION_TABLES and value.shape[2] == shape[2]:
+        old, new = math.isqrt(value.shape[1]), math.isqrt(shape[1])
+        grid = value.view(1, old, old, -1).permute(0, 3, 1, 2)
+        logger.log(f"{name}: interpolated from {old} x {old} to {new} x {new} tokens")
+        return _resize(grid, new).permute(0, 2, 3, 1).reshape(shape)
+    if name.endswith(BIAS_TABLE) and value.shape[1] == shape[1]:
+        old, new = math.isqrt(value.shape[0] - UNREAD_ROWS), math.isqrt(shape[0] - UNREAD_ROWS)
+        grid = value[:-UNREAD_ROWS].t().reshape(1, -1, old, old)
+        resized = _resize(grid, new).reshape(shape[1], -1).t()
+        return torch.cat([resized, value[-UNREAD_ROWS:]])
+    raise ValueError(
+        f"{name} has shape {tuple(value.shape)}, but the model needs {tuple(shape)}: choose its own --model"
+    )
+
+
+def _resize(grid, size):
+    return F.interpolate(grid.float(), (size, size), mode="bicubic", align_corners=False).to(grid.dtype)
+
+
+def _move_labels(old, own, old_names, names):
+    """The label table of the model, with every row that has a counterpart in the old one."""
+    if old.shape[1] != own.shape[1]:
+        raise ValueError(
+            f"the label table is {old.shape[1]} wide, but the model's {own.shape[1]}: choose its own --model"
+        )
+    if len(old_names) == len(old) - 1 and len(names) == len(own) - 1:
+        rows = {i: old_names.index(name) for i, name in enumerate(names) if name in old_names}
+    else:
+        rows = {i: i for i in range(len(own) - 1)} if old.shape == own.shape else {}
+    table = own.clone()
+    table[-1] = old[-1]
+    for new_row, old_row in rows.items():
+        table[new_row] = old[old_row]
+    fresh = [str(names[i]) if names else str(i) for i in range(len(own) - 1) if i not in rows]
+    if fresh:
+        shown = ", ".join(fresh[:20]) + (", ..." if len(fresh) > 20 else "")
+        logger.log(f"{len(fresh)} of {len(own) - 1} classes start afresh: {shown}")
+    return table

@@ -1,0 +1,291 @@
+"""The posteriors of a dataset, encoded once and kept on disk, from which training draws what it would draw by encoding.
+
+A cache is a folder of `latents.json`, which says how it was made, and shards of consecutive images in the order of
+`list_image_files`. `shard_00000.npy` is (n, 2, 2, C, h, w) float16: images; plain, mirrored; mean, standard deviation,
+both before the first stage's scale. `shard_00000.json` beside it has the array's SHA-256, and file names and labels of
+its rows. It is written last: where it is, the shard is complete.
+"""
+
+import hashlib
+import json
+import random
+import time
+from datetime import timedelta
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from . import dist_util, logger
+from .autoencoder import IdentityFirstStage
+from .checkpoint import atomic_write, file_hash, write_json
+from .image_datasets import ImageDataset, image_classes, list_image_files, stream
+from .random_util import fold_seed
+
+VERSION = 1
+HEADER_NAME = "latents.json"
+
+# ---------------------------------------------------------------- the folder
+
+
+def fingerprint(first_stage):
+    """SHA-256 over names, shapes, formats and numbers of a VAE's weights, in hexadecimal; `identity` for pixels."""
+    if isinstance(first_stage, IdentityFirstStage):
+        return "identity"
+    digest = hashlib.sha256()
+    for name, tensor in sorted(first_stage.vae.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+class LatentCache:
+    """The files of a cache; shards go by their number.
+
+    :raises ValueError: when the folder holds no cache, or one of another format.
+    """
+
+    def __init__(self, folder):
+        self.folder = Path(folder)
+        self.header = _read_json(self.folder / HEADER_NAME)
+        self.check(version=VERSION)
+
+    def check(self, **wanted):
+        """Raise a ValueError when an item of the header is not as wanted, with both values."""
+        for key, value in wanted.items():
+            if self.header.get(key) != value:
+                raise ValueError(
+                    f"{self.folder} was made with {key} {self.header.get(key)} (--vae {self.header.get('vae')}), "
+                    f"now it is {value}: repeat its settings, or choose another --latent_dir"
+                )
+
+    def __len__(self):
+        return len(self.header["shards"])
+
+    def path(self, shard):
+        return self.folder / self.header["shards"][shard]
+
+    def rows(self, shard):
+        """The images of a shard, as a range of their indices."""
+        start, size = shard * self.header["shard_size"], self.header["shard_size"]
+        return range(start, min(start + size, self.header["num_images"]))
+
+    def describe(self, shard):
+        """`sha256`, `files` and `labels` (None without classes) of a complete shard; its array is not read.
+
+        :raises ValueError: when the shard is not complete.
+        """
+        return _read_json(self.path(shard).with_suffix(".json"))
+
+    def open(self, shard):
+        """A shard as a memory-mapped (n, 2, 2, C, h, w) float16 array.
+
+        :raises ValueError: for an array that is not there, cut short, or not of this shape.
+        """
+        path, size = self.path(shard), self.header["latent_size"]
+        shape = (len(self.rows(shard)), 2, 2, self.header["channels"], size, size)
+        try:
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
+            if (array.shape, array.dtype) != (shape, np.float16):
+                raise ValueError(f"{array.dtype} {array.shape} instead of float16 {shape}")
+        except (OSError, EOFError, ValueError) as error:
+            raise ValueError(f"{path} cannot be read ({error}): run scripts/encode_latents.py again") from error
+        return array
+
+    def is_complete(self, shard, verify=False):
+        """Whether a shard needs no encoding; `verify` reads all of it for its checksum."""
+        try:
+            described = self.describe(shard)
+            self.open(shard)
+        except ValueError:
+            return False
+        return not verify or file_hash(self.path(shard)) == described["sha256"]
+
+    def write(self, shard, latents, files, labels):
+        """Complete a shard.
+
+        :raises ValueError: for latents that float16 cannot hold.
+        """
+        path = self.path(shard)
+        if not np.isfinite(latents).all():
+            raise ValueError(
+                f"{files[0]} to {files[-1]}: a latent is infinite or NaN in float16: train without a cache"
+            )
+        # An old description must not vouch for the new array.
+        path.with_suffix(".json").unlink(missing_ok=True)
+        with atomic_write(path) as file:
+            np.save(file, latents, allow_pickle=False)
+        write_json(path.with_suffix(".json"), {"sha256": file_hash(path), "files": files, "labels": labels})
+
+
+def _read_json(path):
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read ({error}): run scripts/encode_latents.py") from error
+
+
+# ---------------------------------------------------------------- encoding
+
+
+def encode_latents(
+    *, data_dir, latent_dir, image_size, first_stage, vae, batch_size, shard_size, class_cond, num_workers, verify
+):
+    """Encode all images of a folder, centre-cropped, plain and mirrored; what is there already is not done again.
+
+    The ranks share out the missing shards. A shard is the same whichever rank makes it.
+
+    :param vae: the name of the first stage, for people; what counts is its fingerprint.
+    :param batch_size: images per rank at a time.
+    :param class_cond: take labels from the file names; see `image_classes`.
+    :param verify: compare complete shards with their checksums, and encode the damaged ones again.
+    :raises ValueError: for a cache that was made with other settings or files, an image size that the first stage
+        cannot reduce, and bad image folders, as `load_data` does.
+    """
+    if image_size % first_stage.downsample:
+        raise ValueError(f"image_size ({image_size}) must be a multiple of {first_stage.downsample}")
+    paths = list_image_files(data_dir)
+    files = [path.removeprefix(data_dir).lstrip("/") for path in paths]
+    labels, classes = image_classes(paths) if class_cond else (None, [])
+    header = {
+        "version": VERSION,
+        "image_size": image_size,
+        "crop": "center",
+        "vae_fingerprint": fingerprint(first_stage),
+        "channels": first_stage.channels,
+        "latent_size": image_size // first_stage.downsample,
+        "num_images": len(files),
+        "files_sha256": hashlib.sha256(json.dumps(files).encode()).hexdigest(),
+        "class_cond": class_cond,
+        "classes": classes,
+        "shard_size": shard_size,
+        "shards": [f"shard_{i:05d}.npy" for i in range(-(-len(files) // shard_size))],
+    }
+    cache = _start_cache(Path(latent_dir), header, vae)
+    missing = _find_incomplete(cache, verify)
+    own = missing[dist_util.get_rank() :: dist_util.get_world_size()]
+    batches = [rows[i : i + batch_size] for rows in map(cache.rows, own) for i in range(0, len(rows), batch_size)]
+    dataset, pin = ImageDataset(image_size, paths, random_flip=False), dist_util.dev().type == "cuda"
+    loader = DataLoader(dataset, batch_sampler=batches, num_workers=num_workers, pin_memory=pin)
+    encoded = _encode_batches(first_stage, loader, sum(map(len, batches)), sum(len(cache.rows(i)) for i in missing))
+    for shard in own:
+        rows = cache.rows(shard)
+        latents = np.concatenate([next(encoded) for _ in range(0, len(rows), batch_size)])
+        own_labels = labels[rows.start : rows.stop].tolist() if class_cond else None
+        cache.write(shard, latents, files[rows.start : rows.stop], own_labels)
+    dist_util.barrier()
+
+
+def _start_cache(folder, header, vae):
+    if dist_util.is_main():
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in folder.glob(".*.partial"):  # of a run that was killed
+            path.unlink()
+        if not (folder / HEADER_NAME).exists():
+            write_json(folder / HEADER_NAME, header | {"vae": vae})
+    dist_util.barrier()
+    cache = LatentCache(folder)
+    cache.check(**header)
+    return cache
+
+
+def _find_incomplete(cache, verify):
+    """The shards to encode, ascending, the same list on all ranks, each of which looks at its part."""
+    incomplete = torch.zeros(len(cache), device=dist_util.dev())
+    for shard in range(dist_util.get_rank(), len(cache), dist_util.get_world_size()):
+        incomplete[shard] = not cache.is_complete(shard, verify)
+    missing = dist_util.mean_over_ranks(incomplete).nonzero().flatten().tolist()
+    logger.log(f"{len(cache) - len(missing)} of {len(cache)} shards are there already")
+    for path in map(cache.path, missing):
+        if path.with_suffix(".json").exists():
+            logger.log(f"{path} is damaged: it is encoded again")
+    dist_util.barrier()  # until the damaged ones are named
+    return missing
+
+
+def _encode_batches(first_stage, loader, own, total):
+    """Yield batches as (N, 2, 2, C, h, w) float16, and log: this rank encodes `own` of all ranks' `total` images."""
+    start = last_log = time.perf_counter()
+    count = 0
+    for images, _ in loader:
+        images = images.to(dist_util.dev(), non_blocking=True)
+        flips = [torch.stack(first_stage.moments(flip), dim=1) for flip in (images, images.flip(3))]
+        latents = torch.stack(flips, dim=1).to(torch.float16).cpu().numpy()
+        count += len(latents)
+        now = time.perf_counter()
+        if now - last_log > 10 or count == own:
+            done, last_log = total * count // own, now
+            speed = done / (now - start)
+            eta = timedelta(seconds=round((total - done) / speed))
+            logger.log(f"{done}/{total} images  {speed:.2f} images/s  ETA {eta}")
+        yield latents
+
+
+# ---------------------------------------------------------------- training
+
+
+def load_latents(
+    *,
+    latent_dir,
+    batch_size,
+    image_size,
+    first_stage,
+    class_cond=False,
+    random_crop=False,
+    random_flip=True,
+    num_workers=1,
+    seed=0,
+    start_step=0,
+):
+    """`load_data` from a cache: an endless iterator over `(batch, cond)` of the same images, flips and labels.
+
+    `batch` is (batch_size, 2, C, h, w) float32, mean and standard deviation, of which `first_stage.sample` makes
+    latents; `cond` is that of `load_data`.
+
+    :param latent_dir: what `encode_latents` made; the images themselves are not needed.
+    :param random_crop: refused, since a cache holds centre crops.
+    :raises ValueError: for a cache of another first stage, size or crop, without the labels that are asked for, with
+        fewer images than a global batch, or with a shard that is missing or cut short.
+    """
+    dataset = LatentDataset(latent_dir, class_cond=class_cond, random_flip=random_flip, seed=seed)
+    dataset.cache.check(
+        image_size=image_size, crop="random" if random_crop else "center", vae_fingerprint=fingerprint(first_stage)
+    )
+    return stream(dataset, latent_dir, batch_size, num_workers, seed, start_step)
+
+
+class LatentDataset(Dataset):
+    """Posteriors as (2, C, h, w) float32, mean and standard deviation, with `{}` or `{"y": int64}`.
+
+    Items are asked for as of `ImageDataset`, and the same ones are mirrored. Shards are opened when they are needed.
+
+    :raises ValueError: for a cache that is not complete, or has no labels although they are asked for.
+    """
+
+    def __init__(self, latent_dir, class_cond=False, random_flip=True, seed=0):
+        self.cache, self.random_flip, self.seed = LatentCache(latent_dir), random_flip, seed
+        if class_cond:
+            self.cache.check(class_cond=True)
+        labels = []
+        for shard in range(len(self.cache)):
+            labels.append(self.cache.describe(shard)["labels"])
+            self.cache.open(shard)
+        self.classes = np.concatenate(labels) if class_cond else None
+
+    def __len__(self):
+        return self.cache.header["num_images"]
+
+    def __getitem__(self, key):
+        index, epoch = key if isinstance(key, tuple) else (key, 0)
+        flip = self.random_flip and random.Random(fold_seed(self.seed, epoch, index)).random() < 0.5
+        shard, row = divmod(index, self.cache.header["shard_size"])
+        moments = np.array(_open_shard(self.cache, shard)[row, int(flip)], dtype=np.float32)
+        return moments, {} if self.classes is None else {"y": np.int64(self.classes[index])}
+
+
+@lru_cache(maxsize=256)
+def _open_shard(cache, shard):
+    # Not all of them: each holds a file descriptor, of which a process may be granted 1024.
+    return cache.open(shard)

@@ -1,0 +1,40 @@
+#!/usr/bin/env bash
+# Train on several nodes: run this on the first one, run_ddp_worker.sh on the others, with the same settings.
+# Every setting comes from the environment; the defaults are MDTv2-XL/2 as published.
+#   MASTER_ADDR=node0 DATA_DIR=data/imagenet ./run_ddp_master.sh
+# Further flags of scripts/image_train.py may follow. Run again, it goes on where it stopped.
+set -euo pipefail
+cd "$(dirname "$0")"
+
+: "${DATA_DIR:?set DATA_DIR to a folder of images named CLASS_ANYTHING}"
+: "${MASTER_ADDR:?set MASTER_ADDR to the name or address of the first node}"
+# A restart gets a store of its own: in the old one gloo would find the addresses of dead processes.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+export OPENAI_LOGDIR=${OPENAI_LOGDIR:-output_mdt_xl2}
+export MASTER_PORT=${MASTER_PORT:-29500}
+NUM_NODES=${NUM_NODES:-8}
+NODE_RANK=${NODE_RANK:-0}
+NUM_GPUS=${NUM_GPUS:-8}
+MAX_RESTARTS=${MAX_RESTARTS:-3}
+LOCAL_ADDR=${LOCAL_ADDR:-} # this node's address, where its host name does not resolve on the others
+RUN_ID=${RUN_ID:-mdt}
+MODEL=${MODEL:-MDTv2_XL_2}
+IMAGE_SIZE=${IMAGE_SIZE:-256}
+MASK_RATIO=${MASK_RATIO:-0.30}
+DECODE_LAYER=${DECODE_LAYER:-4}
+LR=${LR:-3e-4}
+BATCH_SIZE=${BATCH_SIZE:-4}
+VAE=${VAE:-ema}
+
+# The rendezvous lives on the first node; a node that restarts joins it again, and all go on from the checkpoint.
+command=(
+  torchrun --nnodes="$NUM_NODES" --nproc_per_node="$NUM_GPUS" --max-restarts="$MAX_RESTARTS"
+  --rdzv_id="$RUN_ID" --rdzv_backend=c10d --rdzv_endpoint="$MASTER_ADDR:$MASTER_PORT"
+  --rdzv_conf="is_host=$([ "$NODE_RANK" = 0 ] && echo 1 || echo 0)" ${LOCAL_ADDR:+--local_addr="$LOCAL_ADDR"}
+  scripts/image_train.py
+  --data_dir "$DATA_DIR" --image_size "$IMAGE_SIZE" --vae "$VAE"
+  --model "$MODEL" --decode_layer "$DECODE_LAYER" --mask_ratio "$MASK_RATIO"
+  --lr "$LR" --batch_size "$BATCH_SIZE" "$@"
+)
+echo "node $NODE_RANK of $NUM_NODES: OPENAI_LOGDIR=$OPENAI_LOGDIR ${command[*]}"
+exec "${command[@]}"

@@ -1,0 +1,122 @@
+"""One test per fault: not a number, a spike, a full disk, an unreadable checkpoint."""
+
+import errno
+
+import pytest
+import torch
+from test_train_util import make_loop, stream, tensors, trained
+
+from masked_diffusion import checkpoint
+from masked_diffusion.checkpoint import complete_steps, latest_step
+from masked_diffusion.guardian import Guardian, TrainingFault
+
+
+def planted(loop, faults):
+    """Give the batches of some steps a factor."""
+
+    def data(start_step, seed):
+        for step, (batch, cond) in enumerate(stream(start_step, seed), start_step):
+            yield batch * faults.get((step, seed), 1.0), cond
+
+    loop.make_data = data
+    loop._start_data()
+    return loop
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path, capsys):
+    loop = planted(make_loop(tmp_path, max_steps=1, log_interval=1), {(1, 0): float("nan")})
+    loop.run_step(*next(loop.data))
+    before = [p.detach().clone() for p in loop.params], [e.clone() for e in loop.ema["0.9"]], str(loop.opt.state_dict())
+    loop.run_step(*next(loop.data))
+    assert loop.step == 2 and loop.guardian.bad_steps == 1
+    assert all(map(torch.equal, loop.params, before[0])) and all(map(torch.equal, loop.ema["0.9"], before[1]))
+    assert str(loop.opt.state_dict()) == before[2]
+    loop.run_step(*next(loop.data))
+    assert not all(map(torch.equal, loop.params, before[0])) and loop.guardian.bad_in_a_row == 0
+    assert "step 2 was not finite and is skipped, 1 in all" in capsys.readouterr().out
+
+
+def test_too_many_in_a_row_stop_the_run_with_the_checkpoint_intact(tmp_path):
+    faults = {(step, 0): float("inf") for step in range(3, 100)}
+    loop = planted(make_loop(tmp_path, max_steps=50, guardian={"max_bad_steps": 4}), faults)
+    with pytest.raises(TrainingFault, match="4 steps in a row were not finite"):
+        loop.run_loop()
+    assert latest_step(tmp_path) == 6 and loop.step == 6
+    state = torch.load(tmp_path / "model000006.pt", weights_only=True)
+    assert all(value.isfinite().all() for value in state.values())
+
+
+def test_spikes_are_measured_against_the_recent_mean():
+    guardian = Guardian(spike_zscore=4.0, window=30)
+    assert [guardian.spike(1.0 + 0.1 * (-1) ** i) for i in range(40)] == [None] * 40
+    assert guardian.spike(1.6) == pytest.approx(6.0, rel=0.05)
+    restored = Guardian(spike_zscore=4.0, window=30)
+    restored.load_state_dict(guardian.state_dict())
+    assert restored.spike(1.7) == guardian.spike(1.7) is not None
+    assert Guardian().spike(1e9) is None, "there is nothing to compare the first loss with"
+
+
+def test_a_spike_is_reported_with_its_files(tmp_path, capsys):
+    loop = make_loop(tmp_path, max_steps=41, log_interval=100, guardian={"spike_zscore": 5.0}, mask_ratio=None)
+    loop.batch_names = lambda step, seed: [f"file{step}_{i}.png" for i in range(8)]
+    planted(loop, {(40, 0): 300.0}).run_loop()
+    out = capsys.readouterr().out
+    assert "step 41: the loss" in out and "standard deviations above its mean" in out
+    assert "t " in out and "label " in out and "file40_" in out
+
+
+def test_a_spike_rolls_back_to_the_last_checkpoint_with_other_data(tmp_path, capsys):
+    options = {"log_interval": 1, "save_interval": 30, "max_steps": 45, "max_rollbacks": 2, "mask_ratio": None}
+    loop = planted(make_loop(tmp_path, guardian={"spike_zscore": 5.0}, **options), {(40, 0): 300.0})
+    loop.run_loop()
+    assert "rolled back to step 30 with other data, 1 of at most 2 times" in capsys.readouterr().out
+    assert loop.rollbacks == 1 and loop.run_seed != loop.seed and loop.step == 45
+    assert torch.load(tmp_path / "opt000045.pt", weights_only=True)["rollbacks"] == 1
+
+
+def test_rolling_back_restores_everything(tmp_path):
+    loop = make_loop(tmp_path, max_steps=4, max_rollbacks=1)
+    loop.run_loop()
+    saved = tensors(tmp_path, 4)
+    loop.run_step(*next(loop.data))
+    loop._roll_back()
+    assert loop.step == 4
+    loop.save()
+    assert all(torch.equal(value, saved[key]) for key, value in tensors(tmp_path, 4).items())
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):
+    loop = make_loop(tmp_path, max_steps=4)
+    whole_save, calls = torch.save, []
+
+    def full_at_the_third_file(value, file):
+        calls.append(file)
+        if loop.step == 4 and len(calls) == 7:
+            file.write(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        whole_save(value, file)
+
+    monkeypatch.setattr(checkpoint.torch, "save", full_at_the_third_file)
+    with pytest.raises(OSError, match="No space left"):
+        loop.run_loop()
+    monkeypatch.undo()
+    assert complete_steps(tmp_path) == [2] and not list(tmp_path.glob(".*"))
+    resumed = trained(tmp_path, max_steps=4)
+    assert resumed.step == 4 and complete_steps(tmp_path) == [2, 4]
+
+
+def test_an_unreadable_checkpoint_is_named(tmp_path):
+    trained(tmp_path, max_steps=2)
+    path = tmp_path / "opt000002.pt"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"opt000002\.pt cannot be read as a checkpoint"):
+        make_loop(tmp_path)
+
+
+def test_a_killed_removal_is_finished_later(tmp_path):
+    trained(tmp_path, max_steps=4)
+    (tmp_path / "opt000002.pt").rename(tmp_path / ".opt000002.pt.pruned")
+    (tmp_path / ".model000009.pt.123.partial").write_bytes(b"half")
+    checkpoint.prune_checkpoints(tmp_path, keep=0)
+    assert complete_steps(tmp_path) == [4]
+    assert not list(tmp_path.glob("*000002*")) and not list(tmp_path.glob(".*"))
