@@ -1,6 +1,7 @@
 """The same numbers on a GPU, and the precisions that only a GPU has."""
 
 import json
+import warnings
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from test_train_util import make_loop, tensors, trained
 
 from masked_diffusion import create_diffusion, create_model
 from masked_diffusion.autoencoder import IdentityFirstStage
+from masked_diffusion.objective import TwoPassObjective
 from masked_diffusion.sampling import Sampler, choose_labels
 
 pytestmark = [
@@ -58,17 +60,33 @@ def test_a_stopped_run_goes_on(precision, tmp_path):
         torch.testing.assert_close(value, theirs[key], rtol=1e-3, atol=1e-4, msg=key)
 
 
-def test_a_step_never_waits_for_the_device(tmp_path):
+def test_a_step_waits_for_the_device_once(tmp_path):
     loop = make_loop(tmp_path, device="cuda")
     for _ in range(3):
         loop.run_step(*next(loop.data))
     batch, cond = next(loop.data)
     batch, cond = batch.pin_memory(), {"y": cond["y"].pin_memory()}
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    torch.cuda.set_sync_debug_mode("warn")
+    with warnings.catch_warnings(record=True) as waits:
+        warnings.simplefilter("always")
         loop.run_step(batch, cond)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.set_sync_debug_mode("default")
+    # The guardian's look at loss and gradient norm.
+    assert len([w for w in waits if "synchronizing" in str(w.message)]) == 1
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_compiled_blocks_compute_the_same(exact, tmp_path):
+    model = fill(create_model("MDTv2_Nano_2", input_size=16, in_channels=3, num_classes=10, mask_ratio=0.3)).cuda()
+    objective = TwoPassObjective(model, create_diffusion(), kept_multiple=1 if exact else 4).train()
+    x, t, y = torch.randn(8, 3, 16, 16).cuda(), torch.arange(8).cuda() * 100, torch.arange(8).cuda()
+    draws = [objective.draw(x) for _ in range(12)]
+    plain = [objective(x, t, y, **d)["loss"].detach() for d in draws]
+    model.compile_blocks(dynamic=exact)
+    for d, expected in zip(draws, plain, strict=True):
+        losses = objective(x, t, y, **d)["loss"]
+        torch.testing.assert_close(losses.detach(), expected, rtol=1e-3, atol=1e-3)
+        losses.mean().backward()
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

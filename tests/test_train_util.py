@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import encode_latents
 import image_sample
 import image_train
 import numpy as np
@@ -15,6 +16,7 @@ import pytest
 import torch
 from conftest import REPO
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from masked_diffusion import create_diffusion, create_model, logger, script_util
 from masked_diffusion.autoencoder import IdentityFirstStage
@@ -290,6 +292,64 @@ def test_the_script_leaves_its_configuration(one_process):
     assert config["classes"] == ["a", "b", "c"]
     assert config["model"]["options"]["num_classes"] == 3 and config["model"]["name"] == "MDTv2_Nano_2"
     assert config["diffusion"]["snr_gamma"] == 5.0 and config["vae"] == "identity"
+
+
+def test_training_from_cached_latents_is_training_from_images(images, vae_folder, tmp_path, monkeypatch):
+    cache = tmp_path / "latents"
+    encode = {"data_dir": images, "latent_dir": cache, "image_size": 32, "vae": vae_folder, "num_workers": 0}
+    monkeypatch.setattr(sys, "argv", ["encode_latents.py", *(f"--{key}={value}" for key, value in encode.items())])
+    script_util.run(encode_latents.main)
+    options = {"vae": vae_folder, "image_size": 32, "max_steps": 3, "decode_layer": 4}
+    run_train(monkeypatch, train_flags(images, tmp_path / "live", **options))
+    run_train(monkeypatch, train_flags("", tmp_path / "cached", latent_dir=cache, **options))
+    rows = [(tmp_path / kind / "progress.jsonl").read_text().splitlines() for kind in ("live", "cached")]
+    live, cached = ([json.loads(line)["loss"] for line in lines] for lines in rows)
+    np.testing.assert_allclose(cached, live, rtol=2e-3)
+    assert cached != live  # the cache is rounded to float16
+    with pytest.raises(SystemExit):
+        run_train(monkeypatch, train_flags("", tmp_path / "other", latent_dir=cache, **options | {"vae": "identity"}))
+
+
+def test_sample_grids_show_the_ema_and_change_nothing(images, tmp_path, monkeypatch):
+    grids = {"sample_interval": 2, "optimizer": "adan", "max_steps": 4}
+    run_train(monkeypatch, train_flags(images, tmp_path / "with", **grids))
+    run_train(monkeypatch, train_flags(images, tmp_path / "without", **grids | {"sample_interval": 0}))
+    assert_same(tensors(tmp_path / "with", 4), tensors(tmp_path / "without", 4))
+    first, second = (np.asarray(Image.open(tmp_path / "with" / f"grid00000{step}.png")) for step in (2, 4))
+    assert first.shape == (4 * 8, 10 * 8, 3) and not np.array_equal(first, second)
+    board = EventAccumulator(str(tmp_path / "with"), size_guidance={"images": 0})
+    board.Reload()
+    assert board.Tags()["images"] == ["samples"] and [e.step for e in board.Images("samples")] == [2, 4]
+    assert {"loss", "loss_q3", "grad_norm", "lr", "images_per_second"} <= set(board.Tags()["scalars"])
+    assert [e.step for e in board.Scalars("loss")] == [1, 2, 3, 4]
+
+
+def test_snapshots_of_power_function_emas_resume_bitwise(tmp_path):
+    options = {"phema": "0.05,0.10", "keep": 1}
+    trained(tmp_path / "whole", **options)
+    trained(tmp_path / "parts", max_steps=2, **options)
+    trained(tmp_path / "parts", **options)
+    assert_same(tensors(tmp_path / "parts", 4), tensors(tmp_path / "whole", 4))
+    for step in (2, 4):
+        assert (tmp_path / "parts" / f"phema_0.050_{step:06d}.pt").exists()
+    assert not (tmp_path / "parts" / "model000002.pt").exists()
+
+
+def test_metrics_after_a_resume_go_on_where_the_checkpoint_was(tmp_path):
+    loop = make_loop(tmp_path, max_steps=10, log_interval=1, save_interval=4)
+    for _ in range(6):  # two steps beyond the checkpoint, then a crash while a row is written
+        loop.run_step(*next(loop.data))
+        loop._log()
+        if loop.step == 4:
+            loop.save()
+    with (tmp_path / "progress.jsonl").open("a") as file:
+        file.write('{"step": 7, "lo')
+    with (tmp_path / "progress.csv").open("a") as file:
+        file.write("7,5")
+    trained(tmp_path, max_steps=8, log_interval=1, save_interval=4)
+    rows = [json.loads(line)["step"] for line in (tmp_path / "progress.jsonl").read_text().splitlines()]
+    with (tmp_path / "progress.csv").open() as file:
+        assert [int(row["step"]) for row in csv.DictReader(file)] == rows == list(range(1, 9))
 
 
 @pytest.mark.parametrize(
