@@ -75,13 +75,25 @@ def save_checkpoint(folder, step, model_state, ema_states, train_state):
 
     :param ema_states: dict of EMA rates, as the user wrote them, to state dicts.
     :param train_state: dict of everything else that a resumed run needs.
+    :raises OSError: when the disk is full, say; no partial file stays.
     """
     files = {model_name(step): model_state}
     files |= {ema_name(rate, step): state for rate, state in ema_states.items()}
     files[opt_name(step)] = train_state
     for name, state in files.items():
-        with atomic_write(Path(folder, name)) as file:
-            torch.save(state, file)
+        try:
+            with atomic_write(Path(folder, name)) as file:
+                torch.save(state, file)
+        except (OSError, RuntimeError) as error:
+            # torch hides the disk's error behind one of its own.
+            cause = error if isinstance(error, OSError) else error.__context__
+            if not isinstance(cause, OSError):
+                raise
+            raise OSError(
+                cause.errno,
+                f"{Path(folder, name)} could not be written ({cause.strerror}): make room and run the same command "
+                "again; the last checkpoint is intact",
+            ) from error
 
 
 def prune_checkpoints(folder, keep):
@@ -147,6 +159,21 @@ def read_config(path):
 # ---------------------------------------------------------------- models from files
 
 
+def read_weights(path):
+    """The state dict of a file: the file's own, or the EMA or model in the checkpoint of another code.
+
+    :raises ValueError: for a file that cannot be read, or holds no state dict.
+    """
+    state = dist_util.load_state_dict(str(path))
+    for key in ("ema", "model", "state_dict"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    if not isinstance(state, dict) or not {key.removeprefix("module.") for key in state} >= ARCHITECTURE_KEYS:
+        keys = list(state)[:3] if isinstance(state, dict) else type(state).__name__
+        raise ValueError(f"{path} holds no state dict of DiT, MDT or MDTv2 (it begins with {keys})")
+    return {key.removeprefix("module."): value for key, value in state.items()}
+
+
 def find_architecture(state_dict):
     """Read the family, sizes and options of a model off its state dict.
 
@@ -154,11 +181,8 @@ def find_architecture(state_dict):
     and width).
 
     :return: name and options for `create_model`.
-    :raises ValueError: when it is not a state dict of DiT, MDT or MDTv2.
+    :raises ValueError: for a DiT of no named size, whose heads cannot be known.
     """
-    if not isinstance(state_dict, dict) or not state_dict.keys() >= ARCHITECTURE_KEYS:
-        keys = list(state_dict)[:3] if isinstance(state_dict, dict) else type(state_dict).__name__
-        raise ValueError(f"this is no state dict of DiT, MDT or MDTv2 (it begins with {keys})")
 
     def count(stack):
         return len({key.split(".")[1] for key in state_dict if key.startswith(stack + ".")})
@@ -222,7 +246,7 @@ def load_model(source, device="cpu", **options):
     :raises ValueError: for a file that is no checkpoint of these models, and for a folder without one.
     """
     path = find_weights(source)
-    state_dict = dist_util.load_state_dict(str(path))
+    state_dict = read_weights(path)
     config = read_config(path).get("model")
     name, found = find_architecture(state_dict) if config is None else (config["name"], config["options"])
     options = found | {key: value for key, value in options.items() if value is not None}

@@ -5,8 +5,8 @@ import math
 import torch
 import torch.nn.functional as F
 
-from . import dist_util, logger
-from .checkpoint import read_config
+from . import logger
+from .checkpoint import read_config, read_weights
 
 POSITION_TABLES = ("pos_embed", "decoder_pos_embed")
 BIAS_TABLE = "relative_position_bias_table"
@@ -25,9 +25,7 @@ def load_pretrained(model, path, class_names=()):
     :param class_names: of the model's classes, in the order of their labels.
     :raises ValueError: when something other than these tables differs.
     """
-    state, own = dist_util.load_state_dict(path), model.state_dict()
-    if not isinstance(state, dict) or LABEL_TABLE not in state:
-        raise ValueError(f"{path} holds no weights of DiT, MDT or MDTv2: it has no {LABEL_TABLE}")
+    state, own = read_weights(path), model.state_dict()
     missing, unknown = own.keys() - state.keys(), state.keys() - own.keys()
     if missing or unknown:
         raise ValueError(

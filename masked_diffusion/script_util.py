@@ -3,6 +3,7 @@
 import argparse
 import sys
 import traceback
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -248,15 +249,15 @@ def create_model_and_diffusion(config):
 
 
 def run(main):
-    """Run an entry point. A ValueError or TrainingFault is a sentence for the user; its traceback goes to log.txt."""
+    """Run an entry point. What went wrong by input, disk or divergence is a sentence; its traceback goes to log.txt."""
     try:
         main()
-    except (ValueError, TrainingFault) as error:
+    except (ValueError, OSError, TrainingFault) as error:
         lines = str(error).strip().splitlines()
         # A loader process sends its whole traceback, of which the last line is the sentence.
         sentence = lines[-1].removeprefix("ValueError: ") if lines[0].startswith("Caught ValueError") else str(error)
         if logger.get_dir():
-            with Path(logger.get_dir(), "log.txt").open("a") as file:
+            with suppress(OSError), Path(logger.get_dir(), "log.txt").open("a") as file:
                 file.write(traceback.format_exc())
         print(f"error: {sentence}", file=sys.stderr)
         sys.exit(2)

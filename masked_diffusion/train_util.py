@@ -1,5 +1,6 @@
 """The training loop. It builds nothing: the script hands it model, data and diffusion."""
 
+import json
 import signal
 import time
 from collections import defaultdict
@@ -72,6 +73,7 @@ class TrainLoop:
     :param guardian: see `guardian.Guardian`; `max_rollbacks` times a spike goes back to the last checkpoint.
     :param batch_names: function of step and seed that names the files of this rank's batch, for reports of spikes.
     :param draw_grid: function of the model that draws (H, W, 3) uint8 pixels, every `sample_interval` steps.
+    :param config: JSON values that go into every checkpoint. There is no generator to save: see `random_util`.
     """
 
     def __init__(
@@ -106,11 +108,13 @@ class TrainLoop:
         batch_names=None,
         sample_interval=0,
         draw_grid=None,
+        config=None,
         seed=0,
     ):
         self.objective, self.model = objective, objective.model
         self.first_stage, self.schedule_sampler, self.guardian = first_stage, schedule_sampler, guardian
         self.make_data, self.batch_names, self.draw_grid = make_data, batch_names, draw_grid
+        self.config = config
         self.log_dir, self.keep = Path(log_dir), keep
         self.log_interval, self.save_interval, self.sample_interval = log_interval, save_interval, sample_interval
         self.batch_size = batch_size
@@ -186,6 +190,7 @@ class TrainLoop:
             "seed": self.seed,
             "rollbacks": self.rollbacks,
             "train_seconds": self.train_seconds,
+            "config": json.dumps(self.config),
         }
         if dist_util.is_main():
             save_snapshots(self.log_dir, self.step, train_state["phema"], state, self._names, self.phema_dtype)

@@ -136,6 +136,7 @@ def main():
         guardian=Guardian(args.max_bad_steps, args.spike_zscore),
         load_weights=partial(load_pretrained, class_names=data.class_names),
         draw_grid=grid_drawer(model, config, first_stage, precision, args.seed),
+        config=config,
         log_dir=logger.get_dir(),
         optimizer=optimizer,
         batch_size=args.batch_size,

@@ -51,6 +51,15 @@ def test_a_file_becomes_the_model_that_it_holds(name, options, tmp_path):
     assert not loaded.training and type(loaded) is type(model)
 
 
+@pytest.mark.parametrize(
+    "wrap", [lambda s: {"ema": s, "model": {}}, lambda s: {"module." + k: v for k, v in s.items()}]
+)
+def test_checkpoints_of_other_codes_are_unwrapped(wrap, tmp_path):
+    model = fill(create_model("DiT_Nano_2", input_size=8))
+    torch.save(wrap(model.state_dict()), tmp_path / "0001000.pt")
+    assert torch.equal(load_model(tmp_path / "0001000.pt").pos_embed, model.pos_embed)
+
+
 def test_v1_takes_its_decode_layer_from_the_caller(tmp_path):
     torch.save(create_model("MDT_Nano_2", input_size=8, decode_layer=1).state_dict(), tmp_path / "v1.pt")
     assert load_model(tmp_path / "v1.pt").decode_layer == 2

@@ -73,5 +73,5 @@ def test_another_model_is_refused(weights, tmp_path):
     with pytest.raises(ValueError, match=r"choose its own --model"):
         load_pretrained(make(hidden_size=64), weights)
     torch.save({"conv": torch.zeros(1)}, tmp_path / "foreign.pt")
-    with pytest.raises(ValueError, match="holds no weights of DiT, MDT or MDTv2"):
+    with pytest.raises(ValueError, match="holds no state dict of DiT, MDT or MDTv2"):
         load_pretrained(make(), tmp_path / "foreign.pt")

@@ -1,6 +1,8 @@
 """One test per fault: not a number, a spike, a full disk, an unreadable checkpoint."""
 
 import errno
+import shutil
+import subprocess
 
 import pytest
 import torch
@@ -103,6 +105,24 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):
     assert complete_steps(tmp_path) == [2] and not list(tmp_path.glob(".*"))
     resumed = trained(tmp_path, max_steps=4)
     assert resumed.step == 4 and complete_steps(tmp_path) == [2, 4]
+
+
+def test_a_disk_that_is_really_full(tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=150m", "tmpfs", disk]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("no right to mount a small disk")
+    try:
+        trained(disk, max_steps=2)
+        (disk / "filler").write_bytes(bytes(shutil.disk_usage(disk).free - 3_000_000))
+        with pytest.raises(OSError, match=r"No space left on device\): make room"):
+            trained(disk, max_steps=4)
+        assert complete_steps(disk) == [2] and not list(disk.glob(".*"))
+        (disk / "filler").unlink()
+        assert trained(disk, max_steps=4).step == 4
+    finally:
+        subprocess.run(["umount", disk], check=True)
 
 
 def test_an_unreadable_checkpoint_is_named(tmp_path):

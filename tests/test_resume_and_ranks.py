@@ -110,14 +110,14 @@ def test_sharding_changes_nothing(images, tmp_path, shard, atol, optimizer):  # 
     for kind in ("none", shard):
         fork("image_train.py", train_flags(images, tmp_path / kind, max_steps=6, shard=kind, **options), ranks=2)
     ours, theirs = tensors(tmp_path / shard, 6), tensors(tmp_path / "none", 6)
-    assert_same(ours, theirs, rtol=1e-4, atol=atol)
+    assert_same(ours, theirs, rtol=0, atol=atol)
     # A checkpoint of one sharding continues under another: whole tensors, one layout.
     (tmp_path / shard / "opt000006.pt").unlink()
     fork("image_train.py", train_flags(images, tmp_path / shard, max_steps=6, **options), ranks=2)
-    assert_same(tensors(tmp_path / shard, 6), theirs, rtol=1e-4, atol=atol)
+    assert_same(tensors(tmp_path / shard, 6), theirs, rtol=0, atol=atol)
     (tmp_path / "none" / "opt000006.pt").unlink()
     fork("image_train.py", train_flags(images, tmp_path / "none", max_steps=6, shard=shard, **options), ranks=2)
-    assert_same(tensors(tmp_path / "none", 6), ours, rtol=1e-4, atol=atol)
+    assert_same(tensors(tmp_path / "none", 6), ours, rtol=0, atol=atol)
 
 
 def test_fsdp_needs_a_process_group(images, tmp_path):  # noqa: F811
