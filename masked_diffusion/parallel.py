@@ -47,12 +47,10 @@ def make_optimizer(name, params, lr, weight_decay, shard):
     """See `optim.create_optimizer`; with `zero1` each rank keeps the state of its share of the parameters."""
     if shard == "zero1" and dist_util.get_world_size() > 1:
         # It calls optimizer_class(params, **defaults).
-        return ZeroRedundancyOptimizer(params, optimizer_class=partial(_create, name), lr=lr, weight_decay=weight_decay)
+        return ZeroRedundancyOptimizer(
+            params, optimizer_class=partial(create_optimizer, name), lr=lr, weight_decay=weight_decay
+        )
     return create_optimizer(name, params, lr, weight_decay)
-
-
-def _create(name, params, **options):
-    return create_optimizer(name, params, **options)
 
 
 def whole(tensor):
@@ -65,6 +63,12 @@ def like(tensor, param):
     if isinstance(param, DTensor):
         return distribute_tensor(tensor.to(param.device), param.device_mesh, param.placements)
     return tensor
+
+
+def copy_all(targets, sources):
+    """Overwrite tensors by others that are cut alike."""
+    for target, source in zip(targets, sources, strict=True):
+        target.copy_(source)
 
 
 def optimizer_state(optimizer):

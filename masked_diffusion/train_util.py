@@ -22,11 +22,12 @@ from .checkpoint import (
     save_checkpoint,
 )
 from .optim import annealed_lr, default_grad_clip, update_ema
-from .parallel import like, load_optimizer_state, make_optimizer, optimizer_state, parallelize, whole
+from .parallel import copy_all, like, load_optimizer_state, make_optimizer, optimizer_state, parallelize, whole
 from .posthoc_ema import PowerEMA, save_snapshots
 from .random_util import GlobalBatchRandom, fold_seed
+from .sampling import save_grid
 
-NUM_QUARTILES = 4
+NUM_QUARTILES, GRID_COLUMNS = 4, 10
 
 
 def find_resume_step(log_dir, resume_checkpoint):
@@ -72,7 +73,7 @@ class TrainLoop:
     :param load_weights: function of model and file that loads weights of another kind of model for fine-tuning.
     :param guardian: see `guardian.Guardian`; `max_rollbacks` times a spike goes back to the last checkpoint.
     :param batch_names: function of step and seed that names the files of this rank's batch, for reports of spikes.
-    :param draw_grid: function of the model that draws (H, W, 3) uint8 pixels, every `sample_interval` steps.
+    :param draw_grid: function that draws (n, H, W, 3) uint8 images with the model, every `sample_interval` steps.
     :param config: JSON values that go into every checkpoint. There is no generator to save: see `random_util`.
     """
 
@@ -353,15 +354,17 @@ class TrainLoop:
         own = [p.detach().clone() for p in self.params]
         self.model.eval()
         with torch.no_grad():
-            torch._foreach_copy_(self.params, ema)
-            yield self.model
-            torch._foreach_copy_(self.params, own)
+            copy_all(self.params, ema)
+            yield
+            copy_all(self.params, own)
         self.model.train()
 
     def _show_grid(self):
-        with self.ema_weights() as model:
-            pixels = self.draw_grid(model, self.log_dir / f"grid{self.step:06d}.png")
-        logger.image("samples", pixels, self.step)
+        with self.ema_weights():
+            images = self.draw_grid()  # on all ranks: a sharded model needs them
+        if dist_util.is_main():
+            path = self.log_dir / f"grid{self.step:06d}.png"
+            logger.image("samples", save_grid(path, images, columns=GRID_COLUMNS), self.step)
 
     def _add_to_sums(self, losses, t, norm):
         """Sums stay on the device until they are logged."""

@@ -17,7 +17,7 @@ from masked_diffusion.latent_cache import LatentCache, load_latents
 from masked_diffusion.objective import TwoPassObjective
 from masked_diffusion.precision import check_precision
 from masked_diffusion.resample import create_named_schedule_sampler
-from masked_diffusion.sampling import Sampler, choose_labels, save_grid
+from masked_diffusion.sampling import Sampler, choose_labels
 from masked_diffusion.train_util import TrainLoop
 
 GRID_IMAGES, GRID_STEPS, GRID_SCALE = 40, "50", 1.5
@@ -76,7 +76,7 @@ def grid_drawer(model, config, first_stage, precision, seed):
     scale = None if model.null_label is None or not model.num_classes else GRID_SCALE
     sampler = Sampler(model, diffusion, first_stage, cfg_scale=scale, scale_pow=1.0, precision=precision, seed=seed)
     labels = choose_labels(range(GRID_IMAGES), "balanced", model.num_classes, seed)
-    return lambda _, path: save_grid(path, sampler(range(GRID_IMAGES), labels), columns=10)
+    return partial(sampler, range(GRID_IMAGES), labels)
 
 
 def main():

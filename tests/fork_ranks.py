@@ -12,6 +12,7 @@ import signal
 import socket
 import sys
 import time
+import traceback
 from importlib import import_module
 
 import torch
@@ -38,6 +39,8 @@ def start(script, flags, ranks):
             code = 0
         except SystemExit as stop:
             code = stop.code
+        except BaseException:
+            traceback.print_exc()
         finally:
             sys.stdout.flush()
             sys.stderr.flush()

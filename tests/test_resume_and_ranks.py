@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import REPO
+from PIL import Image
 from test_train_util import assert_same, images, tensors, train_flags  # noqa: F401 (a fixture among them)
 
 from masked_diffusion.checkpoint import complete_steps
@@ -106,11 +107,13 @@ def test_stopped_with_4_ranks_it_goes_on_with_2(images, one_rank, tmp_path):  # 
 @pytest.mark.parametrize("shard, atol", [("zero1", 1e-6), ("fsdp", 1e-5)])
 @pytest.mark.parametrize("optimizer", ["adan", pytest.param("adamw", marks=pytest.mark.slow)])
 def test_sharding_changes_nothing(images, tmp_path, shard, atol, optimizer):  # noqa: F811
-    options = {"batch_size": 4, "optimizer": optimizer, "save_interval": 3}
+    options = {"batch_size": 4, "optimizer": optimizer, "save_interval": 3, "sample_interval": 6}
     for kind in ("none", shard):
         fork("image_train.py", train_flags(images, tmp_path / kind, max_steps=6, shard=kind, **options), ranks=2)
     ours, theirs = tensors(tmp_path / shard, 6), tensors(tmp_path / "none", 6)
     assert_same(ours, theirs, rtol=0, atol=atol)
+    grids = [np.asarray(Image.open(tmp_path / kind / "grid000006.png")).astype(int) for kind in ("none", shard)]
+    assert np.abs(grids[0] - grids[1]).max() <= 1
     # A checkpoint of one sharding continues under another: whole tensors, one layout.
     (tmp_path / shard / "opt000006.pt").unlink()
     fork("image_train.py", train_flags(images, tmp_path / shard, max_steps=6, **options), ranks=2)
