@@ -1,0 +1,50 @@
+"""The closed form of FLOP against PyTorch's counter."""
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from masked_diffusion import create_model
+from masked_diffusion.flops import forward_flops
+
+
+def counted(model, num_kept=None):
+    """FLOP of a forward pass of one image on the meta device, with attention in its two matrix products."""
+    with torch.device("meta"):
+        x, t = torch.empty(1, model.in_channels, model.input_size, model.input_size), torch.zeros(1, dtype=torch.long)
+        ids_keep = None if num_kept is None else torch.zeros(1, num_kept, dtype=torch.long)
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            model(x, t, t, enable_mask=num_kept is not None, ids_keep=ids_keep)
+    return counter.get_total_flops()
+
+
+def meta(name, **options):
+    with torch.device("meta"):
+        return create_model(name, **options).eval()
+
+
+@pytest.mark.parametrize("name", ["DiT_S_2", "DiT_Nano_4", "MDT_S_2", "MDTv2_S_2", "MDTv2_XL_2"])
+def test_a_full_pass_has_the_counted_flops(name):
+    model = meta(name)
+    assert forward_flops(model) == counted(model)
+
+
+@pytest.mark.parametrize(
+    "name, options",
+    [("MDT_Nano_2", {}), ("MDT_S_2", {"decode_layer": 4}), ("MDTv2_S_2", {"decode_layer": 6}), ("MDTv2_XL_2", {})],
+)
+@pytest.mark.parametrize("num_kept", [1, 160])
+def test_a_masked_pass_has_the_counted_flops(name, options, num_kept):
+    model = meta(name, mask_ratio=0.3, **options)
+    assert forward_flops(model, num_kept) == counted(model, num_kept)
+
+
+def test_masking_saves_encoder_work_and_adds_the_side_block():
+    model = meta("MDTv2_S_2", mask_ratio=0.3)
+    assert forward_flops(model, 128) < forward_flops(model) < forward_flops(model, 255)
+
+
+def test_sizes_follow_the_paper():
+    # DiT's paper counts 118.6 billion multiply-adds for DiT-XL/2 at 256.
+    assert forward_flops(meta("DiT_XL_2")) / 2e9 == pytest.approx(118.6, rel=0.005)
