@@ -74,9 +74,12 @@ TIERS = [
         "attention",
         "diffusion_utils",
         "dist_util",
+        "embeddings",
         "flops",
         "guardian",
         "guidance",
+        "labels",
+        "model_card",
         "models",
         "precision",
         "random_util",
@@ -92,8 +95,11 @@ TIERS = [
         "finetune",
         "latent_cache",
         "posthoc_ema",
+        "pretrained",
+        "solvers",
     },
     {"train_util", "script_util"},
+    {"sample_util"},
 ]
 
 
