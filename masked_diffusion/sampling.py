@@ -75,12 +75,24 @@ class Sampler:
         self.denoise = GuidedDenoiser(autocast(model, precision), guidance or Guidance(), model.null_label, guide)
         self.device = next(model.parameters()).device
 
-    def progressive(self, indices, labels):
-        """The solver's steps for (n,) indices and (n,) labels: dicts of latents `sample` and `pred_xstart`."""
+    def start(self, indices, labels):
+        """What the solver's steps begin with.
+
+        :return: (n, C, h, w) noise, and the options of every step.
+        """
         random = PerSampleRandom(self.seed, indices, self.device)
         noise = random.randn(self.model.in_channels, self.model.input_size, self.model.input_size)
-        options = {"clip_denoised": self.clip_denoised, "randn_like": random.randn_like}
-        yield from self.solver.progressive(self.denoise, noise, model_kwargs={"y": labels.to(self.device)}, **options)
+        model_kwargs = {"y": labels.to(self.device)}
+        return noise, {
+            "clip_denoised": self.clip_denoised,
+            "model_kwargs": model_kwargs,
+            "randn_like": random.randn_like,
+        }
+
+    def progressive(self, indices, labels):
+        """The solver's steps for (n,) indices and (n,) labels: dicts of latents `sample` and `pred_xstart`."""
+        noise, options = self.start(indices, labels)
+        yield from self.solver.progressive(self.denoise, noise, **options)
 
     @torch.no_grad()
     def decode(self, latents):

@@ -47,6 +47,8 @@ class DiffusionSolver:
     def __init__(self, diffusion, use_ddim=False):
         self.diffusion, self.original_num_steps = diffusion, diffusion.original_num_steps
         self.loop = diffusion.ddim_sample_loop_progressive if use_ddim else diffusion.p_sample_loop_progressive
+        self.step = diffusion.ddim_sample if use_ddim else diffusion.p_sample
+        self.num_steps = diffusion.num_timesteps
 
     def progressive(self, denoise, noise, clip_denoised=False, model_kwargs=None, randn_like=torch.randn_like):
         """Samples, step by step.

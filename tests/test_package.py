@@ -99,7 +99,7 @@ TIERS = [
         "solvers",
     },
     {"train_util", "script_util"},
-    {"sample_util"},
+    {"editing", "sample_util"},
 ]
 
 
