@@ -1,4 +1,4 @@
-"""What the sampling scripts share: flags, and the sampler that flags describe."""
+"""What the sampling scripts share: flags, and the weights and samplers that flags describe."""
 
 import argparse
 from typing import NamedTuple
@@ -110,6 +110,17 @@ def size_of(model):
     return f"{type(model).__name__} of depth {model.depth}, width {model.hidden_size}, patch {model.patch_size}"
 
 
+class Weights(NamedTuple):
+    """What takes long to load, and serves any number of samplers."""
+
+    model: torch.nn.Module
+    first_stage: object
+    guide_model: torch.nn.Module | None
+    diffusion: dict  # options of `create_diffusion` that the model was trained with
+    names: list  # of the classes; [] where nobody knows them
+    settings: dict  # what images are a function of as far as weights go, as JSON values
+
+
 class Loaded(NamedTuple):
     sampler: Sampler
     names: list  # of the classes; [] where nobody knows them
@@ -122,10 +133,17 @@ def load_sampler(args, batch_size=None):
     :param batch_size: see `Sampler`; of effect in a compiled model.
     :raises ValueError: for weights that cannot be had, and for flags that contradict them or each other.
     """
+    solver_name(args)  # flags that contradict each other are refused before the weights are loaded
+    return make_sampler(args, load_weights(args), batch_size)
+
+
+def load_weights(args):
+    """Load what `add_weights_flags` and `--guide_path` describe.
+
+    :raises ValueError: for weights that cannot be had, and for flags that contradict them.
+    """
     precision = precision_of(args)
     check_precision(precision, dist_util.dev())
-    if args.use_ddim and args.solver not in (None, "ddim"):
-        raise ValueError(f"--use_ddim True and --solver {args.solver} contradict each other: leave one out")
     with dist_util.main_first():
         weights = find_weights(args.model_path)
         config = read_config(weights)
@@ -137,34 +155,55 @@ def load_sampler(args, batch_size=None):
     if args.compile:
         for network in filter(None, (model, guide_model)):
             network.compile_blocks()
-    solver_name = args.solver or ("ddim" if args.use_ddim else "ddpm")
-    diffusion_config = config.get("diffusion", {"learn_sigma": model.learn_sigma})
-    solver = create_solver(solver_name, args.num_sampling_steps, diffusion_config)
-    guidance = guidance_of(args, model, solver.original_num_steps)
-    sampler = Sampler(
-        model,
-        solver,
-        first_stage,
-        guidance=guidance,
-        guide_model=guide_model,
-        clip_denoised=args.clip_denoised,
-        precision=precision,
-        decode_batch=args.decode_batch,
-        batch_size=batch_size if args.compile else None,
-        seed=args.seed,
-    )
     settings = {
         "weights": shared_hash(weights),
         "guide": shared_hash(find_weights(args.guide_path)) if args.guide_path else None,
         "vae": vae,
+        "precision": precision,
+    }
+    diffusion = config.get("diffusion", {"learn_sigma": model.learn_sigma})
+    names = class_names(config.get("classes"), model.num_classes)
+    return Weights(model, first_stage, guide_model, diffusion, names, settings)
+
+
+def solver_name(args):
+    """The solver that flags ask for.
+
+    :raises ValueError: where two flags ask for two.
+    """
+    if args.use_ddim and args.solver not in (None, "ddim"):
+        raise ValueError(f"--use_ddim True and --solver {args.solver} contradict each other: leave one out")
+    return args.solver or ("ddim" if args.use_ddim else "ddpm")
+
+
+def make_sampler(args, weights, batch_size=None):
+    """Put solver and guidance of the flags around loaded weights; this takes milliseconds.
+
+    :param weights: from `load_weights`. :param batch_size: as in `load_sampler`.
+    :raises ValueError: for steps that the solver cannot take, and for guidance that the model cannot have.
+    """
+    solver = create_solver(solver_name(args), args.num_sampling_steps, weights.diffusion)
+    guidance = guidance_of(args, weights.model, solver.original_num_steps)
+    sampler = Sampler(
+        weights.model,
+        solver,
+        weights.first_stage,
+        guidance=guidance,
+        guide_model=weights.guide_model,
+        clip_denoised=args.clip_denoised,
+        precision=weights.settings["precision"],
+        decode_batch=args.decode_batch,
+        batch_size=batch_size if args.compile else None,
+        seed=args.seed,
+    )
+    settings = weights.settings | {
         "seed": args.seed,
-        "solver": solver_name,
+        "solver": solver_name(args),
         "num_sampling_steps": args.num_sampling_steps,
         "clip_denoised": args.clip_denoised,
         "guidance": guidance.describe(),
-        "precision": precision,
     }
-    return Loaded(sampler, class_names(config.get("classes"), model.num_classes), settings)
+    return Loaded(sampler, weights.names, settings)
 
 
 def load_guide(path, model):

@@ -15,7 +15,8 @@ from masked_diffusion import create_model, script_util
 from masked_diffusion.autoencoder import IdentityFirstStage
 from masked_diffusion.checkpoint import save_checkpoint
 from masked_diffusion.guidance import Guidance
-from masked_diffusion.sampling import Sampler, ShardStore, choose_labels, save_grid, to_uint8
+from masked_diffusion.pictures import save_grid
+from masked_diffusion.sampling import Sampler, ShardStore, choose_labels, to_uint8
 from masked_diffusion.solvers import SOLVERS, create_solver
 
 

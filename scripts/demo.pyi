@@ -1,0 +1,268 @@
+"""A web page that draws images of a class, shows them as they form, and fills what is painted over.
+
+It listens on 127.0.0.1 unless told otherwise, and it asks nobody who they are: with --host 0.0.0.0 everyone in reach
+may use the GPU. Numbers from the browser are checked again here, images come as bytes, and no path or address that a
+browser names is ever opened.
+"""
+
+import os
+import random
+import tempfile
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import gradio as gr
+from gradio.components.base import server
+from PIL import Image
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.responses import PlainTextResponse
+
+from masked_diffusion import logger, sample_util, script_util, web_requests
+from masked_diffusion.pictures import make_grid, save_grid
+from masked_diffusion.pretrained import describe
+from masked_diffusion.solvers import SOLVERS
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+MAX_UPLOAD = 64 * 2**20  # bytes of one request
+MAX_WAITING = 20  # jobs in the queue
+MAX_PAINTINGS = 16  # that were sent and not yet used
+CACHE_SECONDS = 3600
+CSS = """
+.gradio-container {max-width: 1280px !important; margin: auto}
+#status p {font-size: 1rem; min-height: 1.5em}
+.pixels img {image-rendering: pixelated}
+"""
+
+def parse_args():
+    parser = script_util.make_parser(__doc__)
+    sample_util.add_weights_flags(parser)
+    sample_util.add_solver_flags(parser)
+    sample_util.add_guidance_flags(parser)
+    parser.set_defaults(solver="ddim", num_sampling_steps="50", cfg_cond=True, cfg_scale=4.0, scale_pow=0.01)
+    page = parser.add_argument_group("page")
+    page.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0: all of this machine's")
+    page.add_argument("--port", type=int, default=7860, help="port to listen on")
+    page.add_argument("--max_images", type=int, default=16, help="images that one request may ask for")
+    page.add_argument("--max_steps", type=int, default=250, help="sampling steps that one request may ask for")
+    return parser.parse_args()
+
+# ---------------------------------------------------------------- what comes from the browser
+
+class Page(gr.Blocks):
+    """Blocks that take no files by name.
+
+    Gradio itself lets a request name files of its upload folder, and downloads addresses; this page needs neither.
+    """
+
+    async def preprocess_data(self, block_fn, inputs, *args, **kwargs):
+        if names_a_file(inputs):
+            raise gr.Error("This page takes no paths and no addresses.")
+        return await super().preprocess_data(block_fn, inputs, *args, **kwargs)
+
+def names_a_file(value):
+    """Whether gradio could take any part of a JSON value for a file."""
+    if isinstance(value, dict):
+        return "path" in value or "url" in value or any(names_a_file(part) for part in value.values())
+    return isinstance(value, list) and any(names_a_file(part) for part in value)
+
+class Painting(gr.ImageEditor):
+    """An editor whose pictures are uploaded, which has a limit; what it would take otherwise stays in memory."""
+
+    is_template = True  # shown by the parent's frontend
+    accept_blobs = None
+    from typing import Callable, Literal, Sequence, Any, TYPE_CHECKING
+    from gradio.blocks import Block
+    if TYPE_CHECKING:
+        from gradio.components import Timer
+        from gradio.components.base import Component
+
+class BodyLimit:
+    """Refuses requests whose body is larger than `MAX_UPLOAD`, or of a size that they do not tell."""
+
+    def __init__(self, app):
+        self.app = app
+
+    async def __call__(self, scope, receive, send):
+        headers = dict(scope.get("headers", ()))
+        length = headers.get(b"content-length", b"0")
+        if b"transfer-encoding" in headers or not length.isdigit() or int(length) > MAX_UPLOAD:
+            await PlainTextResponse(f"at most {MAX_UPLOAD} bytes", status_code=413)(scope, receive, send)
+            return
+        await self.app(scope, receive, send)
+
+# ---------------------------------------------------------------- jobs
+
+@contextmanager
+def errors_shown():
+    """What is wrong with a request is shown in the browser."""
+    try:
+        yield
+    except ValueError as error:
+        raise gr.Error(str(error)) from error
+
+class Studio:
+    """What the buttons do.
+
+    :param args: flags; they hold what the page offers no choice of. :param weights: from `load_weights`.
+    :param folder: where the file to download is written.
+    :raises ValueError: when the flags' own settings are none that the page may ask for.
+    """
+
+    def __init__(self, args, weights, folder):
+        self.args, self.weights, self.folder = args, weights, Path(folder)
+        self.limits = web_requests.Limits(args.max_images, args.max_steps)
+        self.size = weights.model.input_size * weights.first_stage.downsample
+        steps = int(args.num_sampling_steps) if args.num_sampling_steps.isdecimal() else args.num_sampling_steps
+        self.initial = self.check(
+            0, min(4, args.max_images), args.seed, sample_util.solver_name(args), steps, args.cfg_scale, args.scale_pow
+        )
+        self.rule = web_requests.request_sampler(weights, args, self.initial).denoise.guidance.rule
+
+    def check(self, *values):
+        return web_requests.check_request(self.limits, self.weights.model.num_classes, *values)
+
+    def class_choices(self):
+        """Pairs of what is shown and its label."""
+        names = self.weights.names or ["class"] * max(self.weights.model.num_classes, 1)
+        return [(f"{label}  {name}", label) for label, name in enumerate(names)]
+
+    def draw(self, *values):
+        """The values of `Request`, in its order -> what `show` yields."""
+        with errors_shown():
+            request = self.check(*values)
+            yield from self.show(request, web_requests.draw(self.weights, self.args, request))
+
+    def fill(self, painting, resamplings, *values):
+        """What the editor holds, resamplings, and the values of `Request` -> what `show` yields."""
+        with errors_shown():
+            request = self.check(*values)
+            image, hole = web_requests.check_painting(painting, self.size)
+            job = web_requests.fill(self.weights, self.args, request, image, hole, resamplings)
+            yield from self.show(request, job)
+
+    def show(self, request, job):
+        """The view, a line of text, the download and the images, as a job goes on."""
+        start = time.perf_counter()
+        yield gr.skip(), "Starting ...", gr.DownloadButton(interactive=False), gr.skip()
+        for progress in job:
+            view, seconds = web_requests.view_of(progress.images), time.perf_counter() - start
+            if progress.done < progress.total:
+                yield view, f"Step {progress.done} of {progress.total}, {seconds:.1f} s", gr.skip(), gr.skip()
+        path = self.folder / f"class{request.label}_seed{request.seed}.png"
+        save_grid(path, progress.images, web_requests.columns_of(request.count))
+        name = self.weights.names[request.label] if self.weights.names else f"class {request.label}"
+        line = f"{request.count} x **{name}**, seed {request.seed}: {progress.total} steps in {seconds:.1f} s"
+        yield view, line, gr.DownloadButton(value=path, interactive=True), progress.images
+
+    def take(self, images, event: gr.SelectData):
+        """The image that was clicked goes into the editor."""
+        with errors_shown():
+            image = web_requests.clicked(images, event.index)
+        return make_grid(image[None], 1, max(1, web_requests.VIEW // self.size)), gr.Tabs(selected="fill")
+
+# ---------------------------------------------------------------- the page
+
+def build_page(studio):
+    """The widgets, and which of them do what."""
+    with Page(title="Masked diffusion", analytics_enabled=False, delete_cache=(CACHE_SECONDS, CACHE_SECONDS)) as page:
+        gr.Markdown(f"# Masked diffusion\n{describe(studio.weights.model)}; images of {studio.size} x {studio.size}.")
+        images = gr.State(None)
+        with gr.Row():
+            with gr.Column(scale=2):
+                values = add_settings(studio)
+                with gr.Tabs() as tabs:
+                    with gr.Tab("Draw", id="draw"):
+                        draw = gr.Button("Draw", variant="primary", elem_id="draw")
+                    with gr.Tab("Fill what is painted over", id="fill"):
+                        painting = add_editor(studio.size)
+                        resamplings = gr.Slider(
+                            1, web_requests.MOST_RESAMPLINGS, value=4, step=1, label="Resamplings",
+                            info="More join old and new better, and take so many times as long (ddpm and ddim only)",
+                        )  # fmt: skip
+                        fill = gr.Button("Fill", variant="primary", elem_id="fill")
+            with gr.Column(scale=3):
+                view = gr.Image(
+                    label="Images", format="png", interactive=False, buttons=["fullscreen"], height=560,
+                    elem_id="view", elem_classes="pixels" if studio.size < 64 else None,
+                )  # fmt: skip
+                status = gr.Markdown("Choose a class and press Draw. Click an image to paint on it.", elem_id="status")
+                with gr.Row():
+                    stop = gr.Button("Stop", elem_id="stop")
+                    download = gr.DownloadButton("Download PNG", interactive=False, elem_id="download")
+        # One job at a time, whichever button it comes from.
+        shared = {"outputs": [view, status, download, images], "concurrency_id": "model", "concurrency_limit": 1}
+        shared |= {"show_progress": "minimal", "show_progress_on": status, "api_visibility": "private"}
+        jobs = [draw.click(studio.draw, values, **shared)]
+        jobs += [fill.click(studio.fill, [painting, resamplings, *values], **shared)]
+        stop.click(lambda: "Stopped.", None, status, cancels=jobs, api_visibility="private")
+        view.select(studio.take, images, [painting, tabs], api_visibility="private", show_progress="hidden")
+    return page.queue(max_size=MAX_WAITING, api_open=False)
+
+def add_settings(studio):
+    """The widgets of a `Request`'s values, in its order."""
+    initial, limits = studio.initial, studio.limits
+    label = gr.Dropdown(
+        studio.class_choices(), value=initial.label, label="Class", info="Type to search", filterable=True,
+        elem_id="class",
+    )  # fmt: skip
+    with gr.Row():
+        count = gr.Slider(1, limits.images, value=initial.count, step=1, label="Images", elem_id="count")
+        with gr.Column(min_width=160):
+            seed = gr.Number(initial.seed, precision=0, minimum=0, label="Seed", elem_id="seed")
+            another = gr.Button("Another seed", size="sm")
+    with gr.Row():
+        solver = gr.Dropdown(list(SOLVERS), value=initial.solver, label="Solver")
+        steps = gr.Slider(1, limits.steps, value=initial.steps, step=1, label="Steps", elem_id="steps")
+    with gr.Row(visible=studio.rule != "none"):
+        scale = gr.Slider(
+            0, web_requests.LARGEST_SCALE, value=initial.cfg_scale, step=0.1, label="Guidance scale",
+            info="1: none", elem_id="scale",
+        )  # fmt: skip
+        power = gr.Slider(
+            0, web_requests.LARGEST_POWER, value=initial.scale_pow, step=0.01, label="Power",
+            info="Larger: guidance grows later", visible=studio.rule == "power-cosine",
+        )  # fmt: skip
+    another.click(lambda: random.randint(0, web_requests.LARGEST_SEED), None, seed, api_visibility="private")
+    return [label, count, seed, solver, steps, scale, power]
+
+def add_editor(size):
+    return Painting(
+        label="Upload an image, or click a drawn one; then paint over what is to change",
+        sources=("upload",), transforms=(), layers=False, format="png", height=420,
+        canvas_size=(web_requests.VIEW, web_requests.VIEW),
+        brush=gr.Brush(default_size=max(24, web_requests.VIEW // size), colors=["#ff2d87"], color_mode="fixed"),
+        elem_id="painting",
+    )  # fmt: skip
+
+def serve(page, host, port):
+    """Serve a page until it is interrupted.
+
+    :raises OSError: when the address cannot be had.
+    """
+    middleware = [Middleware(BodyLimit)]
+    if host in LOOPBACK:  # other sites' pages cannot reach it under a name of theirs
+        middleware.append(Middleware(TrustedHostMiddleware, allowed_hosts=[*LOOPBACK, "[::1]"]))
+    fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}  # none to fetch
+    page.launch(
+        server_name=host, server_port=port, share=False, inbrowser=False, quiet=True, footer_links=[],
+        theme=gr.themes.Soft(**fonts), css=CSS, ssr_mode=False, mcp_server=False, pwa=False, run_history=False,
+        enable_monitoring=False, max_file_size=MAX_UPLOAD, prevent_thread_lock=True,
+        app_kwargs={"middleware": middleware, "docs_url": None, "redoc_url": None},
+    )  # fmt: skip
+    logger.log(f"open http://{host}:{port} in a browser; Ctrl+C ends it")
+    page.block_thread()
+
+def main():
+    args = parse_args()
+    script_util.check_positive(args, "max_images", "max_steps")
+    os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_ALLOWED_PATHS": ""}
+    Image.MAX_IMAGE_PIXELS = web_requests.LONGEST_SIDE**2  # twice as many are refused before they are decoded
+    sample_util.solver_name(args)
+    weights = sample_util.load_weights(args)
+    with tempfile.TemporaryDirectory() as folder:
+        serve(build_page(Studio(args, weights, folder)), args.host, args.port)
+
+if __name__ == "__main__":
+    script_util.run(main)
