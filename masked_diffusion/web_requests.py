@@ -17,6 +17,7 @@ from .solvers import SOLVERS
 
 PREVIEWS = 12  # pictures of images as they form
 VIEW = 512  # pixels of a sheet or an image on the screen; smaller ones are enlarged to about this
+GAP = 4  # pixels between the images of a sheet on the screen
 JUMP_LENGTH = 10
 LARGEST_SEED, LARGEST_SCALE, LARGEST_POWER, MOST_RESAMPLINGS = 2**31 - 1, 20, 10, 10
 LONGEST_SIDE, LONGEST_RATIO = 4096, 4  # of an uploaded image
@@ -187,9 +188,12 @@ def columns_of(num_images):
 
 
 def view_of(images):
-    """(N, H, W, 3) uint8 -> their sheet (H', W', 3) uint8, enlarged for the screen without smoothing."""
+    """(N, H, W, 3) uint8 -> (H', W', 3) uint8: their sheet for the screen, with gaps, enlarged without smoothing."""
     columns = columns_of(len(images))
-    return make_grid(images, columns, max(1, VIEW // (columns * images.shape[2])))
+    scale = max(1, VIEW // (columns * images.shape[2]))
+    enlarged = images.repeat(scale, axis=1).repeat(scale, axis=2)
+    border = (GAP // 2, GAP // 2)
+    return make_grid(np.pad(enlarged, ((0, 0), border, border, (0, 0)), constant_values=255), columns)
 
 
 def clicked(images, place):

@@ -62,7 +62,7 @@ class Page(gr.Blocks):
     async def preprocess_data(self, block_fn, inputs, *args, **kwargs):
         for widget, value in zip(block_fn.inputs, inputs, strict=False):  # gradio complains of a wrong number
             for path in named_files(value):
-                if not isinstance(widget, Painting) or not is_upload(path):
+                if not isinstance(widget, gr.ImageEditor) or not is_upload(path):
                     raise gr.Error("This page opens no paths and no addresses.")
         return await super().preprocess_data(block_fn, inputs, *args, **kwargs)
 
@@ -81,13 +81,6 @@ def named_files(value):
 def is_upload(path):
     folder = Path(get_upload_folder()).resolve()
     return isinstance(path, str) and folder in Path(path).resolve().parents
-
-
-class Painting(gr.ImageEditor):
-    """An editor whose pictures are uploaded, which has a limit; what it would take otherwise stays in memory."""
-
-    is_template = True  # shown by the parent's frontend
-    accept_blobs = None
 
 
 class BodyLimit:
@@ -140,8 +133,12 @@ class Studio:
 
     def class_choices(self):
         """Pairs of what is shown and its label."""
-        names = self.weights.names or ["class"] * max(self.weights.model.num_classes, 1)
-        return [(f"{label}  {name}", label) for label, name in enumerate(names)]
+        labels = range(max(self.weights.model.num_classes, 1))
+        return [(self.name_of(label), label) for label in labels]
+
+    def name_of(self, label):
+        name = self.weights.names[label] if self.weights.names else "class"
+        return name if name == str(label) else f"{label}  {name}"
 
     def draw(self, *values):
         """The values of `Request`, in its order -> what `show` yields."""
@@ -167,8 +164,8 @@ class Studio:
                 yield view, f"Step {progress.done} of {progress.total}, {seconds:.1f} s", gr.skip(), gr.skip()
         path = self.folder / f"class{request.label}_seed{request.seed}.png"
         save_grid(path, progress.images, web_requests.columns_of(request.count))
-        name = self.weights.names[request.label] if self.weights.names else f"class {request.label}"
-        line = f"{request.count} x **{name}**, seed {request.seed}: {progress.total} steps in {seconds:.1f} s"
+        line = f"{request.count} x **{self.name_of(request.label)}**, seed {request.seed}: "
+        line += f"{progress.total} steps in {seconds:.1f} s"
         yield view, line, gr.DownloadButton(value=path, interactive=True), progress.images
 
     def take(self, images, event: gr.SelectData):
@@ -190,7 +187,7 @@ def build_page(studio):
         with gr.Row():
             with gr.Column():
                 view = gr.Image(
-                    label="Images", format="png", interactive=False, buttons=["fullscreen"], height=PANE,
+                    show_label=False, format="png", interactive=False, buttons=["fullscreen"], height=PANE,
                     elem_id="view", elem_classes="pixels" if studio.size < 64 else None,
                 )  # fmt: skip
                 with gr.Row():
@@ -200,7 +197,7 @@ def build_page(studio):
                 status = gr.Markdown("Choose a class and press Draw.", elem_id="status")
             with gr.Column():
                 painting = add_editor(studio.size)
-                with gr.Row(equal_height=True):
+                with gr.Row():
                     fill = gr.Button("Fill what is painted over", variant="primary", elem_id="fill")
                     resamplings = gr.Slider(
                         1, web_requests.MOST_RESAMPLINGS, value=4, step=1, label="Resamplings", buttons=[]
@@ -246,12 +243,14 @@ def add_settings(studio):
 
 
 def add_editor(size):
-    return Painting(
-        show_label=False, sources=("upload",), transforms=(), layers=False, format="png", height=PANE,
-        canvas_size=(web_requests.VIEW, web_requests.VIEW),
+    editor = gr.ImageEditor(
+        show_label=False, placeholder="Click one of the images, or upload one", sources=("upload",), transforms=(),
+        layers=False, format="png", height=PANE, canvas_size=(web_requests.VIEW, web_requests.VIEW),
         brush=gr.Brush(default_size=max(24, web_requests.VIEW // size), colors=["#ff2d87"], color_mode="fixed"),
         elem_id="painting",
     )  # fmt: skip
+    editor.accept_blobs = None  # pictures are uploaded, which has a limit; what came this way would stay in memory
+    return editor
 
 
 def serve(page, host, port):

@@ -1,9 +1,13 @@
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from fill import tensor
+from fill import fill, tensor
+
+from masked_diffusion import create_model
+from masked_diffusion.checkpoint import save_checkpoint
 
 DATA = Path(__file__).parent / "data"
 REPO = Path(__file__).parent.parent
@@ -37,3 +41,19 @@ def vae_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("vae")
     vae.save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture(scope="session")
+def named_checkpoint(tmp_path_factory):
+    """A training folder with an untrained model of three classes of 8x8 pixels, which have names."""
+    folder, options = tmp_path_factory.mktemp("named"), {"input_size": 8, "in_channels": 3, "num_classes": 3}
+    model = fill(create_model("MDTv2_Nano_2", **options))
+    save_checkpoint(folder, 5, model.state_dict(), {"0.9": model.state_dict()}, {"step": 5})
+    config = {
+        "model": {"name": "MDTv2_Nano_2", "options": options},
+        "diffusion": {"snr_gamma": 5.0},
+        "vae": "identity",
+        "classes": ["zero", "one", "two"],
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder

@@ -1,0 +1,206 @@
+"""Requests from a browser: what is refused, what is drawn, and how it is shown."""
+
+import argparse
+
+import numpy as np
+import pytest
+import torch
+from test_editing import HOLE, IMAGE
+
+from masked_diffusion import sample_util, web_requests
+from masked_diffusion.editing import inpaint
+from masked_diffusion.solvers import SOLVERS
+from masked_diffusion.web_requests import Limits, Request, check_painting, check_request, clicked, view_of
+
+GOOD = {"label": 2, "count": 3, "seed": 7, "solver": "ddim", "steps": 6, "cfg_scale": 2.0, "scale_pow": 1.0}
+RNG = np.random.default_rng(0)
+
+
+def flags(model_path, *others):
+    parser = argparse.ArgumentParser()
+    for add in (sample_util.add_weights_flags, sample_util.add_solver_flags, sample_util.add_guidance_flags):
+        add(parser)
+    return parser.parse_args(["--model_path", str(model_path), "--cfg_cond", "True", *others])
+
+
+@pytest.fixture(scope="module")
+def loaded(named_checkpoint):
+    args = flags(named_checkpoint)
+    return args, sample_util.load_weights(args)
+
+
+# ---------------------------------------------------------------- checks
+
+
+def test_a_request_is_taken_as_it_is_meant():
+    assert check_request(Limits(), 3, **GOOD) == Request(2, 3, 7, "ddim", 6, 2.0, 1.0)
+    whole = check_request(Limits(), 3, **GOOD | {"label": 2.0, "seed": 7.0, "cfg_scale": 2})
+    assert whole == Request(2, 3, 7, "ddim", 6, 2.0, 1.0) and type(whole.label) is int
+    assert check_request(Limits(3, 6), 0, **GOOD | {"label": 0}).label == 0
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"label": 3}, "class is 3: it must be a whole number from 0 to 2"),
+        ({"label": -1}, "class is -1"),
+        ({"label": "2"}, "class is '2'"),
+        ({"label": None}, "class is None"),
+        ({"label": [2]}, "class is [2]"),
+        ({"label": True}, "class is True"),
+        ({"label": "x" * 10**6}, "class is 'xxxxxxxxx"),
+        ({"count": 17}, "images is 17: it must be a whole number from 1 to 16"),
+        ({"count": 0}, "images is 0"),
+        ({"count": 2.5}, "images is 2.5"),
+        ({"count": float("nan")}, "images is nan"),
+        ({"count": float("inf")}, "images is inf"),
+        ({"seed": -1}, "seed is -1"),
+        ({"seed": 2**31}, "seed is 2147483648: it must be a whole number from 0 to 2147483647"),
+        ({"solver": "euler_a"}, "solver is 'euler_a': choose one of ddpm, ddim"),
+        ({"solver": ["ddim"]}, "solver is ['ddim']"),
+        ({"steps": 251}, "steps is 251: it must be a whole number from 1 to 250"),
+        ({"steps": "10,15"}, "steps is '10,15'"),
+        ({"cfg_scale": float("nan")}, "scale is nan: it must be a number from 0 to 20"),
+        ({"cfg_scale": 1e9}, "scale is 1000000000.0"),
+        ({"cfg_scale": "4"}, "scale is '4'"),
+        ({"scale_pow": -1}, "power is -1"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_what_no_request_may_ask_for_is_refused(values, message):
+    with pytest.raises(ValueError) as error:
+        check_request(Limits(), 3, **GOOD | values)
+    assert str(error.value).startswith(message) and len(str(error.value)) < 120
+
+
+def painting(image, paint, scale=1):
+    """What an editor holds of an image and an (H, W) uint8 paint, both enlarged."""
+    layer = np.zeros((*paint.shape, 4), dtype=np.uint8)
+    layer[:, :, 3] = paint
+    opaque = np.concatenate([image, np.full((*image.shape[:2], 1), 255, dtype=np.uint8)], axis=2)
+    enlarge = [array.repeat(scale, axis=0).repeat(scale, axis=1) for array in (opaque, layer)]
+    return {"background": enlarge[0], "layers": [enlarge[1]]}
+
+
+def test_an_enlarged_image_comes_back_as_it_was():
+    image, hole = check_painting(painting(IMAGE, HOLE.astype(np.uint8) * 255, scale=64), 8)
+    assert np.array_equal(image, IMAGE) and np.array_equal(hole, HOLE)
+
+
+def test_a_pixel_is_filled_from_a_quarter_of_paint_on():
+    paint = np.zeros((512, 512), dtype=np.uint8)
+    paint[:64, :15], paint[64:128, :17], paint[128:192, 64:128] = 255, 255, 255
+    _, hole = check_painting(painting(np.zeros((512, 512, 3), np.uint8), paint), 8)
+    assert np.argwhere(hole).tolist() == [[1, 0], [2, 1]]
+
+
+def blank(height, width, value=255):
+    return np.full((height, width, 4), value, dtype=np.uint8)
+
+
+@pytest.mark.parametrize(
+    "painted, message",
+    [
+        (None, "there is no image"),
+        ({"background": None, "layers": []}, "there is no image"),
+        ({"background": blank(8, 8, 0), "layers": [blank(8, 8)]}, "there is no image"),
+        ({"background": blank(8, 8), "layers": []}, "nothing is painted"),
+        ({"background": blank(8, 8), "layers": [blank(8, 8, 0)]}, "nothing is painted"),
+        ({"background": blank(8, 8), "layers": [blank(8, 9)]}, "the paint is (8, 9, 4): it must be (8, 8, 4)"),
+        ({"background": blank(8, 8), "layers": [blank(8, 8)[:, :, :3]]}, "the paint is (8, 8, 3)"),
+        ({"background": blank(4, 4097), "layers": []}, "the image has 4097 x 4 pixels: at most 4096 a side"),
+        ({"background": blank(10, 41), "layers": []}, "one side at most 4 times the other"),
+    ],
+    ids=str,
+)
+def test_a_painting_that_cannot_be_filled_is_refused(painted, message):
+    with pytest.raises(ValueError) as error:
+        check_painting(painted, 8)
+    assert message in str(error.value)
+
+
+# ---------------------------------------------------------------- drawing
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_what_is_drawn_is_what_the_script_draws(loaded, named_checkpoint, solver):
+    request = check_request(Limits(), 3, **GOOD | {"solver": solver, "steps": 30})
+    progress = list(web_requests.draw(loaded[1], loaded[0], request))
+    same = ("--solver", solver, "--num_sampling_steps", "30", "--cfg_scale", "2", "--scale_pow", "1", "--seed", "7")
+    expected = sample_util.load_sampler(flags(named_checkpoint, *same)).sampler(range(3), torch.tensor([2, 2, 2]))
+    assert np.abs(progress[-1].images.astype(int) - expected).max() <= 1
+    total = 59 if solver == "heun" else 30
+    assert {p.total for p in progress} == {total} and progress[-1].done == total
+    every = total // web_requests.PREVIEWS
+    assert [p.done for p in progress] == [*range(every, total, every), total]
+    assert all(p.images.shape == (3, 8, 8, 3) and p.images.dtype == np.uint8 for p in progress)
+    assert not np.array_equal(progress[0].images, progress[-1].images)
+
+
+def test_requests_share_the_weights(loaded):
+    args, weights = loaded
+    one, other = (web_requests.request_sampler(weights, args, Request(0, 1, 0, "ddim", n, n, 1.0)) for n in (2, 9))
+    assert one.model is other.model is weights.model
+    assert one.denoise.guidance.cfg_scale == 2 and other.denoise.guidance.cfg_scale == 9
+    assert (one.solver.num_evaluations, other.solver.num_evaluations) == (2, 9)
+
+
+def test_a_hole_is_filled_as_the_library_fills_it(loaded):
+    args, weights = loaded
+    request = check_request(Limits(), 3, **GOOD)
+    progress = list(web_requests.fill(weights, args, request, IMAGE, HOLE, 2))
+    sampler = web_requests.request_sampler(weights, args, request)
+    expected = inpaint(sampler, range(3), torch.tensor([2, 2, 2]), IMAGE, HOLE, jump_length=10, resamplings=2)
+    assert np.array_equal(progress[-1].images, expected) and progress[-1].done == progress[-1].total
+    assert all((p.images[:, ~HOLE] == IMAGE[~HOLE]).all() for p in progress)
+    assert (progress[-1].images[:, HOLE] != IMAGE[HOLE]).mean() > 0.9
+    long = list(web_requests.fill(weights, args, check_request(Limits(), 3, **GOOD | {"steps": 25}), IMAGE, HOLE, 3))
+    assert long[-1].total == 25 + 2 * 2 * 10
+
+
+@pytest.mark.parametrize(
+    "solver, resamplings, message",
+    [
+        ("unipc", 2, "solver unipc cannot start from an image: choose ddpm or ddim"),
+        ("ddim", 11, "resamplings is 11: it must be a whole number from 1 to 10"),
+        ("ddim", None, "resamplings is None"),
+    ],
+)
+def test_fillings_that_cannot_be_had_are_refused(loaded, solver, resamplings, message):
+    request = check_request(Limits(), 3, **GOOD | {"solver": solver})
+    with pytest.raises(ValueError, match=message):
+        next(web_requests.fill(loaded[1], loaded[0], request, IMAGE, HOLE, resamplings))
+
+
+# ---------------------------------------------------------------- pictures
+
+
+@pytest.mark.parametrize("count, size, side", [(1, 8, 516), (5, 8, 172), (4, 256, 260), (3, 512, 516)])
+def test_a_click_means_the_image_under_it(count, size, side):
+    images = RNG.integers(0, 256, (count, size, size, 3), dtype=np.uint8)
+    view, columns = view_of(images), web_requests.columns_of(count)
+    assert view.shape == (side * -(-count // columns), side * columns, 3)
+    for i, image in enumerate(images):
+        row, column = divmod(i, columns)
+        tile = view[row * side : (row + 1) * side, column * side : (column + 1) * side]
+        scale = (side - web_requests.GAP) // size
+        assert np.array_equal(tile[2:-2, 2:-2], image.repeat(scale, axis=0).repeat(scale, axis=1))
+        assert (tile[:2] == 255).all() and (tile[:, -2:] == 255).all()
+        for x, y in ((0, 0), (side - 1, side - 1), (side / 2, 3)):
+            assert np.array_equal(clicked(images, [x + column * side, y + row * side]), image)
+
+
+@pytest.mark.parametrize("place", [None, "0,0", [1], [1, 2, 3], [-1, 0], [0, 10**6], [float("nan"), 0], ["1", "2"]])
+def test_a_click_beside_the_images_is_refused(place):
+    images = np.zeros((3, 8, 8, 3), dtype=np.uint8)
+    with pytest.raises(ValueError, match="the click is"):
+        clicked(images, place)
+
+
+def test_a_click_where_nothing_is_drawn_is_refused():
+    images = np.zeros((3, 8, 8, 3), dtype=np.uint8)
+    height, width = view_of(images).shape[:2]
+    with pytest.raises(ValueError, match="there is no image at this place"):
+        clicked(images, [width - 1, height - 1])
+    with pytest.raises(ValueError, match="there are no images yet"):
+        clicked(None, [0, 0])
