@@ -7,6 +7,8 @@ browser names is ever opened.
 
 import os
 import random
+import signal
+import sys
 import tempfile
 import time
 from contextlib import contextmanager
@@ -63,7 +65,7 @@ class Page(gr.Blocks):
         for widget, value in zip(block_fn.inputs, inputs, strict=False):  # gradio complains of a wrong number
             for path in named_files(value):
                 if not isinstance(widget, gr.ImageEditor) or not is_upload(path):
-                    raise gr.Error("This page opens no paths and no addresses.")
+                    raise gr.Error("This page opens no paths and no addresses.", print_exception=False)
         return await super().preprocess_data(block_fn, inputs, *args, **kwargs)
 
 
@@ -107,14 +109,14 @@ def errors_shown():
     try:
         yield
     except ValueError as error:
-        raise gr.Error(str(error)) from error
+        raise gr.Error(str(error), print_exception=False) from error
 
 
 class Studio:
     """What the buttons do.
 
     :param args: flags; they hold what the page offers no choice of. :param weights: from `load_weights`.
-    :param folder: where the file to download is written.
+    :param folder: where files to download are written; gradio copies them.
     :raises ValueError: when the flags' own settings are none that the page may ask for.
     """
 
@@ -269,6 +271,7 @@ def serve(page, host, port):
         app_kwargs={"middleware": middleware, "docs_url": None, "redoc_url": None},
     )  # fmt: skip
     logger.log(f"open http://{host}:{port} in a browser; Ctrl+C ends it")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that temporary folders are removed
     page.block_thread()
 
 
@@ -278,9 +281,9 @@ def main():
     Image.MAX_IMAGE_PIXELS = web_requests.LONGEST_SIDE**2  # twice as many are refused before they are decoded
     sample_util.solver_name(args)
     weights = sample_util.load_weights(args)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as cache:
         # Uploads and pictures lie apart from those of other pages on this machine, and go when this one ends.
-        os.environ |= {"GRADIO_TEMP_DIR": folder, "GRADIO_ALLOWED_PATHS": "", "GRADIO_ANALYTICS_ENABLED": "False"}
+        os.environ |= {"GRADIO_TEMP_DIR": cache, "GRADIO_ALLOWED_PATHS": "", "GRADIO_ANALYTICS_ENABLED": "False"}
         serve(build_page(Studio(args, weights, folder)), args.host, args.port)
 
 

@@ -1,0 +1,437 @@
+"""The web page: crafted requests over HTTP, and a real browser that picks a class, draws, and paints."""
+
+import contextlib
+import http.client
+import http.server
+import io
+import itertools
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import threading
+import time
+from importlib.util import find_spec
+from urllib.parse import quote
+from urllib.request import Request, urlopen
+
+import numpy as np
+import pytest
+from conftest import REPO
+from PIL import Image
+from test_web_requests import HOLE, IMAGE, flags, painting
+
+from masked_diffusion import sample_util, web_requests
+
+pytestmark = pytest.mark.skipif(not find_spec("gradio"), reason="the page needs gradio: pip install -e '.[web]'")
+
+DRAW = [2, 4, 7, "ddim", 30, 2.0, 1.0]  # class, images, seed, solver, steps, scale, power
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+INITIAL = ("--seed", 7, "--num_sampling_steps", 30, "--cfg_scale", 2, "--scale_pow", 1)
+
+
+def start(checkpoint, port, output, *others):
+    """The page in a process of its own; hostile variables in the environment change nothing."""
+    command = [sys.executable, REPO / "scripts" / "demo.py", "--model_path", checkpoint, "--port", port, *others]
+    hostile = {"GRADIO_SHARE": "True", "GRADIO_ALLOWED_PATHS": "/", "GRADIO_SERVER_NAME": "0.0.0.0"}
+    return subprocess.Popen(
+        [str(word) for word in command], stdout=output, stderr=subprocess.STDOUT,
+        env={**os.environ, **hostile, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+class Server:
+    """The page, as a browser's requests reach it."""
+
+    def __init__(self, port):
+        self.port, self.url = port, f"http://127.0.0.1:{port}"
+        self.config = json.loads(self.get("/config"))
+        self.functions = {len(fn["inputs"]): fn["id"] for fn in self.config["dependencies"] if fn["backend_fn"]}
+
+    def get(self, path):
+        with urlopen(self.url + path, timeout=60) as response:
+            return response.read()
+
+    def post(self, path, body, kind="application/json"):
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        with urlopen(Request(self.url + path, data, {"Content-Type": kind}), timeout=60) as response:
+            return json.loads(response.read())
+
+    def status(self, path, method="GET", headers=None):
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+        with contextlib.closing(connection):
+            connection.request(method, path, headers=headers or {})
+            return connection.getresponse().status
+
+    def call(self, num_inputs, data, session, event_data=None):
+        """Press the button of so many inputs; the messages until it is done, each with the time it came."""
+        job = {"data": data, "fn_index": self.functions[num_inputs], "session_hash": session, "event_data": event_data}
+        self.post("/gradio_api/queue/join", job)
+        messages = []
+        with urlopen(f"{self.url}/gradio_api/queue/data?session_hash={quote(session)}", timeout=30) as stream:
+            for line in stream:
+                if line.startswith(b"data: "):
+                    messages.append(json.loads(line[6:]) | {"time": time.monotonic()})
+                    if messages[-1]["msg"] == "process_completed":
+                        return messages
+        raise AssertionError(messages)
+
+    def error(self, *call):
+        """What a call is refused with."""
+        last = self.call(*call)[-1]
+        assert not last["success"], last
+        return last["output"]["error"]
+
+    def upload(self, pixels, name="image.png"):
+        """Send a picture as the editor does; what refers to it then."""
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, format="png")
+        head = f'--edge\r\nContent-Disposition: form-data; name="files"; filename="{name}"\r\n\r\n'
+        body = head.encode() + buffer.getvalue() + b"\r\n--edge--\r\n"
+        (path,) = self.post("/gradio_api/upload", body, "multipart/form-data; boundary=edge")
+        return file_of(path)
+
+
+def file_of(path):
+    return {"path": str(path), "meta": {"_type": "gradio.FileData"}}
+
+
+@pytest.fixture(scope="module")
+def server(named_checkpoint, tmp_path_factory):
+    port, log = free_port(), tmp_path_factory.mktemp("page") / "log.txt"
+    with log.open("w") as output:
+        process = start(named_checkpoint, port, output, *INITIAL)
+        try:
+            deadline = time.monotonic() + 120
+            while f"open http://127.0.0.1:{port} " not in log.read_text():
+                assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+                time.sleep(0.2)
+            yield Server(port)
+        finally:
+            process.terminate()
+            process.wait(30)
+
+
+@pytest.fixture(scope="module")
+def drawn(named_checkpoint):
+    """What the library draws for `DRAW`."""
+    args = flags(named_checkpoint)
+    request = web_requests.check_request(web_requests.Limits(), 3, *DRAW)
+    *_, last = web_requests.draw(sample_util.load_weights(args), args, request)
+    return last.images
+
+
+def pixels_of(data):
+    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).astype(int)
+
+
+# ---------------------------------------------------------------- requests
+
+
+def test_it_listens_here_alone_and_asks_nobody_outside(server):
+    with socket.socket() as probe:
+        assert probe.connect_ex(("127.0.0.2", server.port)) != 0
+    assert server.status("/", headers={"Host": f"localhost:{server.port}"}) == 200
+    assert server.status("/", headers={"Host": "elsewhere.example"}) == 400
+    config = server.config
+    assert not config["analytics_enabled"] and not config["run_history"] and config["footer_links"] == []
+    page = server.get("/").decode() + server.get("/theme.css").decode()
+    assert re.findall(r"""(?:src|href)=["']?https?://|@import|url\(["']?https?://""", page) == []
+
+
+def test_images_come_as_they_form_and_can_be_downloaded(server, drawn):
+    messages = server.call(7, DRAW, "draws")
+    steps = [m for m in messages if m["msg"] == "process_generating"]
+    assert len(steps) > 10
+    view, line, download, images = messages[-1]["output"]["data"]
+    assert line.startswith("4 x **2  two**, seed 7: 30 steps in ") and images is None, "images stay on the server"
+
+    picture = pixels_of(server.get(f"/gradio_api/file={quote(view['path'])}"))
+    assert np.abs(picture - web_requests.view_of(drawn)).max() <= 1
+    file = download["value"]
+    sheet = pixels_of(server.get(f"/gradio_api/file={quote(file['path'])}"))
+    assert file["orig_name"] == "class2_seed7.png" and np.abs(sheet - web_requests.make_grid(drawn, 2)).max() <= 1
+
+
+@pytest.mark.parametrize(
+    "place, value, message",
+    [
+        (0, 3, "not in the list of choices"),
+        (0, "../two", "not in the list of choices"),
+        (1, 17, "greater than maximum value 16"),
+        (1, 1.5, "images is 1.5: it must be a whole number from 1 to 16"),
+        (2, -1, "less than minimum value 0"),
+        (2, 2**40, "seed is 1099511627776: it must be a whole number from 0 to 2147483647"),
+        (2, None, "seed is None"),
+        (3, "euler_a", "not in the list of choices"),
+        (4, 10**9, "greater than maximum value 250"),
+        (4, "30", None),
+        (5, 21, "greater than maximum value 20"),
+        (6, {"a": 1}, None),
+    ],
+)
+def test_what_the_widgets_do_not_offer_is_refused(server, place, value, message):
+    error = server.error(7, [*DRAW[:place], value, *DRAW[place + 1 :]], f"wrong{place}{value}")
+    assert (error is None) if message is None else (message in error)
+
+
+def test_one_job_runs_at_a_time(server):
+    results = {}
+    threads = [
+        threading.Thread(target=lambda name=name: results.update({name: server.call(7, DRAW, name)}))
+        for name in ("first", "second", "third")
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    times = {}
+    for name, messages in results.items():
+        steps = [m["time"] for m in messages if m["msg"] == "process_generating"]
+        times[name] = steps[0], steps[-1]
+        assert messages[-1]["success"]
+    spans = sorted(times.values())
+    assert all(before[1] < after[0] for before, after in itertools.pairwise(spans)), spans
+
+
+# ---------------------------------------------------------------- files
+
+
+@pytest.fixture
+def painted(server):
+    """What the editor sends of an image and a hole."""
+    parts = painting(IMAGE, HOLE.astype(np.uint8) * 255, scale=32)
+    return {"background": server.upload(parts["background"]), "layers": [server.upload(parts["layers"][0])]}
+
+
+def fill_with(painted, **parts):
+    return [painted | {"composite": None} | parts, 2, *DRAW]
+
+
+def test_an_uploaded_image_is_filled(server, painted):
+    last = server.call(9, fill_with(painted), "fills")[-1]
+    assert last["success"] and last["output"]["data"][1].endswith(" s")
+    view = pixels_of(server.get(f"/gradio_api/file={quote(last['output']['data'][0]['path'])}"))
+    side = view.shape[0] // 2
+    for row, column in np.ndindex(2, 2):
+        tile = view[row * side : (row + 1) * side, column * side : (column + 1) * side][2:-2:32, 2:-2:32]
+        assert (tile[~HOLE] == IMAGE[~HOLE]).all() and (tile[HOLE] != IMAGE[HOLE]).mean() > 0.9
+
+
+@pytest.fixture(scope="module")
+def listener():
+    """A web server elsewhere; the paths it was asked for."""
+    asked = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            self.send_error(404)
+
+        def log_message(self, *args):
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as elsewhere:
+        thread = threading.Thread(target=elsewhere.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{elsewhere.server_port}/image.png", asked
+        elsewhere.shutdown()
+        thread.join()
+
+
+def test_no_path_and_no_address_of_a_request_is_opened(server, painted, listener, tmp_path):
+    secret, (address, asked) = tmp_path / "secret.png", listener
+    Image.fromarray(IMAGE).save(secret)
+    uploaded = painted["background"]["path"]
+    outside = [secret, address, f"{uploaded}/../../../{secret.relative_to('/')}", "/etc/hostname", "", "."]
+    outside += [os.path.dirname(os.path.dirname(uploaded)), os.path.relpath(secret, REPO)]
+    for i, path in enumerate(outside):
+        for part in ("background", "composite"):
+            error = server.error(9, fill_with(painted, **{part: file_of(path)}), f"path{i}{part}")
+            assert error == "This page opens no paths and no addresses."
+        assert "opens no paths" in server.error(9, fill_with(painted, layers=[file_of(path)]), f"layer{i}")
+        assert "opens no paths" in server.error(7, [file_of(path), *DRAW[1:]], f"class{i}")
+        assert "opens no paths" in server.error(7, [*DRAW[:6], {"deep": [{"in": file_of(path)}]}], f"deep{i}")
+    assert "opens no paths" in server.error(7, [painted["background"], *DRAW[1:]], "upload elsewhere")
+    assert server.error(9, fill_with(painted, background={"path": uploaded}), "without meta") is None
+    assert server.error(9, fill_with(painted, background=str(secret)), "bare") is None
+    assert asked == []
+
+
+@pytest.mark.parametrize("path", ["/etc/hostname", "{secret}", "{checkpoint}/config.json", "../../etc/hostname"])
+def test_no_file_is_served_but_the_pages_own(server, named_checkpoint, tmp_path, path):
+    (tmp_path / "secret.png").write_text("secret")
+    path = path.format(secret=tmp_path / "secret.png", checkpoint=named_checkpoint)
+    assert server.status(f"/gradio_api/file={quote(path)}") in (403, 404)
+    assert server.status(f"/file={quote(path)}") in (403, 404)
+
+
+def test_large_and_strange_bodies_are_refused(server, painted):
+    for headers in ({"Content-Length": str(2**30)}, {"Transfer-Encoding": "chunked"}, {"Content-Length": "-1"}):
+        assert server.status("/gradio_api/upload", "POST", headers) in (400, 413)
+    editor = next(c["id"] for c in server.config["components"] if c["type"] == "imageeditor")
+    body = {"data": {}, "component_id": editor, "fn_name": "accept_blobs", "session_hash": "fills"}
+    with pytest.raises(OSError, match="404"):
+        server.post("/gradio_api/component_server", body)
+    wide = server.upload(np.zeros((1, 40_000_000, 3), np.uint8), "wide.png")
+    assert server.error(9, fill_with(painted, background=wide), "bomb") is None
+    small = server.upload(np.zeros((8, 8, 3), np.uint8), "small.png")
+    assert "the paint is" in server.error(9, fill_with(painted, background=small), "small")
+    assert "there is no image" in server.error(9, [None, 2, *DRAW], "empty")
+
+
+def test_a_clicked_image_goes_to_the_editor(server, drawn):
+    server.call(7, DRAW, "clicks")
+    side = web_requests.view_of(drawn).shape[0] // 2
+    last = server.call(1, [None], "clicks", {"index": [side + 5, side + 5], "value": None})[-1]
+    taken = pixels_of(server.get(f"/gradio_api/file={quote(last['output']['data'][0]['background']['path'])}"))
+    assert np.abs(taken - drawn[3].repeat(64, axis=0).repeat(64, axis=1)).max() <= 1
+    for i, place in enumerate(([9999, 0], ["/etc", 0], [], "ab")):
+        assert "the click is" in server.error(1, [None], "clicks", {"index": place, "value": i})
+    assert "no images yet" in server.error(1, [None], "somebody else", {"index": [0, 0], "value": None})
+
+
+@pytest.mark.parametrize(
+    "others, message",
+    [
+        (["--max_images", 0], "max_images is 0: it must be positive"),
+        (["--num_sampling_steps", 300], "steps is 300: it must be a whole number from 1 to 250"),
+        (["--num_sampling_steps", "10,15"], "steps is '10,15'"),
+        (["--seed", -1], "seed is -1"),
+        (["--use_ddim", True, "--solver", "heun"], "--use_ddim True and --solver heun contradict"),
+    ],
+    ids=str,
+)
+def test_wrong_flags_end_in_one_sentence(named_checkpoint, others, message, monkeypatch, capsys):
+    import demo
+
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
+    monkeypatch.setattr(demo.os, "environ", dict(os.environ))
+    monkeypatch.setattr(sys, "argv", ["demo.py", "--model_path", str(named_checkpoint), *map(str, others)])
+    with pytest.raises(SystemExit) as stop:
+        script_util.run(demo.main)
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert stop.value.code == 2 and error.startswith("error: ") and message in error
+
+
+# ---------------------------------------------------------------- a browser
+
+BROWSER, DRIVER = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
+SWITCHES = (
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
+    "--disable-background-networking", "--disable-component-update", "--window-size=1300,1190",
+)  # fmt: skip
+
+
+@pytest.fixture
+def browser(tmp_path):
+    webdriver = pytest.importorskip("selenium.webdriver")
+    if not (BROWSER and DRIVER):
+        pytest.skip("there is no chromium with its chromedriver: apt-get install chromium chromium-driver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = BROWSER
+    options.add_experimental_option("prefs", {"download.default_directory": str(tmp_path / "downloads")})
+    for switch in (*SWITCHES, f"--user-data-dir={tmp_path / 'profile'}"):
+        options.add_argument(switch)
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
+    yield driver
+    driver.quit()
+
+
+def wait(condition, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"not true within {seconds} s"
+        time.sleep(0.02)
+
+
+class Window:
+    """The page in a browser."""
+
+    def __init__(self, driver, url):
+        self.driver = driver
+        driver.get(url)
+        wait(lambda: driver.find_elements("css selector", "#draw"))
+
+    def find(self, selector):
+        return self.driver.find_element("css selector", selector)
+
+    def view(self):
+        """The address of the picture that is shown, or None."""
+        return self.driver.execute_script("return document.querySelector('#view img')?.src")
+
+    def pick(self, text):
+        from selenium.webdriver import Keys
+
+        search = self.find("#class input")
+        search.click()
+        search.send_keys(Keys.CONTROL, "a")
+        search.send_keys(text, Keys.ENTER)
+        return search.get_attribute("value")
+
+    def press(self, button, line):
+        """Press a button, and look on until the text under the view says `line`; the views, first to last."""
+        views = [self.view()]
+        self.find(button).click()
+
+        def done():
+            views.append(self.view())
+            return line in self.find("#status").text
+
+        wait(done)
+        time.sleep(0.3)  # the view is painted after the text
+        return [*views, self.view()]
+
+    def images(self):
+        """The four 8x8 images that are shown."""
+        with urlopen(self.view(), timeout=30) as response:
+            sheet = pixels_of(response.read())
+        side = sheet.shape[0] // 2
+        return sheet.reshape(2, side, 2, side, 3).swapaxes(1, 2).reshape(4, side, side, 3)[:, 2:-2:32, 2:-2:32]
+
+    def click_first_image(self):
+        from selenium.webdriver import ActionChains
+
+        ActionChains(self.driver).move_to_element_with_offset(self.find("#view img"), -100, -100).click().perform()
+        wait(lambda: "Click one of the images" not in self.find("#painting").text)
+        time.sleep(0.5)  # the canvas is painted after that
+
+    def paint(self):
+        from selenium.webdriver import ActionChains
+
+        brush = ActionChains(self.driver).move_to_element(self.find("#painting canvas")).click_and_hold()
+        brush.move_by_offset(40, 20).move_by_offset(-60, 20).release().perform()
+        time.sleep(0.3)
+
+
+def test_a_class_is_picked_drawn_saved_and_painted_over_in_a_browser(server, browser, drawn, tmp_path):
+    page = Window(browser, server.url)
+    assert page.view() is None and page.pick("tw") == "2  two"
+    views = page.press("#draw", "4 x 2 two, seed 7: 30 steps in")
+    assert len(set(views)) > 3, "images are seen as they form"
+    assert np.abs(page.images() - drawn).max() <= 1
+    page.find("#download").click()
+    saved = tmp_path / "downloads" / "class2_seed7.png"
+    wait(saved.exists)
+    assert np.abs(pixels_of(saved.read_bytes()) - web_requests.make_grid(drawn, 2)).max() <= 1
+
+    page.click_first_image()
+    page.paint()
+    page.press("#fill", "4 x 2 two, seed 7: 90 steps in")
+    browser.save_screenshot(str(tmp_path / "page.png"))
+    filled, rim = page.images(), np.ones((8, 8), dtype=bool)
+    rim[1:-1, 1:-1] = False
+    assert np.abs(filled[:, rim] - drawn[0][rim]).max() <= 1
+    assert (np.abs(filled - drawn[0]).max(axis=(0, 3)) > 20).sum() >= 4
+
+    loaded = browser.execute_script("return performance.getEntriesByType('resource').map(entry => entry.name)")
+    assert len(loaded) > 20 and {name for name in loaded if not name.startswith((server.url, "blob:"))} == set()
