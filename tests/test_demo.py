@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from conftest import REPO
 from PIL import Image
 from test_web_requests import HOLE, IMAGE, flags, painting
 
-from masked_diffusion import sample_util, web_requests
+from masked_diffusion import sample_util, script_util, web_requests
 
 pytestmark = pytest.mark.skipif(not find_spec("gradio"), reason="the page needs gradio: pip install -e '.[web]'")
 
