@@ -226,7 +226,7 @@ def add_settings(studio):
             studio.class_choices(), value=initial.label, label="Class: type to search", filterable=True, scale=2,
             elem_id="class",
         )  # fmt: skip
-        count = gr.Slider(1, limits.images, value=initial.count, step=1, label="Images", buttons=[])
+        count = gr.Slider(1, limits.images, value=initial.count, step=1, label="Images", buttons=[], elem_id="count")
         another = gr.Button("another", size="sm")
         seed = gr.Number(initial.seed, precision=0, minimum=0, label="Seed", buttons=[another], elem_id="seed")
     with gr.Row(equal_height=True):
