@@ -72,6 +72,11 @@ def resampling_times(num_timesteps, jump_length, resamplings):
     return times
 
 
+def count_evaluations(num_timesteps, jump_length, resamplings):
+    """Steps that `inpaint_progressive` yields."""
+    return sum(a > b for a, b in itertools.pairwise(resampling_times(num_timesteps, jump_length, resamplings)))
+
+
 @torch.no_grad()
 def inpaint_progressive(sampler, indices, labels, image, hole, jump_length=10, resamplings=10):
     """Fill a hole (RePaint, Lugmayr et al. 2022, algorithm 1), step by step.

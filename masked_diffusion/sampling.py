@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from tqdm.auto import tqdm
 
 from . import dist_util, logger
@@ -98,7 +97,7 @@ class Sampler:
     def decode(self, latents):
         """(n, C, h, w) latents -> (n, H, W, 3) uint8 numpy."""
         parts = latents.split(self.decode_batch or len(latents))
-        return np.concatenate([to_uint8(self.first_stage.decode(part)) for part in parts])
+        return np.concatenate([to_uint8(self.first_stage.decode(part.to(self.device))) for part in parts])
 
     @torch.no_grad()
     def __call__(self, indices, labels):
@@ -252,22 +251,3 @@ def draw_samples(sampler, store, num_samples, batch_size, choose):
             last_log = now
     bar.close()
     dist_util.barrier()
-
-
-# ---------------------------------------------------------------- pictures
-
-
-def save_grid(path, images, columns=8, scale=1):
-    """Write (N, H, W, 3) uint8 images as one PNG, row by row, each enlarged `scale` times without smoothing.
-
-    :return: the (H, W, 3) uint8 sheet.
-    """
-    n, height, width, channels = images.shape
-    rows = -(-n // columns)
-    sheet = np.full((rows, columns, height, width, channels), 255, dtype=np.uint8)
-    sheet.reshape(-1, height, width, channels)[:n] = images
-    pixels = sheet.transpose(0, 2, 1, 3, 4).reshape(rows * height, columns * width, channels)
-    pixels = pixels.repeat(scale, axis=0).repeat(scale, axis=1)
-    with atomic_write(path) as file:
-        Image.fromarray(pixels).save(file, format="png")
-    return pixels

@@ -48,7 +48,7 @@ class DiffusionSolver:
         self.diffusion, self.original_num_steps = diffusion, diffusion.original_num_steps
         self.loop = diffusion.ddim_sample_loop_progressive if use_ddim else diffusion.p_sample_loop_progressive
         self.step = diffusion.ddim_sample if use_ddim else diffusion.p_sample
-        self.num_steps = diffusion.num_timesteps
+        self.num_evaluations = diffusion.num_timesteps
 
     def progressive(self, denoise, noise, clip_denoised=False, model_kwargs=None, randn_like=torch.randn_like):
         """Samples, step by step.
@@ -76,6 +76,7 @@ class SchedulerSolver:
             last = self.original_num_steps - 1
             raise ValueError(f"num_sampling_steps is {text!r}: solver {name} takes one number from 1 to {last}")
         self.num_steps = int(text)
+        self.num_evaluations = 2 * self.num_steps - 1 if name == "heun" else self.num_steps
 
     def make_scheduler(self, device):
         """A fresh scheduler: each holds the state of one run."""

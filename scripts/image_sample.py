@@ -5,7 +5,8 @@ from pathlib import Path
 
 from masked_diffusion import dist_util, logger, sample_util, script_util
 from masked_diffusion.labels import find_label
-from masked_diffusion.sampling import CLASS_RULES, ShardStore, choose_labels, draw_samples, save_grid
+from masked_diffusion.pictures import save_grid
+from masked_diffusion.sampling import CLASS_RULES, ShardStore, choose_labels, draw_samples
 
 
 def parse_args():

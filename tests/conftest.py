@@ -1,9 +1,13 @@
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from fill import tensor
+from fill import fill, tensor
+
+from masked_diffusion import create_model
+from masked_diffusion.checkpoint import save_checkpoint
 
 DATA = Path(__file__).parent / "data"
 REPO = Path(__file__).parent.parent
@@ -37,3 +41,18 @@ def vae_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("vae")
     vae.save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """A training folder with an untrained model of three classes of 8x8 pixels."""
+    folder = tmp_path_factory.mktemp("model")
+    model = fill(create_model("MDTv2_Nano_2", input_size=8, in_channels=3, num_classes=3))
+    save_checkpoint(folder, 5, model.state_dict(), {"0.9": model.state_dict()}, {"step": 5})
+    config = {
+        "model": {"name": "MDTv2_Nano_2", "options": {"input_size": 8, "in_channels": 3, "num_classes": 3}},
+        "diffusion": {"snr_gamma": 5.0},
+        "vae": "identity",
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder

@@ -94,12 +94,13 @@ TIERS = [
         "preflight",
         "finetune",
         "latent_cache",
+        "pictures",
         "posthoc_ema",
         "pretrained",
         "solvers",
     },
     {"train_util", "script_util"},
-    {"editing", "sample_util"},
+    {"editing", "pipeline", "sample_util"},
 ]
 
 

@@ -1,6 +1,5 @@
 """An image is a function of (seed, index); shards, merging, the script."""
 
-import json
 import sys
 
 import image_sample
@@ -13,9 +12,8 @@ from test_train_util import run_script
 
 from masked_diffusion import create_model, script_util
 from masked_diffusion.autoencoder import IdentityFirstStage
-from masked_diffusion.checkpoint import save_checkpoint
 from masked_diffusion.guidance import Guidance
-from masked_diffusion.sampling import Sampler, ShardStore, choose_labels, save_grid, to_uint8
+from masked_diffusion.sampling import Sampler, ShardStore, choose_labels, to_uint8
 from masked_diffusion.solvers import SOLVERS, create_solver
 
 
@@ -82,28 +80,7 @@ def test_shards_are_merged_by_index(tmp_path):
         ShardStore(tmp_path / "samples.npz", {"seed": 4})
 
 
-def test_a_grid_is_filled_row_by_row(tmp_path):
-    images = np.arange(5, dtype=np.uint8)[:, None, None, None] * np.full((1, 2, 2, 3), 40, dtype=np.uint8)
-    save_grid(tmp_path / "grid.png", images, columns=3, scale=2)
-    pixels = np.asarray(Image.open(tmp_path / "grid.png"))
-    assert pixels.shape == (8, 12, 3)
-    assert pixels[::4, ::4, 0].tolist() == [[0, 40, 80], [120, 160, 255]]
-
-
 # ---------------------------------------------------------------- the script
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    folder, model = tmp_path_factory.mktemp("model"), small_model(num_classes=3)
-    save_checkpoint(folder, 5, model.state_dict(), {"0.9": model.state_dict()}, {"step": 5})
-    config = {
-        "model": {"name": "MDTv2_Nano_2", "options": {"input_size": 8, "in_channels": 3, "num_classes": 3}},
-        "diffusion": {"snr_gamma": 5.0},
-        "vae": "identity",
-    }
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
 
 
 def sample_flags(checkpoint, log_dir, **options):
