@@ -1,5 +1,6 @@
 """An image is a function of (seed, index); shards, merging, the script."""
 
+import json
 import os
 import signal
 import subprocess
@@ -19,6 +20,7 @@ from test_train_util import run_script
 
 from masked_diffusion import create_model, script_util
 from masked_diffusion.autoencoder import IdentityFirstStage
+from masked_diffusion.checkpoint import file_hash
 from masked_diffusion.guidance import Guidance
 from masked_diffusion.sampling import Sampler, ShardStore, choose_labels, to_uint8
 from masked_diffusion.solvers import SOLVERS, create_solver
@@ -161,6 +163,41 @@ def test_one_and_two_processes_draw_the_same_images(checkpoint, tmp_path):
 def run_sample(monkeypatch, flags):
     monkeypatch.setattr(sys, "argv", ["image_sample.py", *flags])
     script_util.run(image_sample.main)
+
+
+def test_the_compiled_model_is_the_one_that_draws(checkpoint, tmp_path, monkeypatch):
+    run_sample(monkeypatch, sample_flags(checkpoint, tmp_path / "eager"))
+    compile_module, rows = torch.nn.Module.compile, set()
+
+    def backend(graph, inputs):
+        def run(*args):
+            rows.update(arg.shape[0] for arg in args if isinstance(arg, torch.Tensor) and arg.ndim == 3)
+            return graph.forward(*args)
+
+        return run
+
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **kw: compile_module(self, backend=backend, **kw))
+    torch._dynamo.reset()
+    run_sample(monkeypatch, sample_flags(checkpoint, tmp_path / "compiled", compile=True))
+    images, compiled = (read(tmp_path / folder / "samples_11x8x8x3.npz")[0] for folder in ("eager", "compiled"))
+    assert np.abs(images - compiled).max() <= 1
+    assert rows - {1} == {4, 8}  # without and with guidance; the last three images are filled up to a batch
+
+
+def test_a_weaker_checkpoint_guides(checkpoint, tmp_path, monkeypatch, capsys):
+    weak = fill(create_model("MDTv2_Nano_2", input_size=8, in_channels=3, num_classes=3, depth=2, decode_layer=0))
+    torch.save(weak.state_dict(), tmp_path / "weak.pt")
+    for name, flags in (("own", {}), ("guided", {"guide_path": tmp_path / "weak.pt"})):
+        run_sample(monkeypatch, sample_flags(checkpoint, tmp_path / name, cfg_cond=False, **flags))
+    path = tmp_path / "guided" / "samples_11x8x8x3.npz"
+    assert np.abs(read(path)[0] - read(tmp_path / "own" / path.name)[0]).max() > 10
+    with np.load(path, allow_pickle=False) as arrays:
+        settings = json.loads(str(arrays["settings"]))
+    assert settings["guide"] == file_hash(tmp_path / "weak.pt") and settings["guidance"]["rule"] == "constant"
+    torch.save(create_model("DiT_Nano_2", input_size=8).state_dict(), tmp_path / "other.pt")
+    with pytest.raises(SystemExit):
+        run_sample(monkeypatch, sample_flags(checkpoint, tmp_path, guide_path=tmp_path / "other.pt"))
+    assert "has in_channels 4, but the model has 3" in capsys.readouterr().err
 
 
 def test_a_stopped_run_draws_only_what_is_missing(checkpoint, tmp_path, monkeypatch, capsys):
