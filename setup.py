@@ -5,10 +5,13 @@ from setuptools import setup
 EVAL = ["tensorflow>=2.16", "torch-fidelity>=0.3"]
 MPI = ["mpi4py>=4.0", "mpich>=4.2"]
 DEMO = ["scikit-learn>=1.3", "matplotlib>=3.8"]
+WEB = ["gradio>=6.31"]
 TEST = (
     DEMO
     + MPI
-    + ["lmdb>=1.4", "pytest>=8.0", "pytest-timeout>=2.3", "ruff>=0.6", "build>=1.2", "setuptools>=77", "wheel"]
+    + WEB
+    + ["lmdb>=1.4", "selenium>=4.20"]
+    + ["pytest>=8.0", "pytest-timeout>=2.3", "ruff>=0.6", "build>=1.2", "setuptools>=77", "wheel"]
 )
 
 setup(
@@ -34,5 +37,13 @@ setup(
         "tqdm>=4.66",
         "tensorboard>=2.16",
     ],
-    extras_require={"eval": EVAL, "mpi": MPI, "demo": DEMO, "lsun": ["lmdb>=1.4"], "test": TEST, "all": EVAL + TEST},
+    extras_require={
+        "eval": EVAL,
+        "mpi": MPI,
+        "demo": DEMO,
+        "lsun": ["lmdb>=1.4"],
+        "web": WEB,
+        "test": TEST,
+        "all": EVAL + TEST,
+    },
 )

@@ -27,10 +27,11 @@ def channels(text):
     return int(text)
 
 
-def add_weights_flags(parser):
+def add_weights_flags(parser, default=None):
+    """:param default: weights to take where none are named; None asks for some."""
     group = parser.add_argument_group("model")
     group.add_argument(
-        "--model_path", required=True,
+        "--model_path", required=default is None, default=default,
         help="checkpoint (.pt, .safetensors), training folder (its newest EMA), or hub id",
     )  # fmt: skip
     group.add_argument("--vae_decoder", help="ema, mse, a folder, identity; None: what training used, else ema")

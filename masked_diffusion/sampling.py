@@ -97,7 +97,7 @@ class Sampler:
     def decode(self, latents):
         """(n, C, h, w) latents -> (n, H, W, 3) uint8 numpy."""
         parts = latents.split(self.decode_batch or len(latents))
-        return np.concatenate([to_uint8(self.first_stage.decode(part)) for part in parts])
+        return np.concatenate([to_uint8(self.first_stage.decode(part.to(self.device))) for part in parts])
 
     @torch.no_grad()
     def __call__(self, indices, labels):

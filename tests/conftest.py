@@ -1,4 +1,5 @@
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -44,16 +45,25 @@ def vae_folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def named_checkpoint(tmp_path_factory):
-    """A training folder with an untrained model of three classes of 8x8 pixels, which have names."""
-    folder, options = tmp_path_factory.mktemp("named"), {"input_size": 8, "in_channels": 3, "num_classes": 3}
-    model = fill(create_model("MDTv2_Nano_2", **options))
+def checkpoint(tmp_path_factory):
+    """A training folder with an untrained model of three classes of 8x8 pixels."""
+    folder = tmp_path_factory.mktemp("model")
+    model = fill(create_model("MDTv2_Nano_2", input_size=8, in_channels=3, num_classes=3))
     save_checkpoint(folder, 5, model.state_dict(), {"0.9": model.state_dict()}, {"step": 5})
     config = {
-        "model": {"name": "MDTv2_Nano_2", "options": options},
+        "model": {"name": "MDTv2_Nano_2", "options": {"input_size": 8, "in_channels": 3, "num_classes": 3}},
         "diffusion": {"snr_gamma": 5.0},
         "vae": "identity",
-        "classes": ["zero", "one", "two"],
     }
     (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def named_checkpoint(checkpoint, tmp_path_factory):
+    """`checkpoint` with names for its classes."""
+    folder = tmp_path_factory.mktemp("named") / "model"
+    shutil.copytree(checkpoint, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"classes": ["zero", "one", "two"]}))
     return folder

@@ -100,7 +100,7 @@ TIERS = [
         "solvers",
     },
     {"train_util", "script_util"},
-    {"editing", "sample_util"},
+    {"editing", "pipeline", "sample_util"},
     {"web_requests"},
 ]
 
