@@ -15,7 +15,7 @@ from .pictures import make_grid
 from .sample_util import make_sampler
 from .solvers import SOLVERS
 
-PREVIEWS = 12  # pictures of images as they form
+PREVIEWS = 12  # at most, of images as they form
 VIEW = 512  # pixels of a sheet or an image on the screen; smaller ones are enlarged to about this
 GAP = 4  # pixels between the images of a sheet on the screen
 JUMP_LENGTH = 10
@@ -172,7 +172,7 @@ def watch(steps, total, finish):
 
     :param steps: dicts of `sample` and `pred_xstart`. :param total: how many. :param finish: makes images of latents.
     """
-    every = max(total // PREVIEWS, 1)
+    every = math.ceil(total / PREVIEWS)
     for done, out in enumerate(steps, 1):
         if done % every == 0 and done < total:
             yield Progress(done, total, finish(out["pred_xstart"]))

@@ -139,7 +139,7 @@ class Studio:
         return [(self.name_of(label), label) for label in labels]
 
     def name_of(self, label):
-        name = self.weights.names[label] if self.weights.names else "class"
+        name = self.weights.names[label] if self.weights.names else str(label)
         return name if name == str(label) else f"{label}  {name}"
 
     def draw(self, *values):
@@ -213,7 +213,10 @@ def build_page(studio):
         shared |= {"show_progress": "minimal", "show_progress_on": status, "api_visibility": "private"}
         jobs = [draw.click(studio.draw, values, **shared)]
         jobs += [fill.click(studio.fill, [painting, resamplings, *values], **shared)]
-        stop.click(lambda: "Stopped.", None, status, cancels=jobs, api_visibility="private")
+        stop.click(
+            lambda: "Stopped.", None, status, cancels=jobs, queue=False, show_progress="hidden",
+            api_visibility="private",
+        )  # fmt: skip
         view.select(studio.take, images, painting, api_visibility="private", show_progress="hidden")
     return page.queue(max_size=MAX_WAITING, api_open=False)
 

@@ -40,13 +40,13 @@ def free_port():
 INITIAL = ("--seed", 7, "--num_sampling_steps", 30, "--cfg_scale", 2, "--scale_pow", 1)
 
 
-def start(checkpoint, port, output, *others):
+def start(checkpoint, port, output, temporary):
     """The page in a process of its own; hostile variables in the environment change nothing."""
-    command = [sys.executable, REPO / "scripts" / "demo.py", "--model_path", checkpoint, "--port", port, *others]
+    command = [sys.executable, REPO / "scripts" / "demo.py", "--model_path", checkpoint, "--port", port, *INITIAL]
     hostile = {"GRADIO_SHARE": "True", "GRADIO_ALLOWED_PATHS": "/", "GRADIO_SERVER_NAME": "0.0.0.0"}
     return subprocess.Popen(
         [str(word) for word in command], stdout=output, stderr=subprocess.STDOUT,
-        env={**os.environ, **hostile, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, **hostile, "OMP_NUM_THREADS": "1", "TMPDIR": str(temporary)},
     )  # fmt: skip
 
 
@@ -109,8 +109,9 @@ def file_of(path):
 @pytest.fixture(scope="module")
 def server(named_checkpoint, tmp_path_factory):
     port, log = free_port(), tmp_path_factory.mktemp("page") / "log.txt"
+    temporary = tmp_path_factory.mktemp("temporary")
     with log.open("w") as output:
-        process = start(named_checkpoint, port, output, *INITIAL)
+        process = start(named_checkpoint, port, output, temporary)
         try:
             deadline = time.monotonic() + 120
             while f"open http://127.0.0.1:{port} " not in log.read_text():
@@ -120,6 +121,8 @@ def server(named_checkpoint, tmp_path_factory):
         finally:
             process.terminate()
             process.wait(30)
+    left = [path for path in temporary.rglob("*") if path.is_file()]
+    assert process.returncode == 0 and left == [], "uploads and pictures go with the page"
 
 
 @pytest.fixture(scope="module")
@@ -436,3 +439,10 @@ def test_a_class_is_picked_drawn_saved_and_painted_over_in_a_browser(server, bro
 
     loaded = browser.execute_script("return performance.getEntriesByType('resource').map(entry => entry.name)")
     assert len(loaded) > 20 and {name for name in loaded if not name.startswith((server.url, "blob:"))} == set()
+
+    page.find("#fill").click()
+    wait(lambda: "Step " in page.find("#status").text)
+    page.find("#stop").click()
+    wait(lambda: "Stopped." in page.find("#status").text)
+    page.press("#draw", "4 x 2 two, seed 7: 30 steps in")
+    assert np.abs(page.images() - drawn).max() <= 1

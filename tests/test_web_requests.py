@@ -5,9 +5,10 @@ import argparse
 import numpy as np
 import pytest
 import torch
+from fill import fill
 from test_editing import HOLE, IMAGE
 
-from masked_diffusion import sample_util, web_requests
+from masked_diffusion import create_model, sample_util, web_requests
 from masked_diffusion.editing import inpaint
 from masked_diffusion.solvers import SOLVERS
 from masked_diffusion.web_requests import Limits, Request, check_painting, check_request, clicked, view_of
@@ -131,7 +132,7 @@ def test_what_is_drawn_is_what_the_script_draws(loaded, named_checkpoint, solver
     assert np.abs(progress[-1].images.astype(int) - expected).max() <= 1
     total = 59 if solver == "heun" else 30
     assert {p.total for p in progress} == {total} and progress[-1].done == total
-    every = total // web_requests.PREVIEWS
+    every = 5 if solver == "heun" else 3
     assert [p.done for p in progress] == [*range(every, total, every), total]
     assert all(p.images.shape == (3, 8, 8, 3) and p.images.dtype == np.uint8 for p in progress)
     assert not np.array_equal(progress[0].images, progress[-1].images)
@@ -156,6 +157,20 @@ def test_a_hole_is_filled_as_the_library_fills_it(loaded):
     assert (progress[-1].images[:, HOLE] != IMAGE[HOLE]).mean() > 0.9
     long = list(web_requests.fill(weights, args, check_request(Limits(), 3, **GOOD | {"steps": 25}), IMAGE, HOLE, 3))
     assert long[-1].total == 25 + 2 * 2 * 10
+
+
+def test_latents_of_a_class_without_a_name_are_drawn_and_filled(vae_folder, tmp_path):
+    model = fill(create_model("MDTv2_Nano_2", input_size=4, in_channels=4, num_classes=2))
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    args = flags(tmp_path / "model.pt", "--vae_decoder", vae_folder)
+    weights, request = sample_util.load_weights(args), Request(1, 2, 0, "ddpm", 5, 2.0, 1.0)
+    *_, drawn = web_requests.draw(weights, args, request)
+    assert drawn.images.shape == (2, 32, 32, 3) and weights.names == []
+    hole = np.zeros((32, 32), dtype=bool)
+    hole[9:23, 9:23] = True
+    *_, filled = web_requests.fill(weights, args, request, drawn.images[0], hole, 1)
+    assert (filled.images[:, ~hole] == drawn.images[0][~hole]).all()
+    assert (filled.images[:, hole] != drawn.images[0][hole]).mean() > 0.5
 
 
 @pytest.mark.parametrize(
