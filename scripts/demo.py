@@ -34,6 +34,7 @@ PANE = 540  # pixels
 CSS = """
 .gradio-container {max-width: 1280px !important; margin: auto}
 #status p {font-size: 1rem; min-height: 1.5em}
+#status .wrap:has(.error) {display: none}  /* a toast says what is wrong; a stopped job is no error */
 .pixels img {image-rendering: pixelated}
 """
 
@@ -213,10 +214,8 @@ def build_page(studio):
         shared |= {"show_progress": "minimal", "show_progress_on": status, "api_visibility": "private"}
         jobs = [draw.click(studio.draw, values, **shared)]
         jobs += [fill.click(studio.fill, [painting, resamplings, *values], **shared)]
-        stop.click(
-            lambda: "Stopped.", None, status, cancels=jobs, queue=False, show_progress="hidden",
-            api_visibility="private",
-        )  # fmt: skip
+        cancelled = stop.click(None, cancels=jobs, api_visibility="private")
+        cancelled.then(lambda: "Stopped.", None, status, queue=False, show_progress="hidden", api_visibility="private")
         view.select(studio.take, images, painting, api_visibility="private", show_progress="hidden")
     return page.queue(max_size=MAX_WAITING, api_open=False)
 
