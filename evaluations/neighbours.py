@@ -42,7 +42,7 @@ def _tiles(count):
 
 
 def _rows(features, tile, device):
-    return torch.as_tensor(np.asarray(features[tile]), dtype=torch.float32).to(device)
+    return torch.from_numpy(np.array(features[tile], dtype=np.float32)).to(device)
 
 
 def neighbour_radii(features, ks, device="cpu", progress=False):

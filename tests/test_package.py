@@ -41,6 +41,12 @@ def test_heavy_packages_wait_until_they_are_needed():
     assert loaded == "[]"
 
 
+def test_tensorboard_does_not_bring_tensorflow(tmp_path):
+    code = "import sys\nfrom masked_diffusion.logger import Logger\n"
+    code += f"Logger({str(tmp_path)!r}).board.add_scalar('a', 1, 1)\nprint('tensorflow' in sys.modules)"
+    assert python(code) == "False" and list(tmp_path.glob("events*"))
+
+
 def test_the_names_that_users_import():
     import masked_diffusion
     from masked_diffusion.models import MDT_XL_2, DiT_XL_2, MDTv2_S_2, MDTv2_XL_2  # noqa: F401

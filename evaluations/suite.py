@@ -1,0 +1,164 @@
+"""The suite: which features each metric needs, and the metrics of one batch of samples against a reference."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from features import Needs, collect
+from metrics import InceptionScore, bootstrap, frechet_distance, gaussian_statistics, kernel_distance
+from neighbours import Overlap, overlap
+
+METRICS = {
+    "is": "Inception score",
+    "fid": "Frechet distance of pool features",
+    "sfid": "Frechet distance of spatial features",
+    "pr": "precision and recall",
+    "kid": "kernel distance of pool features",
+    "dc": "density and coverage",
+    "fd_dinov2": "Frechet distance of DINOv2 features",
+}
+LABELS = {
+    "inception_score": "Inception Score",
+    "fid": "FID",
+    "sfid": "sFID",
+    "precision": "Precision",
+    "recall": "Recall",
+    "kid": "KID",
+    "kid_std": "KID standard deviation over subsets",
+    "density": "Density",
+    "coverage": "Coverage",
+    "fd_dinov2": "FD-DINOv2",
+}
+DISTANCES = {"fid": "pool", "sfid": "spatial", "fd_dinov2": "dinov2"}
+READY_MADE = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
+
+
+def reference_needs(metrics, images):
+    """What a reference is passed through the network for: not for statistics that its file has ready-made."""
+    used = {DISTANCES[metric] for metric in metrics if metric in DISTANCES}
+    ready = {name for name in used & READY_MADE.keys() if images.has_statistics(*READY_MADE[name])}
+    needs = Needs(statistics=used - ready, rows={"pool"} if {"pr", "kid", "dc"} & set(metrics) else set())
+    if needs and not len(images):
+        known = [metric for metric, name in DISTANCES.items() if name in ready]
+        raise ValueError(
+            f"{images.path} holds statistics alone, without images: choose --metrics {','.join(['is', *known])}"
+        )
+    return needs
+
+
+def sample_needs(metrics, bootstrapped):
+    """What samples are passed through the network for; a bootstrap draws from the features of the images."""
+    used = {DISTANCES[metric] for metric in metrics if metric in DISTANCES}
+    rows = {"pool"} if {"pr", "kid", "dc"} & set(metrics) else set()
+    if bootstrapped:
+        rows = rows | used | ({"pool"} if "is" in metrics else set())
+    return Needs(statistics=used, rows=rows, score="is" in metrics)
+
+
+@dataclass
+class Reference:
+    """A reference, ready to be compared with: statistics by the name of the feature, and rows of pool features."""
+
+    statistics: dict
+    rows: np.ndarray | None = None
+    flat: int = 0  # images of one colour
+
+
+def read_reference(images, network, metrics, batch_size):
+    """The `Reference` of an `NpzImages`, on rank 0; the other ranks help, and get None."""
+    needs = reference_needs(metrics, images)
+    collected = collect(images, network, needs, batch_size) if needs else None
+    if needs and collected is None:
+        return None
+    wanted = {DISTANCES[metric] for metric in metrics if metric in DISTANCES}
+    statistics = {
+        name: collected.statistics[name].result() if name in needs.statistics else images.statistics(*READY_MADE[name])
+        for name in wanted
+    }
+    if collected is None:
+        return Reference(statistics)
+    return Reference(statistics, collected.rows.get("pool"), collected.pixels.flat)
+
+
+@dataclass
+class Result:
+    """Metrics of one batch of samples."""
+
+    values: dict
+    deviations: dict = field(default_factory=dict)  # standard errors over images
+    overlap: Overlap | None = None
+
+
+def compare(reference, samples, metrics, logit_weights, repeats=0, device="cpu"):
+    """The metrics of collected samples against a reference.
+
+    :param metrics: names out of `METRICS`. :param logit_weights: (2048, classes) of the network.
+    :param repeats: resamples of the bootstrap; 0 for none.
+    :return: a `Result`, with the keys of `LABELS` in their order.
+    """
+    values, found, pool = {}, None, samples.rows.get("pool")
+    if "is" in metrics:
+        values["inception_score"] = samples.score.result()[0]
+    for metric, name in DISTANCES.items():
+        if metric in metrics:
+            own = samples.statistics[name].result()
+            values[metric] = distance_to(reference, name, own)
+    if {"pr", "dc"} & set(metrics):
+        found = overlap(reference.rows, pool, device, progress=True)
+        chosen = {"pr": ("precision", "recall"), "dc": ("density", "coverage")}
+        results = found.result()
+        values |= {key: results[key] for metric, keys in chosen.items() if metric in metrics for key in keys}
+    if "kid" in metrics:
+        values["kid"], values["kid_std"] = kernel_distance(reference.rows, pool, device=device)
+    values = {key: values[key] for key in LABELS if key in values}
+    result = Result(values, overlap=found)
+    if repeats:
+        result.deviations = deviations(reference, samples, values, found, logit_weights, repeats, device)
+    return result
+
+
+def distance_to(reference, name, statistics):
+    """Frechet distance of statistics to the reference's.
+
+    :raises ValueError: when the reference was made with features of another size.
+    """
+    expected = reference.statistics[name]
+    if expected[0].shape != statistics[0].shape:
+        raise ValueError(
+            f"the reference's {name} statistics have {len(expected[0])} features, the network gives "
+            f"{len(statistics[0])}: make the reference anew with this network"
+        )
+    return frechet_distance(*statistics, *expected)
+
+
+def deviations(reference, samples, values, found, logit_weights, repeats, device):
+    """Standard errors over images: of samples, and for recall and coverage of reference images.
+
+    Neighbourhoods stay what they are: among images drawn twice, the nearest neighbour would be the image itself.
+    """
+    if found is not None:
+        over_samples = {"precision": found.sample_inside, "density": found.density}
+        over_reference = {"recall": found.reference_inside, "coverage": found.covered}
+    else:
+        over_samples = over_reference = {}
+    weights = torch.as_tensor(logit_weights).to(device)
+
+    def of_samples(indices):
+        row = {key: array[indices].mean() for key, array in over_samples.items() if key in values}
+        for metric, name in DISTANCES.items():
+            if metric in values:
+                drawn = torch.from_numpy(samples.rows[name][indices]).to(device)
+                row[metric] = distance_to(reference, name, gaussian_statistics(drawn))
+        if "inception_score" in values:
+            score = InceptionScore()
+            score.update(torch.from_numpy(samples.rows["pool"][indices]).to(device) @ weights, 0)
+            row["inception_score"] = score.result()[0]
+        return row
+
+    def of_reference(indices):
+        return {key: array[indices].mean() for key, array in over_reference.items() if key in values}
+
+    errors = bootstrap(of_samples, samples.count, repeats)
+    if over_reference:
+        errors |= bootstrap(of_reference, len(reference.rows), repeats)
+    return errors
