@@ -2,11 +2,14 @@
 
 import sys
 
+import ranks
+
 
 def run(main):
-    """Run an entry point. What is wrong with its input is one sentence, and exit status 2."""
+    """Run an entry point, which may return an exit status. What is wrong with its input is one sentence, and status 2."""
     try:
-        sys.exit(main())
+        sys.exit(main() or 0)
     except (ValueError, OSError, MemoryError) as error:
-        print(f"error: {error or type(error).__name__}", file=sys.stderr)
+        if ranks.rank() == 0:
+            print(f"error: {error or type(error).__name__}", file=sys.stderr)
         sys.exit(2)

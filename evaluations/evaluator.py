@@ -63,8 +63,7 @@ def create_network(args):
     backend = ("tensorflow" if has_tensorflow else "torch") if args.backend == "auto" else args.backend
     if args.backend == "auto" and str(args.inception).endswith((".pth", ".pt")):
         backend = "torch"
-    path = find_inception(args.inception) if ranks.rank() == 0 else None
-    path = ranks.broadcast(path)
+    path = ranks.on_first(lambda: find_inception(args.inception))
     if backend == "tensorflow":
         from inception_tensorflow import TensorFlowInception
 
@@ -159,8 +158,7 @@ def main():
     reference, samples = open_batches(args)
     if args.devices > 1 and "WORLD_SIZE" not in os.environ:
         return ranks.launch(args.devices)
-    evaluate(args, reference, samples)
-    return 0
+    return evaluate(args, reference, samples)
 
 
 if __name__ == "__main__":

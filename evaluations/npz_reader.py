@@ -153,4 +153,4 @@ def _next_images(file, shape, begin, end):
     data = file.read((end - begin) * math.prod(shape))
     if len(data) != (end - begin) * math.prod(shape):
         raise EOFError(f"it ends within images {begin} to {end - 1}")
-    return np.frombuffer(data, np.uint8).reshape(end - begin, *shape)
+    return np.frombuffer(data, np.uint8).reshape(end - begin, *shape).copy()  # torch warns of what is read-only

@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -44,19 +45,27 @@ def gather(value):
     return gathered
 
 
-def broadcast(value):
-    """Rank 0's value on every rank."""
+def on_first(function):
+    """Call a function on rank 0 while the others wait. Returns its value on every rank; what it raises ends all."""
     if world_size() == 1:
-        return value
+        return function()
     _meet()
-    box = [value]
-    dist.broadcast_object_list(box, 0)
-    return box[0]
+    outcome = [None]
+    if rank() == 0:
+        try:
+            outcome = [(function(), None)]
+        except (ValueError, OSError) as error:
+            outcome = [(None, error)]
+    dist.broadcast_object_list(outcome, 0)
+    value, error = outcome[0]
+    if error is not None:
+        raise error if rank() == 0 else SystemExit(2)
+    return value
 
 
 def _meet():
     if not dist.is_initialized():
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo", timeout=timedelta(days=1))
 
 
 def launch(devices):
