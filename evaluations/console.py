@@ -6,7 +6,7 @@ import ranks
 
 
 def run(main):
-    """Run an entry point, which may return an exit status. What is wrong with its input is one sentence, and status 2."""
+    """Run an entry point, which may return an exit status. Wrong input is one sentence, and status 2."""
     try:
         sys.exit(main() or 0)
     except (ValueError, OSError, MemoryError) as error:
