@@ -1,4 +1,4 @@
-"""Files on disk: checkpoints that are whole or absent, the configuration beside them, and models made from either.
+"""Files on disk: checkpoints that are whole or absent, and the configuration beside them.
 
 File names are the published ones: `model{step:06d}.pt`, `ema_{rate}_{step:06d}.pt`, `opt{step:06d}.pt`. The first two
 are plain state dicts. `opt` is written last: where it is, the checkpoint is complete.
@@ -6,7 +6,6 @@ are plain state dicts. `opt` is written last: where it is, the checkpoint is com
 
 import hashlib
 import json
-import math
 import os
 import re
 from contextlib import contextmanager
@@ -14,16 +13,7 @@ from pathlib import Path
 
 import torch
 
-from . import dist_util
-from .models import SIZES, create_model
-
 CONFIG_NAME = "config.json"
-ARCHITECTURE_KEYS = {
-    "pos_embed",
-    "x_embedder.proj.weight",
-    "y_embedder.embedding_table.weight",
-    "final_layer.linear.weight",
-}
 
 # ---------------------------------------------------------------- writing
 
@@ -156,77 +146,6 @@ def read_config(path):
     return json.loads(config.read_text()) if config.exists() else {}
 
 
-# ---------------------------------------------------------------- models from files
-
-
-def read_weights(path):
-    """The state dict of a file: the file's own, or the EMA or model in the checkpoint of another code.
-
-    :raises ValueError: for a file that cannot be read, or holds no state dict.
-    """
-    state = dist_util.load_state_dict(str(path))
-    for key in ("ema", "model", "state_dict"):
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-    if not isinstance(state, dict) or not {key.removeprefix("module.") for key in state} >= ARCHITECTURE_KEYS:
-        keys = list(state)[:3] if isinstance(state, dict) else type(state).__name__
-        raise ValueError(f"{path} holds no state dict of DiT, MDT or MDTv2 (it begins with {keys})")
-    return {key.removeprefix("module."): value for key, value in state.items()}
-
-
-def find_architecture(state_dict):
-    """Read the family, sizes and options of a model off its state dict.
-
-    What a state dict does not hold is taken from the paper: `decode_layer` of MDT (2), the heads of DiT (by its depth
-    and width).
-
-    :return: name and options for `create_model`.
-    :raises ValueError: for a DiT of no named size, whose heads cannot be known.
-    """
-
-    def count(stack):
-        return len({key.split(".")[1] for key in state_dict if key.startswith(stack + ".")})
-
-    hidden_size, in_channels, patch_size, _ = state_dict["x_embedder.proj.weight"].shape
-    out_channels = state_dict["final_layer.linear.weight"].shape[0] // patch_size**2
-    options = {
-        "input_size": math.isqrt(state_dict["pos_embed"].shape[1]) * patch_size,
-        "in_channels": in_channels,
-        "num_classes": state_dict["y_embedder.embedding_table.weight"].shape[0] - 1,
-        "learn_sigma": out_channels == 2 * in_channels,
-        "patch_size": patch_size,
-    }
-    table = next((v for k, v in state_dict.items() if k.endswith("relative_position_bias_table")), None)
-    if count("en_inblocks") or count("de_blocks"):
-        family, decode_layer = "MDTv2", count("de_blocks")
-        depth = count("en_inblocks") + count("en_outblocks") + decode_layer
-        options["decode_layer"] = decode_layer
-    else:
-        family, depth = "DiT" if table is None else "MDT", count("blocks")
-    sizes = [name for name, size in SIZES.items() if (size.depth, size.hidden_size) == (depth, hidden_size)]
-    if table is not None:
-        options["num_heads"] = table.shape[1]
-    if not sizes:
-        options |= {"depth": depth, "hidden_size": hidden_size}
-        if table is None:
-            raise ValueError(
-                f"a DiT of depth {depth} and width {hidden_size} has no name, and its weights do not tell its heads: "
-                f"keep the {CONFIG_NAME} of its training beside it"
-            )
-    return f"{family}_{sizes[0] if sizes else 'S'}_2", options
-
-
-def find_weights(source):
-    """The file that a source names: itself, or the newest EMA of a training folder.
-
-    :raises ValueError: when there is no such file.
-    """
-    path = newest_ema(source) if Path(source).is_dir() else Path(source)
-    if not path.exists():
-        raise ValueError(f"{path} does not exist: name a checkpoint (.pt) or a training folder")
-    return path
-
-
 def file_hash(path):
     """SHA-256 of a file, in hexadecimal."""
     digest = hashlib.sha256()
@@ -234,25 +153,3 @@ def file_hash(path):
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
-
-
-def load_model(source, device="cpu", **options):
-    """A model with its weights, in eval mode.
-
-    The architecture comes from the configuration beside the file, if training left one, else from the state dict.
-
-    :param source: a `.pt` file, or a training folder, of which the newest EMA is taken.
-    :param options: for `create_model`, where the file leaves them open: `decode_layer` of MDT, say. None is not given.
-    :raises ValueError: for a file that is no checkpoint of these models, and for a folder without one.
-    """
-    path = find_weights(source)
-    state_dict = read_weights(path)
-    config = read_config(path).get("model")
-    name, found = find_architecture(state_dict) if config is None else (config["name"], config["options"])
-    options = found | {key: value for key, value in options.items() if value is not None}
-    model = create_model(name, **options)
-    try:
-        model.load_state_dict(state_dict)
-    except RuntimeError as error:
-        raise ValueError(f"{path} does not fit {name} {options}: {' '.join(str(error).split())}") from error
-    return model.to(device).eval()

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 
 from . import logger
-from .checkpoint import read_config, read_weights
+from .checkpoint import read_config
+from .pretrained import read_weights
 
 POSITION_TABLES = ("pos_embed", "decoder_pos_embed")
 BIAS_TABLE = "relative_position_bias_table"

@@ -1,11 +1,16 @@
-"""Guidance rules: how the conditional and the unconditional prediction are combined.
+"""Guidance rules: how strongly, when, and by what a prediction is guided.
 
-A rule is a function from timesteps to a weight `w(t)`; `guide` applies it. They are pure functions of tensors.
+A rule is a function from timesteps to a weight `w(t)`; `guide` applies it. `GuidedDenoiser` puts both around a model.
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
+
+RULES = ("none", "constant", "power-cosine", "interval")
+
+# ---------------------------------------------------------------- weights
 
 
 def constant_weight(t, cfg_scale):
@@ -29,6 +34,16 @@ def power_cosine_weight(t, cfg_scale, diffusion_steps=1000, scale_pow=4.0):
     return 1 + (cfg_scale - 1) * (1 - torch.cos(math.pi * progress)) / 2
 
 
+def interval_weight(t, cfg_scale, interval):
+    """Guidance in a limited interval (Kynkaanniemi et al. 2024, eq. 5): w(t) = cfg_scale inside, 1 outside.
+
+    :param t: (N,) timesteps. :param interval: its first and last timestep.
+    :return: (N,) float weights.
+    """
+    first, last = interval
+    return torch.where((t >= first) & (t <= last), float(cfg_scale), 1.0)
+
+
 def guide(out_cond, out_null, weight, guided_channels=3):
     """Extrapolate from the null prediction to the conditional one: null + w (cond - null).
 
@@ -46,3 +61,81 @@ def guide(out_cond, out_null, weight, guided_channels=3):
         torch.cat([eps, out_cond[:, guided_channels:]], dim=1),
         torch.cat([eps, out_null[:, guided_channels:]], dim=1),
     )
+
+
+# ---------------------------------------------------------------- a guided model
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """The settings of a guidance rule.
+
+    :param rule: one of `RULES`.
+    :param cfg_scale: the largest weight. :param scale_pow: of `power-cosine`. :param interval: of `interval`.
+    :param guided_channels: leading channels that are guided; None guides all that the model denoises.
+    :param skip_below: where the weight is within this of 1, the guiding half is not computed; the default skips where
+        the weight is 1 exactly, a negative number never skips.
+    :param diffusion_steps: timesteps of the trained schedule.
+    :raises ValueError: for an unknown rule, and for an interval that is empty.
+    """
+
+    rule: str = "none"
+    cfg_scale: float = 1.0
+    scale_pow: float = 4.0
+    interval: tuple[float, float] = (0, 1000)
+    guided_channels: int | None = 3
+    skip_below: float = 0.0
+    diffusion_steps: int = 1000
+
+    def __post_init__(self):
+        if self.rule not in RULES:
+            raise ValueError(f"guidance is {self.rule!r}: choose one of {', '.join(RULES)}")
+        if self.interval[0] > self.interval[1]:
+            raise ValueError(f"the guidance interval {self.interval} is empty: its first timestep is the smaller one")
+
+    def weight(self, t):
+        """(N,) timesteps -> (N,) weights."""
+        if self.rule == "constant":
+            return constant_weight(t, self.cfg_scale)
+        if self.rule == "power-cosine":
+            return power_cosine_weight(t, self.cfg_scale, self.diffusion_steps, self.scale_pow)
+        if self.rule == "interval":
+            return interval_weight(t, self.cfg_scale, self.interval)
+        return torch.ones(t.shape, device=t.device)
+
+    def describe(self):
+        """What the rule depends on, as JSON values."""
+        used = {"power-cosine": ["scale_pow"], "interval": ["interval"]}.get(self.rule, [])
+        if self.rule != "none":
+            used = ["cfg_scale", *used, "guided_channels", "skip_below"]
+        values = {name: getattr(self, name) for name in used}
+        return {"rule": self.rule} | {key: list(v) if isinstance(v, tuple) else v for key, v in values.items()}
+
+
+class GuidedDenoiser:
+    """A model of n rows that runs, where it must, a second n rows to be guided by.
+
+    :param model: `model(x, t, y)` -> (n, C or 2C, H, W).
+    :param null_label: of the class-free half (classifier-free guidance).
+    :param guide_model: a weaker model of the same kind that guides instead of the null class: autoguidance (Karras et
+        al. 2024, "Guiding a diffusion model with a bad version of itself", eq. 3).
+    :raises ValueError: when there is nothing to be guided by.
+    """
+
+    def __init__(self, model, guidance, null_label=None, guide_model=None):
+        if guidance.rule != "none" and null_label is None and guide_model is None:
+            raise ValueError("guidance needs a null class, which this model was trained without: use --cfg_cond False")
+        self.model, self.guidance, self.null_label, self.guide_model = model, guidance, null_label, guide_model
+
+    def __call__(self, x, t, y):
+        """(n, C, H, W) noisy input, (n,) timesteps, (n,) labels -> (n, C or 2C, H, W), guided."""
+        weight = self.guidance.weight(t)
+        if self.guidance.rule == "none" or (weight - 1).abs().max() <= self.guidance.skip_below:
+            return self.model(x, t, y)
+        if self.guide_model is not None:
+            out, guiding = self.model(x, t, y), self.guide_model(x, t, y)
+        else:
+            labels = torch.cat([y, torch.full_like(y, self.null_label)])
+            out, guiding = self.model(torch.cat([x, x]), torch.cat([t, t]), labels).chunk(2)
+        channels = self.guidance.guided_channels or x.shape[1]
+        return guide(out, guiding, weight, channels)[0]

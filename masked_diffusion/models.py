@@ -4,86 +4,19 @@ Masked Diffusion Transformer (Gao et al., ICCV 2023 and arXiv:2303.14389v2); DiT
 Attribute names are those of the published checkpoints, which load with `strict=True`.
 """
 
-import math
 from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn as nn
+from huggingface_hub import PyTorchModelHubMixin
 from timm.layers import Mlp, PatchEmbed
 from torch.utils.checkpoint import checkpoint
 
 from .attention import Attention, gather_pairs
-from .guidance import constant_weight, guide, power_cosine_weight
-
-# ---------------------------------------------------------------- embeddings
-
-
-def sincos_pos_embed_2d(dim, grid_size):
-    """The 2-D sine-cosine position table of MAE (column coordinate first, base 10000, sine then cosine).
-
-    :return: (1, grid_size**2, dim) float32.
-    """
-    if dim % 4:
-        raise ValueError(f"hidden_size ({dim}) must be a multiple of 4 for a 2-D sine-cosine position table")
-    omega = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
-    angles = torch.arange(grid_size, dtype=torch.float64)[:, None] * omega
-    axis = torch.cat([angles.sin(), angles.cos()], dim=1)  # (grid_size, dim / 2)
-    cols = axis[None, :, :].expand(grid_size, -1, -1)
-    rows = axis[:, None, :].expand(-1, grid_size, -1)
-    return torch.cat([cols, rows], dim=2).reshape(1, grid_size**2, dim).float()
-
-
-def timestep_embedding(t, dim, max_period=10000):
-    """Cosine-then-sine embedding of (N,) possibly fractional timesteps. Returns (N, dim) float32; dim is even."""
-    half = dim // 2
-    # The exponent is rounded to float32, as it was when the released weights were trained, and its exponential is
-    # not: at t = 1000 one unit in the last place of a frequency, where kernels differ, moves the angle by 6e-5.
-    exponent = -math.log(max_period) * torch.arange(half, dtype=torch.float32, device=t.device) / half
-    freqs = exponent.double().exp().float()
-    angles = t[:, None].float() * freqs
-    return torch.cat([angles.cos(), angles.sin()], dim=1)
-
-
-class TimestepEmbedder(nn.Module):
-    """(N,) timesteps -> (N, D)."""
-
-    def __init__(self, hidden_size, frequency_embedding_size=256):
-        super().__init__()
-        self.frequency_embedding_size = frequency_embedding_size
-        self.mlp = nn.Sequential(
-            nn.Linear(frequency_embedding_size, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
-        )
-
-    def forward(self, t):
-        return self.mlp(timestep_embedding(t, self.frequency_embedding_size).to(self.mlp[0].weight.dtype))
-
-
-class LabelEmbedder(nn.Module):
-    """(N,) labels -> (N, D), with one extra row, the null class, for label dropout and guidance."""
-
-    def __init__(self, num_classes, hidden_size, dropout_prob):
-        super().__init__()
-        # DiT adds the null row only where labels are ever dropped.
-        self.null_label = num_classes if dropout_prob > 0 or num_classes == 0 else None
-        self.embedding_table = nn.Embedding(num_classes + (self.null_label is not None), hidden_size)
-        self.dropout_prob = dropout_prob
-
-    def draw_dropped(self, num_samples, device, rand=torch.rand):
-        """(num_samples,) bool: which labels a training step drops; None for an embedder that drops none."""
-        if self.dropout_prob > 0:
-            return rand(num_samples, device=device) < self.dropout_prob
-
-    def forward(self, labels, dropped=None):
-        """
-        :param labels: (N,) int64. :param dropped: (N,) bool, True = null class; drawn in training mode if None.
-        """
-        if dropped is None and self.training:
-            dropped = self.draw_dropped(len(labels), labels.device)
-        if dropped is not None:
-            labels = torch.where(dropped, self.null_label, labels)
-        return self.embedding_table(labels)
-
+from .embeddings import LabelEmbedder, TimestepEmbedder, sincos_pos_embed_2d
+from .guidance import Guidance, guide
+from .model_card import MODEL_CARD
 
 # ---------------------------------------------------------------- blocks
 
@@ -141,7 +74,15 @@ class FinalLayer(nn.Module):
 # ---------------------------------------------------------------- DiT
 
 
-class DiT(nn.Module):
+class DiT(
+    nn.Module,
+    PyTorchModelHubMixin,
+    library_name="masked-diffusion",
+    pipeline_tag="unconditional-image-generation",
+    tags=["diffusion", "image-generation", "class-conditional"],
+    paper_url="https://arxiv.org/abs/2303.14389",
+    model_card_template=MODEL_CARD,
+):
     """Diffusion transformer: the baseline, and the frame that MDT and MDTv2 fill with their own blocks.
 
     :param input_size: height and width of the input (a latent: image_size / 8).
@@ -153,7 +94,7 @@ class DiT(nn.Module):
     :raises ValueError: for sizes that do not divide each other, and for a mask ratio that leaves no token.
     """
 
-    guidance_weight = staticmethod(lambda t, cfg_scale, diffusion_steps, scale_pow: constant_weight(t, cfg_scale))
+    guidance_rule = "constant"
 
     def __init__(
         self,
@@ -250,6 +191,12 @@ class DiT(nn.Module):
                 nn.init.zeros_(module.adaLN_modulation[1].weight)
         nn.init.zeros_(self.final_layer.linear.weight)
 
+    def embed(self, x):
+        """(N, C, H, W) -> (N, T, D) patches with their positions."""
+        # The convolution leaves other strides than the blocks do: those would be compiled for both, and PyTorch 2.14
+        # compiles the bf16 blocks wrongly for the former on a CPU.
+        return (self.x_embedder(x) + self.pos_embed).contiguous()
+
     def condition(self, t, y, drop_labels=None):
         """(N,) timesteps and (N,) labels, or None for the null class -> (N, D)."""
         if y is None:
@@ -270,7 +217,7 @@ class DiT(nn.Module):
         :param drop_labels: (N,) bool, True = null class; drawn in training mode if None.
         :return: (N, C or 2C, H, W).
         """
-        x = self.x_embedder(x) + self.pos_embed  # (N, T, D)
+        x = self.embed(x)  # (N, T, D)
         c = self.condition(t, y, drop_labels)  # (N, D)
         for block in self.blocks:
             x = block(x, c)  # (N, T, D)
@@ -290,8 +237,8 @@ class DiT(nn.Module):
             return self(x, t, y)
         half = x[: len(x) // 2]
         out_cond, out_null = self(torch.cat([half, half]), t, y).chunk(2)
-        weight = self.guidance_weight(t[: len(half)], cfg_scale, diffusion_steps, scale_pow)
-        return torch.cat(guide(out_cond, out_null, weight, guided_channels))
+        guidance = Guidance(self.guidance_rule, cfg_scale, scale_pow, diffusion_steps=diffusion_steps)
+        return torch.cat(guide(out_cond, out_null, guidance.weight(t[: len(half)]), guided_channels))
 
 
 # ---------------------------------------------------------------- MDT and MDTv2
@@ -300,7 +247,7 @@ class DiT(nn.Module):
 class MDT(DiT):
     """Masked Diffusion Transformer, version 1: one stack of blocks, the side-interpolater before the last ones."""
 
-    guidance_weight = staticmethod(power_cosine_weight)
+    guidance_rule = "power-cosine"
     mask_ratio_spread = 0.0
     default_decode_layer = 2
 
@@ -386,7 +333,7 @@ class MDT(DiT):
         :param drop_labels: (N,) bool, True = null class; drawn in training mode if None.
         :return: (N, C or 2C, H, W).
         """
-        patches = self.x_embedder(x) + self.pos_embed  # (N, T, D)
+        patches = self.embed(x)  # (N, T, D)
         c = self.condition(t, y, drop_labels)  # (N, D)
         if enable_mask and self.mask_ratio is not None:
             ids_keep = self.draw_kept(len(x), x.device) if ids_keep is None else ids_keep

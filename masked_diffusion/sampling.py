@@ -2,101 +2,125 @@
 
 import io
 import json
+import re
 import shutil
 import time
 import zipfile
 from datetime import timedelta
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from tqdm.auto import tqdm
 
 from . import dist_util, logger
 from .checkpoint import atomic_write, write_json
+from .guidance import Guidance, GuidedDenoiser
 from .precision import autocast
 from .random_util import PerSampleRandom, fold_seed
 
-CLASS_RULES = ("random", "balanced")
+CLASS_RULES = ("random", "balanced", "list")
+
+# ---------------------------------------------------------------- images by index
 
 
-def choose_labels(indices, class_rule, num_classes, seed):
+def choose_labels(indices, class_rule, num_classes, seed, classes=()):
     """(n,) int64 labels of the images `indices`.
 
-    :param class_rule: `random`, a function of (seed, index); or `balanced`, the index modulo the number of classes.
+    :param class_rule: `random`, a function of (seed, index); `balanced`, the index modulo the number of classes; or
+        `list`, `classes` in their order, over and over.
+    :raises ValueError: for another rule, and for a list that is empty or not asked for.
     """
     if class_rule not in CLASS_RULES:
         raise ValueError(f"class_rule is {class_rule!r}: choose one of {', '.join(CLASS_RULES)}")
+    if (class_rule == "list") != bool(classes):
+        raise ValueError(f"class_rule is {class_rule!r} with {len(classes)} classes: --classes go with class_rule list")
+    if class_rule == "list":
+        return torch.tensor([classes[int(i) % len(classes)] for i in indices])
     if class_rule == "balanced":
         return torch.tensor([int(i) % max(num_classes, 1) for i in indices])
     return torch.tensor([fold_seed(seed, int(i), 1) % max(num_classes, 1) for i in indices])
 
 
-def guided(model, cfg_scale=None, diffusion_steps=1000, scale_pow=4.0):
-    """A denoiser of n rows that guides a model of 2n rows (`forward_with_cfg`); the model itself without a scale."""
-    if cfg_scale is None:
-        return model
-
-    def denoise(x, t, y):
-        nulls = torch.full_like(y, model.null_label)
-        out = model.forward_with_cfg(
-            torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, nulls]), cfg_scale, diffusion_steps, scale_pow
-        )
-        return out[: len(x)]
-
-    return denoise
-
-
 class Sampler:
     """Draws images by index.
 
-    :param model: the denoiser; :param diffusion: a (respaced) diffusion; :param first_stage: decodes its samples.
-    :param cfg_scale, scale_pow: guidance; no guidance without a scale.
+    :param model: the denoiser. :param solver: from `create_solver`. :param first_stage: decodes its samples.
+    :param guidance, guide_model: see `GuidedDenoiser`.
+    :param decode_batch: images that are decoded at a time; None: all.
+    :param batch_size: smaller batches are filled up to it, so that a compiled model sees one shape; None: they are not.
     :raises ValueError: when guidance is asked of a model without a null class.
     """
 
     def __init__(
         self,
         model,
-        diffusion,
+        solver,
         first_stage,
         *,
-        cfg_scale=None,
-        scale_pow=4.0,
-        use_ddim=False,
+        guidance=None,
+        guide_model=None,
         clip_denoised=False,
         precision="fp32",
+        decode_batch=None,
+        batch_size=None,
         seed=0,
     ):
-        if cfg_scale is not None and model.null_label is None:
-            raise ValueError("guidance needs a null class, which this model was trained without: use --cfg_cond False")
-        self.model, self.first_stage, self.seed, self.clip_denoised = model, first_stage, seed, clip_denoised
-        self.loop = diffusion.ddim_sample_loop if use_ddim else diffusion.p_sample_loop
-        guided_model = guided(model, cfg_scale, diffusion.original_num_steps, scale_pow)
-        self.denoise = autocast(guided_model, precision)
+        self.model, self.solver, self.first_stage, self.seed = model, solver, first_stage, seed
+        self.clip_denoised, self.decode_batch, self.batch_size = clip_denoised, decode_batch, batch_size
+        # Guidance amplifies differences, so it is computed in full precision whatever the network computes in.
+        guide = autocast(guide_model, precision) if guide_model is not None else None
+        self.denoise = GuidedDenoiser(autocast(model, precision), guidance or Guidance(), model.null_label, guide)
         self.device = next(model.parameters()).device
+
+    def start(self, indices, labels):
+        """What the solver's steps begin with.
+
+        :return: (n, C, h, w) noise, and the options of every step.
+        """
+        random = PerSampleRandom(self.seed, indices, self.device)
+        noise = random.randn(self.model.in_channels, self.model.input_size, self.model.input_size)
+        model_kwargs = {"y": labels.to(self.device)}
+        return noise, {
+            "clip_denoised": self.clip_denoised,
+            "model_kwargs": model_kwargs,
+            "randn_like": random.randn_like,
+        }
+
+    def progressive(self, indices, labels):
+        """The solver's steps for (n,) indices and (n,) labels: dicts of latents `sample` and `pred_xstart`."""
+        noise, options = self.start(indices, labels)
+        yield from self.solver.progressive(self.denoise, noise, **options)
+
+    @torch.no_grad()
+    def decode(self, latents):
+        """(n, C, h, w) latents -> (n, H, W, 3) uint8 numpy."""
+        parts = latents.split(self.decode_batch or len(latents))
+        return np.concatenate([to_uint8(self.first_stage.decode(part.to(self.device))) for part in parts])
 
     @torch.no_grad()
     def __call__(self, indices, labels):
-        """(n,) indices and (n,) labels -> (n, H, W, 3) uint8 images."""
-        random = PerSampleRandom(self.seed, indices, self.device)
-        shape = (self.model.in_channels, self.model.input_size, self.model.input_size)
-        latents = self.loop(
-            self.denoise,
-            (len(indices), *shape),
-            noise=random.randn(*shape),
-            clip_denoised=self.clip_denoised,
-            model_kwargs={"y": labels.to(self.device)},
-            randn_like=random.randn_like,
-        )
-        return to_uint8(self.first_stage.decode(latents))
+        """(n,) indices and (n,) labels -> (n, H, W, 3) uint8 numpy."""
+        places = np.arange(max(self.batch_size or 0, len(indices))) % len(indices)
+        steps = self.progressive(np.asarray(indices)[places], labels[places])
+        return self.decode(last_sample(steps)[: len(indices)])
+
+
+def last_sample(steps):
+    """The `sample` of the last of a solver's dicts; the others are let go as they come."""
+    for out in steps:
+        sample = out["sample"]
+    return sample
 
 
 def to_uint8(images):
     """(N, 3, H, W) in [-1, 1] -> (N, H, W, 3) uint8 numpy."""
     pixels = ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
     return pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+
+
+# ---------------------------------------------------------------- shards
 
 
 class ShardStore:
@@ -138,85 +162,92 @@ class ShardStore:
         return sorted(self.folder.glob("shard_*.npz"))
 
     def missing(self, num_samples):
-        """The indices below `num_samples` that no shard holds, ascending."""
-        held = set()
+        """The indices below `num_samples` that no shard holds, ascending.
+
+        :raises ValueError: for a shard that cannot be read.
+        """
+        held = np.zeros(num_samples, dtype=bool)
         for shard in self.shards():
-            with np.load(shard, allow_pickle=False) as arrays:
-                held.update(arrays["indices"].tolist())
-        return [i for i in range(num_samples) if i not in held]
+            try:
+                with np.load(shard, allow_pickle=False) as arrays:
+                    held[arrays["indices"]] = True
+            except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+                raise ValueError(
+                    f"{shard} cannot be read ({error}): remove it, and its images are drawn again"
+                ) from error
+        return np.flatnonzero(~held).tolist()
+
+    def count(self):
+        """Images in all shards, of all ranks, by their names."""
+        return sum(int(re.search(r"_x(\d+)$", shard.stem)[1]) for shard in self.shards())
 
     def write(self, indices, images, labels):
         buffer = io.BytesIO()
         np.savez(buffer, indices=np.asarray(indices), images=images, labels=np.asarray(labels))
-        with atomic_write(self.folder / f"shard_{indices[0]:06d}_{indices[-1]:06d}.npz") as file:
+        with atomic_write(self.folder / f"shard_{indices[0]:06d}_x{len(indices)}.npz") as file:
             file.write(buffer.getbuffer())
 
     def merge(self, num_samples):
         """Write the npz: images [0, num_samples) in order as `arr_0`, their labels as `arr_1`, and the settings.
 
-        One shard at a time is in memory; the folder of shards is removed at the end.
+        Few shards at a time are in memory, whatever the number of images; the folder of shards is removed at the end.
 
         :return: the first images, at most 64.
         """
-        labels = np.zeros(num_samples, dtype=np.int64)
-        with np.load(self.shards()[0], allow_pickle=False) as arrays:
-            shape = (num_samples, *arrays["images"].shape[1:])
-        scratch = self.folder / "merged.npy"
-        images = np.lib.format.open_memmap(scratch, mode="w+", dtype=np.uint8, shape=shape, version=(1, 0))
-        for shard in self.shards():
+        shards, labels = self.shards(), np.zeros(num_samples, dtype=np.int64)
+        shard_of, row_of = np.zeros(num_samples, dtype=np.int64), np.zeros(num_samples, dtype=np.int64)
+        for number, shard in enumerate(shards):
             with np.load(shard, allow_pickle=False) as arrays:
-                images[arrays["indices"]] = arrays["images"]
-                labels[arrays["indices"]] = arrays["labels"]
-        images.flush()
-        first = images[:64].copy()
+                indices = arrays["indices"]
+                labels[indices] = arrays["labels"]
+            shard_of[indices], row_of[indices] = number, np.arange(len(indices))
+
+        @lru_cache(maxsize=4)
+        def read(number):
+            with np.load(shards[number], allow_pickle=False) as arrays:
+                return arrays["images"]
+
         with atomic_write(self.path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-            archive.write(scratch, "arr_0.npy")
+            header = {"descr": "|u1", "fortran_order": False, "shape": (num_samples, *read(0).shape[1:])}
+            with archive.open("arr_0.npy", "w", force_zip64=True) as array:
+                np.lib.format.write_array_header_1_0(array, header)
+                for number, row in zip(shard_of.tolist(), row_of, strict=True):
+                    array.write(read(number)[row].tobytes())
             for name, array in (("arr_1", labels), ("settings", np.array(json.dumps(self.settings)))):
                 buffer = io.BytesIO()
                 np.save(buffer, array)
                 archive.writestr(f"{name}.npy", buffer.getvalue())
+        places = zip(shard_of[:64].tolist(), row_of[:64], strict=True)
+        first = np.stack([read(number)[row] for number, row in places])
         shutil.rmtree(self.folder)
         return first
 
 
-def draw_samples(sampler, store, num_samples, batch_size, class_rule):
-    """Draw what the store lacks of `num_samples` images, shared among the ranks."""
-    start = time.perf_counter()
+def draw_samples(sampler, store, num_samples, batch_size, choose):
+    """Draw what the store lacks of `num_samples` images, shared among the ranks.
+
+    :param choose: a function from (n,) indices to (n,) labels.
+    """
     missing = store.missing(num_samples)
     dist_util.barrier()  # before anyone writes: all ranks share out the same list
-    world_size = dist_util.get_world_size()
-    if len(missing) < num_samples:
-        logger.log(f"{num_samples - len(missing)} of {num_samples} images are there already")
+    held = num_samples - len(missing)
+    if held:
+        logger.log(f"{held} of {num_samples} images are there already")
     batches = [missing[i : i + batch_size] for i in range(0, len(missing), batch_size)]
-    own = batches[dist_util.get_rank() :: world_size]
+    own = batches[dist_util.get_rank() :: dist_util.get_world_size()]
     bar = tqdm(total=len(missing), unit="image", disable=None if dist_util.is_main() else True)
-    done, last_log = 0, start
+    start = last_log = time.perf_counter()
     for batch in own:
-        labels = choose_labels(batch, class_rule, sampler.model.num_classes, sampler.seed)
+        labels = choose(batch)
         store.write(batch, sampler(batch, labels), labels)
-        done = min(done + len(batch) * world_size, len(missing))
+        if not dist_util.is_main():
+            continue
+        done, now = store.count() - held, time.perf_counter()
         bar.update(done - bar.n)
-        now = time.perf_counter()
-        if now - last_log > 10 or done == len(missing):
+        if now - last_log > 10 or batch is own[-1]:
             speed = done / (now - start)
             eta = timedelta(seconds=round((len(missing) - done) / speed))
             logger.log(f"{done}/{len(missing)} images  {speed:.2f} images/s  ETA {eta}")
             last_log = now
     bar.close()
     dist_util.barrier()
-
-
-def save_grid(path, images, columns=8, scale=1):
-    """Write (N, H, W, 3) uint8 images as one PNG, row by row, each enlarged `scale` times without smoothing.
-
-    :return: the (H, W, 3) uint8 sheet.
-    """
-    n, height, width, channels = images.shape
-    rows = -(-n // columns)
-    sheet = np.full((rows, columns, height, width, channels), 255, dtype=np.uint8)
-    sheet.reshape(-1, height, width, channels)[:n] = images
-    pixels = sheet.transpose(0, 2, 1, 3, 4).reshape(rows * height, columns * width, channels)
-    pixels = pixels.repeat(scale, axis=0).repeat(scale, axis=1)
-    with atomic_write(path) as file:
-        Image.fromarray(pixels).save(file, format="png")
-    return pixels

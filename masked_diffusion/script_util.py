@@ -6,8 +6,6 @@ import traceback
 from contextlib import suppress
 from pathlib import Path
 
-import torch
-
 from . import dist_util, logger
 from .checkpoint import CONFIG_NAME, latest_step, read_config, write_json
 from .guardian import TrainingFault
@@ -123,33 +121,6 @@ def add_train_flags(parser):
     )
 
 
-def add_sample_flags(parser):
-    model = parser.add_argument_group("model")
-    model.add_argument("--model_path", required=True, help="checkpoint (.pt), or training folder: its newest EMA")
-    model.add_argument("--vae_decoder", help="ema, mse, a folder, identity; None: what training used, else ema")
-    model.add_argument("--precision", choices=PRECISIONS, default="fp32", help="arithmetic of the network")
-    model.add_argument("--use_fp16", type=str2bool, default=False, help="the same as --precision fp16")
-    model.add_argument("--model", help="read off the checkpoint; if given, it must agree")
-    model.add_argument("--image_size", type=int, help="read off the checkpoint; if given, it must agree")
-    model.add_argument("--decode_layer", type=int, help="read off the checkpoint; if given, it must agree")
-    model.add_argument(
-        "--mask_ratio", type=optional_float, help="taken for the published commands: sampling masks nothing"
-    )
-
-    sampling = parser.add_argument_group("sampling")
-    sampling.add_argument("--num_samples", type=int, default=50000, help="images to draw")
-    sampling.add_argument("--batch_size", type=int, default=16, help="images per rank at a time")
-    sampling.add_argument("--num_sampling_steps", default="250", help="steps: 250, 10,15,20 or ddim50")
-    sampling.add_argument("--use_ddim", type=str2bool, default=False, help="DDIM instead of ancestral sampling")
-    sampling.add_argument("--clip_denoised", type=str2bool, default=False, help="clip predicted x_start to [-1, 1]")
-    sampling.add_argument("--cfg_cond", type=str2bool, default=False, help="guide with the null class")
-    sampling.add_argument("--cfg_scale", type=float, default=3.8, help="guidance scale")
-    sampling.add_argument("--scale_pow", type=float, default=4.0, help="power of the power-cosine schedule")
-    sampling.add_argument("--class_rule", default="random", help="random, or balanced: image i is of class i mod n")
-    sampling.add_argument("--seed", type=int, default=0, help="image i is a function of (seed, i)")
-    sampling.add_argument("--log_dir", help="None: $OPENAI_LOGDIR, or output")
-
-
 def check_positive(args, *names):
     """Refuse flags that are not positive, before anything starts."""
     for name in names:
@@ -192,28 +163,6 @@ def diffusion_config(args):
         "rescale_learned_sigmas": args.rescale_learned_sigmas,
     }
     return config | {"snr_gamma": getattr(args, "snr_gamma", 5.0 if args.model.startswith("MDTv2") else None)}
-
-
-def check_agreement(args, model, first_stage):
-    """Refuse sampling flags that describe another model than the checkpoint's.
-
-    :raises ValueError: naming the flag and both values.
-    """
-    pairs = {
-        "image_size": (args.image_size, model.input_size * first_stage.downsample),
-        "decode_layer": (args.decode_layer, model.decode_layer),
-    }
-    if args.model:
-        with torch.device("meta"):
-            pairs["model"] = describe(create_model(args.model)), describe(model)
-    for name, (asked, found) in pairs.items():
-        if asked not in (None, found):
-            raise ValueError(f"--{name} asks for {asked}, but the checkpoint has {found}: leave the flag out")
-
-
-def describe(model):
-    """Family and size of a model in a few words."""
-    return f"{type(model).__name__} of depth {model.depth}, width {model.hidden_size}, patch {model.patch_size}"
 
 
 # Flags that change what a run computes. Others, of speed and files, may change when it is resumed.

@@ -23,9 +23,9 @@ from .checkpoint import (
 )
 from .optim import annealed_lr, default_grad_clip, update_ema
 from .parallel import copy_all, like, load_optimizer_state, make_optimizer, optimizer_state, parallelize, whole
+from .pictures import save_grid
 from .posthoc_ema import PowerEMA, save_snapshots
 from .random_util import GlobalBatchRandom, fold_seed
-from .sampling import save_grid
 
 NUM_QUARTILES, GRID_COLUMNS = 4, 10
 

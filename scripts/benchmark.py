@@ -19,10 +19,10 @@ from masked_diffusion import create_diffusion, create_model, script_util
 from masked_diffusion.attention import Attention
 from masked_diffusion.checkpoint import write_json
 from masked_diffusion.flops import forward_flops
+from masked_diffusion.guidance import Guidance, GuidedDenoiser
 from masked_diffusion.objective import TwoPassObjective
 from masked_diffusion.optim import OPTIMIZERS, create_optimizer, default_grad_clip
 from masked_diffusion.precision import PRECISIONS, autocast, check_precision
-from masked_diffusion.sampling import guided
 
 WARMUP_STEPS = 2
 # name: precision, whether blocks are compiled, whether attention is written out as in the published code
@@ -128,7 +128,8 @@ def sampling_step(model, args, precision):
     :return: a function without arguments that returns the mean square of the result; None.
     """
     model.eval()
-    diffusion, denoise = create_diffusion("250"), autocast(guided(model, cfg_scale=4.0), precision)
+    guidance = Guidance(model.guidance_rule, cfg_scale=4.0, skip_below=-1)
+    diffusion, denoise = create_diffusion("250"), GuidedDenoiser(autocast(model, precision), guidance, model.null_label)
     torch.manual_seed(1)
     x = torch.randn(args.batch_size, model.in_channels, model.input_size, model.input_size).to(args.device)
     t = torch.full((args.batch_size,), 120).to(args.device)

@@ -1,33 +1,29 @@
 """Draw images into samples_{N}x{H}x{W}x{C}.npz. Run the same command again to go on where it stopped."""
 
+from functools import partial
 from pathlib import Path
 
-from masked_diffusion import create_diffusion, dist_util, load_model, logger, script_util
-from masked_diffusion.autoencoder import create_first_stage
-from masked_diffusion.checkpoint import file_hash, find_weights, read_config
-from masked_diffusion.precision import check_precision
-from masked_diffusion.sampling import Sampler, ShardStore, draw_samples, save_grid
+from masked_diffusion import dist_util, logger, sample_util, script_util
+from masked_diffusion.labels import find_label
+from masked_diffusion.pictures import save_grid
+from masked_diffusion.sampling import CLASS_RULES, ShardStore, choose_labels, draw_samples
 
 
 def parse_args():
     parser = script_util.make_parser(__doc__)
-    script_util.add_sample_flags(parser)
+    sample_util.add_weights_flags(parser)
+    sample_util.add_solver_flags(parser)
+    sample_util.add_guidance_flags(parser)
+    images = parser.add_argument_group("images")
+    images.add_argument("--num_samples", type=int, default=50000, help="images to draw")
+    images.add_argument("--batch_size", type=int, default=16, help="images per rank at a time")
+    images.add_argument(
+        "--class_rule", choices=CLASS_RULES, default="random",
+        help="balanced: image i is of class i mod n; list: --classes, over and over",
+    )  # fmt: skip
+    images.add_argument("--classes", nargs="+", default=(), help="for class_rule list: numbers or names")
+    images.add_argument("--log_dir", help="None: $OPENAI_LOGDIR, or output")
     return parser.parse_args()
-
-
-def settings(args, weights, vae):
-    """What the images are a function of."""
-    names = (
-        "num_sampling_steps",
-        "use_ddim",
-        "clip_denoised",
-        "cfg_cond",
-        "cfg_scale",
-        "scale_pow",
-        "class_rule",
-        "seed",
-    )
-    return {"weights": file_hash(weights), "vae": vae} | {name: getattr(args, name) for name in names}
 
 
 def main():
@@ -35,36 +31,19 @@ def main():
     script_util.check_positive(args, "num_samples", "batch_size")
     dist_util.setup_dist()
     logger.configure(args.log_dir, quiet=not dist_util.is_main())
-    precision = script_util.precision_of(args)
-    check_precision(precision, dist_util.dev())
-    weights = find_weights(args.model_path)
-    config = read_config(weights)
-    vae = args.vae_decoder or config.get("vae", "ema")
-    model = load_model(weights, dist_util.dev(), decode_layer=args.decode_layer)
-    with dist_util.main_first():
-        first_stage = create_first_stage(vae, dist_util.dev())
-    script_util.check_agreement(args, model, first_stage)
-    diffusion = create_diffusion(
-        **config.get("diffusion", {"learn_sigma": model.learn_sigma}), timestep_respacing=args.num_sampling_steps
+    sampler, names, settings = sample_util.load_sampler(args, args.batch_size)
+    num_classes, size = sampler.model.num_classes, sampler.model.input_size * sampler.first_stage.downsample
+    classes = [find_label(text, names, num_classes) for text in args.classes]
+    choose = partial(
+        choose_labels, class_rule=args.class_rule, num_classes=num_classes, seed=args.seed, classes=classes
     )
-    sampler = Sampler(
-        model,
-        diffusion,
-        first_stage,
-        cfg_scale=args.cfg_scale if args.cfg_cond else None,
-        scale_pow=args.scale_pow,
-        use_ddim=args.use_ddim,
-        clip_denoised=args.clip_denoised,
-        precision=precision,
-        seed=args.seed,
-    )
-    size = model.input_size * first_stage.downsample
+    choose([0])  # a rule that contradicts its classes ends the run before it begins
     path = Path(logger.get_dir(), f"samples_{args.num_samples}x{size}x{size}x3.npz")
-    store = ShardStore(path, settings(args, weights, vae))
+    store = ShardStore(path, settings | {"class_rule": args.class_rule, "classes": classes})
     if store.finished():
         logger.log(f"{path} is there already: nothing to draw")
         return
-    draw_samples(sampler, store, args.num_samples, args.batch_size, args.class_rule)
+    draw_samples(sampler, store, args.num_samples, args.batch_size, choose)
     if dist_util.is_main():
         save_grid(path.with_suffix(".png"), store.merge(args.num_samples))
         logger.log(f"wrote {path} and {path.with_suffix('.png')}")

@@ -7,17 +7,19 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from masked_diffusion import create_diffusion, dist_util, logger, preflight, script_util
+from masked_diffusion import dist_util, logger, preflight, script_util
 from masked_diffusion.autoencoder import create_first_stage
 from masked_diffusion.finetune import load_pretrained
 from masked_diffusion.flops import forward_flops
 from masked_diffusion.guardian import Guardian
+from masked_diffusion.guidance import Guidance
 from masked_diffusion.image_datasets import StreamSampler, image_classes, list_image_files, load_data
 from masked_diffusion.latent_cache import LatentCache, load_latents
 from masked_diffusion.objective import TwoPassObjective
 from masked_diffusion.precision import check_precision
 from masked_diffusion.resample import create_named_schedule_sampler
 from masked_diffusion.sampling import Sampler, choose_labels
+from masked_diffusion.solvers import create_solver
 from masked_diffusion.train_util import TrainLoop
 
 GRID_IMAGES, GRID_STEPS, GRID_SCALE = 40, "50", 1.5
@@ -72,9 +74,10 @@ def build_model(args, config):
 
 def grid_drawer(model, config, first_stage, precision, seed):
     """Draws the same images, of fixed noise and labels, with whatever weights the model has by then."""
-    diffusion = create_diffusion(**config["diffusion"], timestep_respacing=GRID_STEPS)
-    scale = None if model.null_label is None or not model.num_classes else GRID_SCALE
-    sampler = Sampler(model, diffusion, first_stage, cfg_scale=scale, scale_pow=1.0, precision=precision, seed=seed)
+    solver = create_solver("ddpm", GRID_STEPS, config["diffusion"])
+    rule = "none" if model.null_label is None or not model.num_classes else model.guidance_rule
+    guidance = Guidance(rule, GRID_SCALE, scale_pow=1.0, diffusion_steps=solver.original_num_steps)
+    sampler = Sampler(model, solver, first_stage, guidance=guidance, precision=precision, seed=seed)
     labels = choose_labels(range(GRID_IMAGES), "balanced", model.num_classes, seed)
     return partial(sampler, range(GRID_IMAGES), labels)
 

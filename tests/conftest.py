@@ -1,3 +1,4 @@
+import json
 from importlib.util import find_spec
 from pathlib import Path
 from unittest import mock
@@ -5,7 +6,10 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from fill import tensor
+from fill import fill, tensor
+
+from masked_diffusion import create_model
+from masked_diffusion.checkpoint import save_checkpoint
 
 DATA = Path(__file__).parent / "data"
 REPO = Path(__file__).parent.parent
@@ -52,3 +56,18 @@ def inception_graph(tmp_path_factory):
     with mock.patch("torch.load"), mock.patch.object(network, "load_state_dict"), torch.device("meta"):
         modules = network("inception", ["2048"], "no weights")
     return write_inception_graph(tmp_path_factory.mktemp("inception") / "graph.pb", modules)
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """A training folder with an untrained model of three classes of 8x8 pixels."""
+    folder = tmp_path_factory.mktemp("model")
+    model = fill(create_model("MDTv2_Nano_2", input_size=8, in_channels=3, num_classes=3))
+    save_checkpoint(folder, 5, model.state_dict(), {"0.9": model.state_dict()}, {"step": 5})
+    config = {
+        "model": {"name": "MDTv2_Nano_2", "options": {"input_size": 8, "in_channels": 3, "num_classes": 3}},
+        "diffusion": {"snr_gamma": 5.0},
+        "vae": "identity",
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder

@@ -10,7 +10,8 @@ from fill import fill, tensor
 
 from masked_diffusion import create_diffusion, create_model
 from masked_diffusion.attention import gather_pairs, relative_position_index
-from masked_diffusion.models import MODELS, MDTv2_S_2, sincos_pos_embed_2d, timestep_embedding
+from masked_diffusion.embeddings import sincos_pos_embed_2d, timestep_embedding
+from masked_diffusion.models import MODELS, MDTv2_S_2
 
 T, Y = torch.tensor([730, 10]), torch.tensor([3, 999])
 MASKED = {"MDTv2_S_2": {"mask_ratio": 0.3, "decode_layer": 6}, "MDT_S_2": {"mask_ratio": 0.3, "decode_layer": 2}}

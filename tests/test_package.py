@@ -80,9 +80,12 @@ TIERS = [
         "attention",
         "diffusion_utils",
         "dist_util",
+        "embeddings",
         "flops",
         "guardian",
         "guidance",
+        "labels",
+        "model_card",
         "models",
         "precision",
         "random_util",
@@ -97,9 +100,13 @@ TIERS = [
         "preflight",
         "finetune",
         "latent_cache",
+        "pictures",
         "posthoc_ema",
+        "pretrained",
+        "solvers",
     },
     {"train_util", "script_util"},
+    {"editing", "pipeline", "sample_util"},
 ]
 
 

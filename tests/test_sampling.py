@@ -1,6 +1,5 @@
 """An image is a function of (seed, index); shards, merging, the script."""
 
-import json
 import sys
 
 import image_sample
@@ -11,32 +10,35 @@ from fill import fill
 from PIL import Image
 from test_train_util import run_script
 
-from masked_diffusion import create_diffusion, create_model, script_util
+from masked_diffusion import create_model, script_util
 from masked_diffusion.autoencoder import IdentityFirstStage
-from masked_diffusion.checkpoint import save_checkpoint
-from masked_diffusion.sampling import Sampler, ShardStore, choose_labels, guided, save_grid, to_uint8
+from masked_diffusion.guidance import Guidance
+from masked_diffusion.sampling import Sampler, ShardStore, choose_labels, to_uint8
+from masked_diffusion.solvers import SOLVERS, create_solver
 
 
 def small_model(**options):
     return fill(create_model("MDTv2_Nano_2", **{"input_size": 8, "in_channels": 3, "num_classes": 10} | options)).eval()
 
 
-def make_sampler(model=None, **options):
-    options = {"cfg_scale": 2.0, "seed": 4} | options
-    return Sampler(model or small_model(), create_diffusion("6"), IdentityFirstStage(), **options)
+def make_sampler(model=None, solver="ddpm", **options):
+    options = {"guidance": Guidance("power-cosine", 2.0), "seed": 4} | options
+    return Sampler(model or small_model(), create_solver(solver, "6", {}), IdentityFirstStage(), **options)
 
 
 # ---------------------------------------------------------------- images by index
 
 
-@pytest.mark.parametrize("use_ddim", [False, True])
-def test_an_image_does_not_depend_on_its_batch(use_ddim):
-    sampler, labels = make_sampler(use_ddim=use_ddim), choose_labels(range(6), "random", 10, seed=4)
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_an_image_does_not_depend_on_its_batch(solver):
+    sampler, labels = make_sampler(solver=solver), choose_labels(range(6), "random", 10, seed=4)
     whole = sampler(range(6), labels).astype(int)
     parts = np.concatenate([sampler([5, 0], labels[[5, 0]]), sampler([3], labels[[3]])]).astype(int)
     assert np.abs(whole[[5, 0, 3]] - parts).max() <= 1
     assert np.abs(whole[0] - whole[1]).max() > 10
-    assert np.abs(make_sampler(seed=5)(range(6), labels) - whole).max() > 10
+    assert np.abs(make_sampler(solver=solver, seed=5)(range(6), labels) - whole).max() > 10
+    padded = make_sampler(solver=solver, batch_size=4, decode_batch=1)([5], labels[[5]]).astype(int)
+    assert padded.shape == (1, 8, 8, 3) and np.abs(whole[[5]] - padded).max() <= 1
 
 
 def test_labels_follow_the_rule():
@@ -45,19 +47,10 @@ def test_labels_follow_the_rule():
     assert torch.equal(labels[7:9], choose_labels([7, 8], "random", 10, seed=0))
     assert np.abs(np.bincount(labels, minlength=10) - 500).max() < 5 * 500**0.5
     assert choose_labels(range(3), "random", 0, seed=0).tolist() == [0, 0, 0]
-    with pytest.raises(ValueError, match="class_rule is 'sorted'"):
-        choose_labels([0], "sorted", 10, seed=0)
-
-
-def test_guidance_is_the_models_own():
-    model, x, t, y = small_model(), torch.randn(3, 3, 8, 8), torch.tensor([500] * 3), torch.tensor([1, 2, 3])
-    pairs, nulls = torch.cat([x, x]), torch.full((3,), 10)
-    with torch.no_grad():
-        doubled = model.forward_with_cfg(pairs, torch.cat([t, t]), torch.cat([y, nulls]), 3.0, 1000, 2.0)
-        assert torch.equal(guided(model, 3.0, 1000, 2.0)(x, t, y), doubled[:3])
-    assert guided(model) is model
-    with pytest.raises(ValueError, match="guidance needs a null class"):
-        make_sampler(small_model(class_dropout_prob=0.0))
+    assert choose_labels([0, 1, 2, 7], "list", 10, seed=0, classes=[5, 3]).tolist() == [5, 3, 5, 3]
+    for rule, classes in (("sorted", []), ("list", []), ("random", [1])):
+        with pytest.raises(ValueError, match=f"class_rule is '{rule}'"):
+            choose_labels([0], rule, 10, seed=0, classes=classes)
 
 
 def test_pixels_are_rounded_and_clipped():
@@ -87,33 +80,13 @@ def test_shards_are_merged_by_index(tmp_path):
         ShardStore(tmp_path / "samples.npz", {"seed": 4})
 
 
-def test_a_grid_is_filled_row_by_row(tmp_path):
-    images = np.arange(5, dtype=np.uint8)[:, None, None, None] * np.full((1, 2, 2, 3), 40, dtype=np.uint8)
-    save_grid(tmp_path / "grid.png", images, columns=3, scale=2)
-    pixels = np.asarray(Image.open(tmp_path / "grid.png"))
-    assert pixels.shape == (8, 12, 3)
-    assert pixels[::4, ::4, 0].tolist() == [[0, 40, 80], [120, 160, 255]]
-
-
 # ---------------------------------------------------------------- the script
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    folder, model = tmp_path_factory.mktemp("model"), small_model(num_classes=3)
-    save_checkpoint(folder, 5, model.state_dict(), {"0.9": model.state_dict()}, {"step": 5})
-    config = {
-        "model": {"name": "MDTv2_Nano_2", "options": {"input_size": 8, "in_channels": 3, "num_classes": 3}},
-        "diffusion": {"snr_gamma": 5.0},
-        "vae": "identity",
-    }
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
 
 
 def sample_flags(checkpoint, log_dir, **options):
     flags = {"model_path": checkpoint, "log_dir": log_dir, "num_samples": 11, "batch_size": 4, "cfg_cond": True}
-    return [f"--{key}={value}" for key, value in (flags | {"num_sampling_steps": 3} | options).items()]
+    flags |= {"num_sampling_steps": 3} | options
+    return [word for key, value in flags.items() for word in (f"--{key}", *str(value).split("="))]
 
 
 def read(path):
@@ -168,7 +141,13 @@ def test_a_stopped_run_draws_only_what_is_missing(checkpoint, tmp_path, monkeypa
         ({"model": "MDTv2_S_2"}, "--model asks for MDTv2 of depth 12"),
         ({"image_size": 256}, "--image_size asks for 256, but the checkpoint has 8"),
         ({"num_sampling_steps": "fast"}, "timestep_respacing is 'fast'"),
-        ({"class_rule": "sorted"}, "class_rule is 'sorted'"),
+        ({"class_rule": "list"}, "class_rule is 'list' with 0 classes"),
+        ({"class_rule": "list", "classes": "3"}, "class 3 does not exist: the model has 3 classes"),
+        ({"class_rule": "list", "classes": "dog"}, "the classes of this model have none"),
+        ({"solver": "unipc", "num_sampling_steps": "ddim5"}, "'ddim5': solver unipc takes one number"),
+        ({"solver": "heun", "use_ddim": True}, "--use_ddim True and --solver heun contradict"),
+        ({"guidance": "interval", "guidance_interval": "9=3"}, "interval (9.0, 3.0) is empty"),
+        ({"guide_path": "nowhere.pt"}, "nowhere.pt does not exist"),
         ({"num_samples": 0}, "num_samples is 0"),
     ],
     ids=str,

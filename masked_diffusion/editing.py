@@ -1,0 +1,142 @@
+"""Drawing from a given image: filling a hole (RePaint) and variations (SDEdit), in the first stage's latents."""
+
+import itertools
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from .image_datasets import center_crop_arr, read_image
+from .sampling import last_sample
+from .solvers import DiffusionSolver
+
+
+def read_image_and_hole(image_path, hole_path, size):
+    """An image and the part of it to fill, both cropped as training crops.
+
+    :param hole_path: a picture that is white where the image is to be filled, of the image's own size.
+    :return: (size, size, 3) uint8 and (size, size) bool, True = hole.
+    :raises ValueError: for pictures that cannot be read or differ in size, and for a hole that is empty.
+    """
+    image, hole = read_image(image_path), read_image(hole_path)
+    if image.size != hole.size:
+        raise ValueError(f"{image_path} is {image.size}, {hole_path} is {hole.size}: mask and image must have one size")
+    hole = center_crop_arr(hole, size).mean(axis=2) > 127
+    if not hole.any():
+        raise ValueError(f"{hole_path} has nothing white in its centre: paint what is to be filled white")
+    return center_crop_arr(image, size), hole
+
+
+def encode(sampler, image):
+    """(H, W, 3) uint8 -> (1, C, h, w) latents: the mean of the posterior.
+
+    :raises ValueError: for an image of another size than the model's.
+    """
+    size = sampler.model.input_size * sampler.first_stage.downsample
+    if image.shape != (size, size, 3) or image.dtype != np.uint8:
+        raise ValueError(f"the image is {image.shape} {image.dtype}: it must be ({size}, {size}, 3) uint8")
+    pixels = torch.from_numpy(image).to(sampler.device).permute(2, 0, 1)[None].float() / 127.5 - 1
+    mean, _ = sampler.first_stage.moments(pixels)
+    return sampler.first_stage.sample(mean, torch.zeros_like(mean))
+
+
+def _stepper(sampler):
+    """The sampler's one-step function and diffusion.
+
+    :raises ValueError: for a solver that takes no single steps.
+    """
+    if not isinstance(sampler.solver, DiffusionSolver):
+        raise ValueError(f"solver {sampler.solver.name} cannot start from an image: choose ddpm or ddim")
+    return sampler.solver.step, sampler.solver.diffusion
+
+
+# ---------------------------------------------------------------- RePaint
+
+
+def resampling_times(num_timesteps, jump_length, resamplings):
+    """The times that RePaint visits: down to 0, with jumps back up (Lugmayr et al. 2022, appendix B).
+
+    :param jump_length: steps of each jump. :param resamplings: how often each stretch is walked down; 1 is no jump.
+    :return: list of times; x of time T is noise, x of time 0 the image. Neighbours differ by 1.
+    """
+    jumps = dict.fromkeys(range(0, num_timesteps - jump_length, jump_length), resamplings - 1)
+    time, times = num_timesteps, [num_timesteps]
+    while time > 0:
+        time -= 1
+        times.append(time)
+        if jumps.get(time, 0) > 0:
+            jumps[time] -= 1
+            for _ in range(jump_length):
+                time += 1
+                times.append(time)
+    return times
+
+
+def count_evaluations(num_timesteps, jump_length, resamplings):
+    """Steps that `inpaint_progressive` yields."""
+    return sum(a > b for a, b in itertools.pairwise(resampling_times(num_timesteps, jump_length, resamplings)))
+
+
+@torch.no_grad()
+def inpaint_progressive(sampler, indices, labels, image, hole, jump_length=10, resamplings=10):
+    """Fill a hole (RePaint, Lugmayr et al. 2022, algorithm 1), step by step.
+
+    :param indices: (n,) that the noise is a function of. :param labels: (n,) int64 classes to fill with.
+    :param image: (H, W, 3) uint8. :param hole: (H, W) bool, True = to fill; what the image has there is not looked at.
+    :param jump_length, resamplings: see `resampling_times`; more of either joins hole and surroundings better.
+    :return: a generator of dicts of `sample` and `pred_xstart`, (n, C, h, w) latents. See `paste` for the end.
+    """
+    step, diffusion = _stepper(sampler)
+    x_start = encode(sampler, np.where(hole[:, :, None], np.uint8(128), image)).expand(len(indices), -1, -1, -1)
+    hole = torch.from_numpy(hole).to(sampler.device)[None, None].float()
+    hole = F.max_pool2d(hole, sampler.first_stage.downsample)  # a latent is unknown as soon as one of its pixels is
+    x, options = sampler.start(indices, labels)
+    times = resampling_times(diffusion.num_timesteps, jump_length, resamplings)
+    for time, following in itertools.pairwise(times):
+        if following > time:  # one step of the forward process: eq. 1 of DDPM
+            beta = float(diffusion.betas[time])
+            x = (1 - beta) ** 0.5 * x + beta**0.5 * options["randn_like"](x)
+            continue
+        out = step(sampler.denoise, x, torch.full((len(x),), time - 1, device=x.device), **options)
+        known = x_start
+        if following > 0:
+            t = torch.full((len(x),), following - 1, device=x.device)
+            known = diffusion.q_sample(x_start, t, options["randn_like"](x))
+        x = hole * out["sample"] + (1 - hole) * known
+        yield {"sample": x, "pred_xstart": hole * out["pred_xstart"] + (1 - hole) * x_start}
+
+
+def paste(image, hole, drawn):
+    """(n, H, W, 3) uint8 `drawn` in the hole and the (H, W, 3) image's own pixels around it."""
+    return np.where(hole[None, :, :, None], drawn, image[None])
+
+
+def inpaint(sampler, indices, labels, image, hole, **options):
+    """The end of `inpaint_progressive`: (n, H, W, 3) uint8, with the image's own pixels outside the hole."""
+    steps = inpaint_progressive(sampler, indices, labels, image, hole, **options)
+    return paste(image, hole, sampler.decode(last_sample(steps)))
+
+
+# ---------------------------------------------------------------- SDEdit
+
+
+@torch.no_grad()
+def vary_progressive(sampler, indices, labels, image, strength):
+    """Variations of an image: noise it up to a time and denoise it from there (SDEdit, Meng et al. 2022, algorithm 1).
+
+    :param indices, labels: as in `inpaint_progressive`. :param image: (H, W, 3) uint8.
+    :param strength: share of the steps that are run, in (0, 1]; 1 keeps next to nothing.
+    :return: a generator of dicts of `sample` and `pred_xstart`, (n, C, h, w) latents.
+    :raises ValueError: for a strength outside (0, 1].
+    """
+    if not 0 < strength <= 1:
+        raise ValueError(f"strength is {strength}: it must lie in (0, 1]")
+    step, diffusion = _stepper(sampler)
+    noise, options = sampler.start(indices, labels)
+    first = max(round(strength * diffusion.num_timesteps), 1) - 1
+    t = torch.full((len(noise),), first, device=noise.device)
+    x = diffusion.q_sample(encode(sampler, image).expand_as(noise), t, noise)
+    for i in range(first, -1, -1):
+        out = step(sampler.denoise, x, torch.full_like(t, i), **options)
+        x = out["sample"]
+        yield out

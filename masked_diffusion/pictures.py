@@ -1,0 +1,55 @@
+"""Grids and animations of images, as files."""
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from .checkpoint import atomic_write
+
+FRAME_MILLISECONDS = 60
+LAST_FRAME_MILLISECONDS = 1500
+
+
+def make_grid(images, columns=8, scale=1):
+    """(N, H, W, 3) uint8 images row by row, each enlarged `scale` times without smoothing -> (H', W', 3) uint8."""
+    n, height, width, channels = images.shape
+    rows = -(-n // columns)
+    sheet = np.full((rows, columns, height, width, channels), 255, dtype=np.uint8)
+    sheet.reshape(-1, height, width, channels)[:n] = images
+    pixels = sheet.transpose(0, 2, 1, 3, 4).reshape(rows * height, columns * width, channels)
+    return pixels.repeat(scale, axis=0).repeat(scale, axis=1)
+
+
+def check_picture_name(path):
+    """Refuse a file name that a picture cannot have, before it is drawn.
+
+    :raises ValueError: for a folder that is not there, and for an ending that means no kind of picture.
+    """
+    path = Path(path).absolute()
+    if not path.parent.is_dir():
+        raise ValueError(f"{path.parent} is no folder: make it, or choose another place for {path.name}")
+    if path.suffix.lower() not in Image.registered_extensions():
+        raise ValueError(f"{path.name} names no kind of picture: let it end in .png, .jpg or .gif")
+
+
+def save_picture(path, pixels, **options):
+    """Write (H, W, 3) uint8 pixels as what the file's ending says; `options` are Pillow's."""
+    kind = Image.registered_extensions()[Path(path).suffix.lower()]
+    with atomic_write(path) as file:
+        Image.fromarray(pixels).save(file, format=kind, **({"quality": 95} if kind == "JPEG" else {}), **options)
+
+
+def save_grid(path, images, columns=8, scale=1):
+    """Write (N, H, W, 3) uint8 images as one picture; see `make_grid`. Returns its pixels."""
+    pixels = make_grid(images, columns, scale)
+    save_picture(path, pixels)
+    return pixels
+
+
+def save_animation(path, frames, columns=8, scale=1):
+    """Write (F, N, H, W, 3) uint8 images as an animation of F grids that holds the last one for a while."""
+    sheets = [Image.fromarray(make_grid(images, columns, scale)) for images in frames]
+    durations = [FRAME_MILLISECONDS] * (len(sheets) - 1) + [LAST_FRAME_MILLISECONDS]
+    with atomic_write(path) as file:
+        sheets[0].save(file, format="GIF", save_all=True, append_images=sheets[1:], duration=durations, loop=0)

@@ -1,0 +1,104 @@
+"""Samplers by name: DDPM and DDIM of this package, and few-step solvers through diffusers' schedulers.
+
+All run on the trained discrete schedule, with guidance. The learned variance belongs to the ancestral chain: `ddpm`
+uses it, all others follow the ODE and use the prediction alone.
+"""
+
+from importlib import import_module
+
+import torch
+
+from .respace import create_diffusion
+
+# name: scheduler of diffusers, its options
+SCHEDULERS = {
+    # Lu et al. 2022, "DPM-Solver++", algorithm 2 (second order, multistep)
+    "dpm++": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", "solver_order": 2}),
+    # Zhao et al. 2023, "UniPC", algorithm 1 with B2(h), order 2, which the paper takes for guided sampling
+    "unipc": ("UniPCMultistepScheduler", {"solver_order": 2, "solver_type": "bh2"}),
+    # Karras et al. 2022, algorithm 1 without noise: second order, two evaluations per step but the last
+    "heun": ("HeunDiscreteScheduler", {}),
+    # The same in first order
+    "euler": ("EulerDiscreteScheduler", {}),
+}
+SOLVERS = ("ddpm", "ddim", *SCHEDULERS)
+
+
+def create_solver(name, num_sampling_steps, diffusion_config):
+    """Make a solver.
+
+    :param name: one of `SOLVERS`.
+    :param num_sampling_steps: `250`; for ddpm and ddim also `10,15,20` and `ddim50`.
+    :param diffusion_config: options of `create_diffusion` that the model was trained with.
+    :return: an object with `progressive(denoise, noise, ...)`, see `DiffusionSolver`, and `original_num_steps`.
+    :raises ValueError: for an unknown name, and for steps that the solver cannot take.
+    """
+    if name not in SOLVERS:
+        raise ValueError(f"solver is {name!r}: choose one of {', '.join(SOLVERS)}")
+    if name in SCHEDULERS:
+        return SchedulerSolver(name, num_sampling_steps, create_diffusion(**diffusion_config))
+    diffusion = create_diffusion(**diffusion_config, timestep_respacing=str(num_sampling_steps))
+    return DiffusionSolver(diffusion, use_ddim=name == "ddim")
+
+
+class DiffusionSolver:
+    """Ancestral sampling (DDPM) or DDIM on a respaced diffusion."""
+
+    def __init__(self, diffusion, use_ddim=False):
+        self.diffusion, self.original_num_steps = diffusion, diffusion.original_num_steps
+        self.loop = diffusion.ddim_sample_loop_progressive if use_ddim else diffusion.p_sample_loop_progressive
+        self.step = diffusion.ddim_sample if use_ddim else diffusion.p_sample
+        self.num_evaluations = diffusion.num_timesteps
+
+    def progressive(self, denoise, noise, clip_denoised=False, model_kwargs=None, randn_like=torch.randn_like):
+        """Samples, step by step.
+
+        :param denoise: `denoise(x, t, **model_kwargs)` -> (N, C or 2C, H, W), with t in the trained schedule.
+        :param noise: (N, C, H, W) x_T.
+        :param clip_denoised: clip every predicted x_start to [-1, 1].
+        :param randn_like: where the noise on the way comes from.
+        :return: a generator of dicts of `sample` and `pred_xstart`, each (N, C, H, W); the last `sample` is the result.
+        """
+        options = {"clip_denoised": clip_denoised, "model_kwargs": model_kwargs, "randn_like": randn_like}
+        yield from self.loop(denoise, noise.shape, noise=noise, **options)
+
+
+class SchedulerSolver:
+    """A scheduler of diffusers on the trained betas; deterministic.
+
+    Timesteps are evenly spaced from the last one down, as in Lin et al. 2023, "Common diffusion noise schedules ...".
+    """
+
+    def __init__(self, name, num_sampling_steps, diffusion):
+        self.name, self.diffusion, self.original_num_steps = name, diffusion, diffusion.original_num_steps
+        text = str(num_sampling_steps)
+        if not text.isdecimal() or not 1 <= int(text) < self.original_num_steps:
+            last = self.original_num_steps - 1
+            raise ValueError(f"num_sampling_steps is {text!r}: solver {name} takes one number from 1 to {last}")
+        self.num_steps = int(text)
+        self.num_evaluations = 2 * self.num_steps - 1 if name == "heun" else self.num_steps
+
+    def make_scheduler(self, device):
+        """A fresh scheduler: each holds the state of one run."""
+        class_name, options = SCHEDULERS[self.name]
+        scheduler = getattr(import_module("diffusers"), class_name)(trained_betas=self.diffusion.betas, **options)
+        if self.name in ("dpm++", "unipc"):
+            scheduler.set_timesteps(self.num_steps, device=device)
+        else:  # these would evaluate between timesteps
+            stride = self.original_num_steps / self.num_steps
+            timesteps = [round(self.original_num_steps - i * stride) - 1 for i in range(self.num_steps)]
+            scheduler.set_timesteps(timesteps=timesteps, device=device)
+        return scheduler
+
+    @torch.no_grad()
+    def progressive(self, denoise, noise, clip_denoised=False, model_kwargs=None, randn_like=torch.randn_like):
+        """As `DiffusionSolver.progressive`; there is no noise on the way, so `randn_like` is not called."""
+        scheduler = self.make_scheduler(noise.device)
+        x = noise * scheduler.init_noise_sigma
+        for timestep in scheduler.timesteps:
+            x_t = scheduler.scale_model_input(x, timestep)  # some schedulers hold x_t / sqrt(alpha_bar)
+            t = torch.full((len(x),), int(timestep), device=x.device)
+            out = self.diffusion.p_mean_variance(denoise, x_t, t, clip_denoised, model_kwargs=model_kwargs)
+            eps = self.diffusion._predict_eps_from_xstart(x_t, t, out["pred_xstart"])
+            x = scheduler.step(eps, timestep, x).prev_sample
+            yield {"sample": x, "pred_xstart": out["pred_xstart"]}

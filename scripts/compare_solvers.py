@@ -1,0 +1,115 @@
+"""Solvers side by side on the digits that `make demo` learned: accuracy, distance and seconds, as table and picture."""
+
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from masked_diffusion import load_model, script_util
+from masked_diffusion.autoencoder import IdentityFirstStage
+from masked_diffusion.checkpoint import atomic_write, read_config, write_json
+from masked_diffusion.guidance import Guidance
+from masked_diffusion.sampling import Sampler, choose_labels
+from masked_diffusion.solvers import create_solver
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "evaluations"))
+
+import grade_digits
+
+SOLVERS = (("ddpm", "250"), ("ddim", "50"), ("dpm++", "20"), ("unipc", "10"))
+GUIDANCE = {"none": Guidance(), "scale 1.5": Guidance("power-cosine", 1.5, scale_pow=1.0)}
+COLUMNS = ("solver", "steps", "guidance", "class_accuracy", "frechet_pixels", "seconds")
+SHOWN = 20  # digits of each row of the picture
+
+
+def parse_args():
+    parser = script_util.make_parser(__doc__)
+    parser.add_argument("--demo", default="output_demo", help="what `make demo` left")
+    parser.add_argument("--out", default="docs/solvers", help="path of the three files, without their endings")
+    parser.add_argument("--num_samples", type=int, default=1000, help="images of each run")
+    parser.add_argument("--batch_size", type=int, default=250, help="images at a time")
+    return parser.parse_args()
+
+
+def draw(sampler, labels, batch_size):
+    """(N, H, W, 3) uint8 images, and the seconds that they took."""
+    sampler(range(8), labels[:8])  # what is made on first use is made
+    start = time.perf_counter()
+    parts = torch.arange(len(labels)).split(batch_size)
+    images = np.concatenate([sampler(part.numpy(), labels[part]) for part in parts])
+    return images, time.perf_counter() - start
+
+
+def measure(model, diffusion_config, args):
+    """Draw and grade digits with every solver, with and without guidance.
+
+    :return: rows of the table, and (rows, SHOWN, H, W, 3) uint8 of their first digits.
+    """
+    labels = choose_labels(range(args.num_samples), "balanced", model.num_classes, seed=0)
+    rows, shown = [], []
+    for solver, steps in SOLVERS:
+        for name, guidance in GUIDANCE.items():
+            made = create_solver(solver, steps, diffusion_config)
+            images, seconds = draw(
+                Sampler(model, made, IdentityFirstStage(), guidance=guidance), labels, args.batch_size
+            )
+            grades = grade_digits.grade(Path(args.demo, "data"), images, labels.numpy())
+            row = {"solver": solver, "steps": int(steps), "guidance": name, "seconds": seconds} | grades
+            rows.append({key: row[key] for key in COLUMNS})
+            shown.append(images[:SHOWN])
+            print(format_row(rows[-1]), flush=True)
+    return rows, np.stack(shown)
+
+
+def format_row(row):
+    cells = (f"{value:.3f}" if isinstance(value, float) else str(value) for value in (row[key] for key in COLUMNS))
+    return f"| {' | '.join(cells)} |"
+
+
+def write_picture(path, rows, shown):
+    """Bars of accuracy, distance and seconds, and the first digits, of every row."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    names = [f"{row['solver']}-{row['steps']}, {row['guidance']}" for row in rows]
+    figure, panels = plt.subplots(1, 4, figsize=(15, 4.5), layout="constrained", width_ratios=[1, 1, 1, 2.2])
+    titles = {"class_accuracy": "class accuracy", "frechet_pixels": "pixel Frechet distance", "seconds": "seconds"}
+    colours = ["tab:gray" if row["guidance"] == "none" else "tab:blue" for row in rows]
+    for panel, (key, title) in zip(panels, titles.items(), strict=False):
+        bars = panel.barh(names, [row[key] for row in rows], color=colours)
+        panel.bar_label(bars, fmt="%.3f" if key != "seconds" else "%.1f", padding=2)
+        panel.set(title=title, xscale="log" if key == "seconds" else "linear")
+        panel.margins(x=0.25)
+        panel.invert_yaxis()
+        panel.set_yticks(range(len(names)), names if key == "class_accuracy" else [""] * len(names))
+    sheet = np.pad(shown, ((0, 0), (0, 0), (0, 1), (0, 1), (0, 0)), constant_values=255)
+    count, _, height, width, _ = sheet.shape
+    panels[3].imshow(sheet.transpose(0, 2, 1, 3, 4).reshape(count * height, SHOWN * width, 3), aspect="auto")
+    panels[3].set(title="the first digits of each")
+    panels[3].axis("off")
+    with atomic_write(path) as file:
+        figure.savefig(file, dpi=110, format="png")
+    plt.close(figure)
+
+
+def main():
+    args = parse_args()
+    script_util.check_positive(args, "num_samples", "batch_size")
+    folder = Path(args.demo, "train")
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not there: run `make demo` first, or name its folder with --demo")
+    model = load_model(folder)
+    rows, shown = measure(model, read_config(folder)["diffusion"], args)
+    table = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|", *map(format_row, rows)]
+    with atomic_write(f"{args.out}.md") as file:
+        file.write(("\n".join(table) + "\n").encode())
+    write_json(f"{args.out}.json", rows)
+    write_picture(f"{args.out}.png", rows, shown)
+
+
+if __name__ == "__main__":
+    script_util.run(main)

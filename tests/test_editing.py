@@ -1,0 +1,95 @@
+"""Inpainting and variations: what is kept, what is filled, and the schedule of RePaint."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_sampling import make_sampler, small_model
+
+from masked_diffusion.editing import (
+    count_evaluations,
+    inpaint,
+    inpaint_progressive,
+    paste,
+    read_image_and_hole,
+    resampling_times,
+    vary_progressive,
+)
+from masked_diffusion.sampling import last_sample
+
+IMAGE = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+HOLE = np.zeros((8, 8), dtype=bool)
+HOLE[2:6, 3:] = True
+LABELS = torch.tensor([1, 2, 3])
+
+
+def test_the_schedule_walks_every_stretch_so_many_times():
+    assert resampling_times(5, 2, 1) == [5, 4, 3, 2, 1, 0]
+    assert resampling_times(5, 2, 2) == [5, 4, 3, 2, 3, 4, 3, 2, 1, 0, 1, 2, 1, 0]
+    times = resampling_times(250, 10, 10)
+    assert times[0] == 250 and times[-1] == 0 and set(np.abs(np.diff(times))) == {1}
+    assert count_evaluations(250, 10, 10) == 250 + 24 * 9 * 10
+
+
+def test_the_hole_is_filled_and_the_rest_is_kept():
+    drawn = inpaint(make_sampler(), range(3), LABELS, IMAGE, HOLE, jump_length=2, resamplings=2)
+    assert drawn.shape == (3, 8, 8, 3) and drawn.dtype == np.uint8
+    assert (drawn[:, ~HOLE] == IMAGE[~HOLE]).all()
+    assert (drawn[:, HOLE] != IMAGE[HOLE]).mean() > 0.9 and (drawn[0, HOLE] != drawn[1, HOLE]).mean() > 0.2
+
+
+def test_what_lies_in_the_hole_is_not_looked_at():
+    other = np.where(HOLE[:, :, None], 255 - IMAGE, IMAGE)
+    a, b = (inpaint(make_sampler(), range(3), LABELS, image, HOLE) for image in (IMAGE, other))
+    assert np.array_equal(a, b)
+
+
+def test_the_latents_around_the_hole_are_those_of_the_image():
+    *_, last = inpaint_progressive(make_sampler(), range(3), LABELS, IMAGE, HOLE)
+    expected = torch.from_numpy(IMAGE).permute(2, 0, 1).float() / 127.5 - 1
+    for latents in last["sample"], last["pred_xstart"]:
+        torch.testing.assert_close(latents[:, :, ~HOLE], expected[:, ~HOLE].expand(3, -1, -1))
+
+
+def test_a_filled_hole_does_not_depend_on_the_batch():
+    whole = inpaint(make_sampler(), range(3), LABELS, IMAGE, HOLE).astype(int)
+    alone = inpaint(make_sampler(), [2], LABELS[2:], IMAGE, HOLE).astype(int)
+    assert np.abs(whole[2:] - alone).max() <= 1
+
+
+def test_strength_is_the_share_of_steps():
+    for solver, strength, steps in (("ddpm", 1.0, 6), ("ddpm", 0.5, 3), ("ddim", 0.01, 1)):
+        outs = list(vary_progressive(make_sampler(solver=solver), range(3), LABELS, IMAGE, strength))
+        assert len(outs) == steps
+    for strength in (0.0, 1.5):
+        with pytest.raises(ValueError, match=f"strength is {strength}"):
+            next(vary_progressive(make_sampler(), range(3), LABELS, IMAGE, strength))
+
+
+def test_weak_variations_stay_near_the_image():
+    def untrained(strength):
+        model = small_model()
+        torch.nn.init.zeros_(model.final_layer.linear.weight)  # predicts no noise: what is added stays
+        torch.nn.init.zeros_(model.final_layer.linear.bias)
+        sampler = make_sampler(model, solver="ddim")
+        drawn = sampler.decode(last_sample(vary_progressive(sampler, range(3), LABELS, IMAGE, strength)))
+        return np.abs(drawn.astype(int) - IMAGE).mean()
+
+    assert untrained(0.01) < 5 < untrained(0.5)
+
+
+def test_pictures_that_do_not_fit_are_refused(tmp_path):
+    Image.fromarray(IMAGE).save(tmp_path / "image.png")
+    Image.fromarray(HOLE.astype(np.uint8) * 255).save(tmp_path / "hole.png")
+    image, hole = read_image_and_hole(tmp_path / "image.png", tmp_path / "hole.png", 8)
+    assert np.array_equal(image, IMAGE) and np.array_equal(hole, HOLE)
+    assert np.array_equal(paste(image, hole, 255 - IMAGE[None])[0][hole], 255 - IMAGE[hole])
+    Image.new("L", (8, 8)).save(tmp_path / "black.png")
+    Image.new("L", (9, 8)).save(tmp_path / "wide.png")
+    for name, message in (("black.png", "nothing white"), ("wide.png", "must have one size")):
+        with pytest.raises(ValueError, match=message):
+            read_image_and_hole(tmp_path / "image.png", tmp_path / name, 8)
+    with pytest.raises(ValueError, match=r"the image is \(9, 8, 3\) uint8: it must be \(8, 8, 3\)"):
+        inpaint(make_sampler(), [0], LABELS[:1], np.zeros((9, 8, 3), np.uint8), np.ones((9, 8), bool))
+    with pytest.raises(ValueError, match=r"solver unipc cannot start from an image: choose ddpm or ddim"):
+        inpaint(make_sampler(solver="unipc"), [0], LABELS[:1], IMAGE, HOLE)
