@@ -1,5 +1,6 @@
 """Images and statistics out of an npz, in a stream as ADM's evaluator reads it; nothing in a file is ever executed."""
 
+import copy
 import json
 import math
 import zipfile
@@ -107,6 +108,12 @@ class NpzImages:
     def take(self, indices):
         """(n, H, W, 3) uint8: the images of these places, each read by itself."""
         return np.concatenate([next(self.batches(1, start=int(index), stop=int(index) + 1)) for index in indices])
+
+    def first(self, count):
+        """The same file, as if it had no more than so many images."""
+        shorter = copy.copy(self)
+        shorter.shape = (min(len(self), count), *self.shape[1:])
+        return shorter
 
     def has_statistics(self, *names):
         return all(name in self.names for name in names)
