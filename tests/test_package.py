@@ -8,11 +8,12 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from functools import cache
 
 import pytest
 from conftest import REPO
 
-README = "\n".join((REPO / folder / "README.md").read_text() for folder in (".", "datasets"))
+README = "\n".join((REPO / folder / "README.md").read_text() for folder in (".", "datasets", "evaluations"))
 
 
 def python(code):
@@ -158,6 +159,7 @@ def readme_commands():
     return [line for line in lines if line.strip() and not line.startswith("#")]
 
 
+@cache
 def script_flags(script):
     """The flags that a script's --help lists."""
     result = subprocess.run(
