@@ -144,16 +144,18 @@ class InceptionScore:
         return float(np.mean(scores)), float(np.std(scores))
 
 
-def kernel_distance(features1, features2, subsets=KID_SUBSETS, subset_size=KID_SUBSET_SIZE, seed=0, device="cpu"):
+def kernel_distance(features1, features2, subsets=KID_SUBSETS, subset_size=None, seed=0, device="cpu"):
     """KID (Binkowski et al. 2018): the unbiased squared MMD under the kernel (x'y / d + 1)^3, over random subsets.
 
-    :param features1, features2: (N, d) and (M, d) arrays; subsets are no larger than either.
+    :param features1, features2: (N, d) and (M, d) arrays.
+    :param subset_size: rows of a subset; None: 1,000, or half of the smaller set, for subsets are to differ.
     :return: mean and standard deviation over the subsets. The mean may be negative: its expectation is not.
     :raises ValueError: when a set has fewer than two rows.
     """
-    size = min(subset_size, len(features1), len(features2))
-    if size < 2:
-        raise ValueError(f"KID needs at least two rows of features on both sides, not {size}")
+    smaller = min(len(features1), len(features2))
+    if smaller < 2:
+        raise ValueError(f"KID needs at least two rows of features on both sides, not {smaller}")
+    size = min(subset_size or max(min(KID_SUBSET_SIZE, smaller // 2), 2), smaller)
     rng, values = np.random.default_rng(seed), []
     for _ in range(subsets):
         x, y = (

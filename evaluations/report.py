@@ -80,8 +80,8 @@ def draw(path, reference, samples, results):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure = plt.figure(figsize=(14, 15), layout="constrained")
-    top, middle, bottom = figure.subfigures(3, 1, height_ratios=(2.2, 4, 7))
+    figure = plt.figure(figsize=(14, 9.4), layout="constrained")
+    top, middle, bottom = figure.subfigures(3, 1, height_ratios=(2.3, 2, 5))
     _draw_metrics(top, results)
     if len(reference) and results[0].overlap is not None:
         _draw_neighbours(middle, reference, samples, results[0].overlap)

@@ -113,7 +113,8 @@ def compare(reference, samples, metrics, logit_weights, repeats=0, device="cpu")
     values = {key: values[key] for key in LABELS if key in values}
     result = Result(values, overlap=found)
     if repeats:
-        result.deviations = deviations(reference, samples, values, found, logit_weights, repeats, device)
+        errors = deviations(reference, samples, values, found, logit_weights, repeats, device)
+        result.deviations = {key: errors[key] for key in values if key in errors}
     return result
 
 

@@ -1,13 +1,14 @@
 """The evaluator against the definitions, end to end; its warnings and refusals."""
 
 import json
+import subprocess
 import sys
 
 import console
 import evaluator
 import numpy as np
 import pytest
-from conftest import needs_tensorflow
+from conftest import REPO, needs_tensorflow
 from inception_graphs import write_small_graph
 from PIL import Image
 from sklearn.datasets import load_sample_images
@@ -202,3 +203,43 @@ def test_images_of_one_colour_are_counted(batches, tmp_path, monkeypatch, capsys
 def test_wrong_flags_end_in_one_sentence(batches, monkeypatch, capsys, flags, message):
     code, _, errors = evaluate(monkeypatch, capsys, batches / "reference.npz", batches / "samples.npz", *flags)
     assert code == 2 and errors.startswith("error: ") and message in errors
+
+
+# ---------------------------------------------------------------- several processes, both backends
+
+
+@needs_tensorflow
+@pytest.mark.slow
+def test_two_processes_find_what_one_finds(batches, tmp_path):
+    outputs = []
+    for devices in (1, 2):
+        files = [batches / "reference.npz", batches / "samples.npz", "--inception", batches / "small.pb"]
+        command = [sys.executable, REPO / "evaluations" / "evaluator.py", *files, f"--devices={devices}"]
+        result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+        outputs.append(numbers(result.stdout))
+        assert result.stdout.count("Computing evaluations...") == 1
+    assert outputs[1] == pytest.approx(outputs[0], rel=1e-6) and len(outputs[0]) == 9
+    damaged = bytearray((batches / "samples.npz").read_bytes())
+    damaged[300_000:300_100] = bytes(100)  # in the second half, which the second process reads
+    (tmp_path / "damaged.npz").write_bytes(damaged)
+    command[3] = tmp_path / "damaged.npz"
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 2 and result.stderr.splitlines()[-1].startswith("error: ")
+    assert "damaged.npz cannot be read as an npz" in result.stderr
+
+
+@needs_tensorflow
+@pytest.mark.slow
+def test_both_backends_agree_on_real_images(inception_graph, tmp_path, monkeypatch, capsys):
+    np.savez(tmp_path / "reference.npz", crops(24, seed=0))
+    np.savez(tmp_path / "samples.npz", crops(24, seed=1) // 2)
+    files = [tmp_path / "reference.npz", tmp_path / "samples.npz", "--inception", inception_graph]
+    found = []
+    for backend in ("tensorflow", "torch"):
+        flags = [f"--backend={backend}", "--bootstrap=2", "--metrics=is,fid,pr"]
+        code, output, _ = evaluate(monkeypatch, capsys, *files, *flags)
+        assert code == 0 and output.count("interval (95 %)") == 4
+        found.append(numbers(output))
+    assert list(found[0]) == ["Inception Score", "FID", "Precision", "Recall"] and found[0]["FID"] > 1
+    assert found[1] == pytest.approx(found[0], rel=1e-3)
