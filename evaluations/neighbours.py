@@ -11,16 +11,15 @@ ROWS = 1_000  # of a tile at a time
 MANIFOLD_K, DENSITY_K = 3, 5
 
 
-def squared_distances(u, v):
-    """(n, d) and (m, d) float32 tensors -> (n, m) float32 squared distances, by ADM's numerical rule.
+def squared_distances(u, v, half):
+    """(n, d) and (m, d) float32 tensors -> (n, m) float32 squared distances.
 
-    That is: in half precision, where all of the tile is finite in it, else in single precision. Published precision
-    and recall depend on it, for many neighbours are as far as the next at that precision.
+    :param half: ADM's numerical rule: in half precision where all of the tile is finite in it, else in single
+        precision. Published precision and recall depend on it, for at that precision many neighbours are equally far.
     """
     distances = torch.empty(len(u), len(v), device=u.device)
-    for dtype in (torch.float16, torch.float32):
-        if _fill(distances, u.to(dtype), v.to(dtype)):
-            break
+    if not (half and _fill(distances, u.half(), v.half())):
+        _fill(distances, u, v)
     return distances
 
 
@@ -32,101 +31,121 @@ def _fill(distances, u, v):
         rows = slice(start, start + ROWS)
         products = (u[rows].float() @ v_wide.T).to(u.dtype)
         distances[rows] = (norms_u[rows, None] - 2 * products + norms_v).clamp_min(0)
-        if u.dtype == torch.float16 and not distances[rows].isfinite().all():
+        if not distances[rows].isfinite().all():
             return False
     return True
 
 
-def _tiles(count):
-    return [slice(start, min(start + TILE, count)) for start in range(0, count, TILE)]
+class Rows:
+    """Features on a device, tile by tile.
+
+    :param features: (N, d) array, which may be memory-mapped. :param shift: (d,) to subtract from each.
+    """
+
+    def __init__(self, features, device="cpu", shift=None):
+        self.features, self.device, self.shift = features, device, shift
+
+    def __len__(self):
+        return len(self.features)
+
+    def tiles(self):
+        """Pairs of a slice and its (n, d) float32 tensor, one in memory at a time."""
+        for start in range(0, len(self), TILE):
+            tile = slice(start, min(start + TILE, len(self)))
+            rows = torch.from_numpy(np.array(self.features[tile], dtype=np.float32)).to(self.device)
+            yield tile, rows if self.shift is None else rows - self.shift
 
 
-def _rows(features, tile, device):
-    return torch.from_numpy(np.array(features[tile], dtype=np.float32)).to(device)
-
-
-def neighbour_radii(features, ks, device="cpu", progress=False):
+def neighbour_radii(rows, k, half, progress=False):
     """Squared distance of every row to its k-th nearest other row.
 
-    :param features: (N, d) array, which may be memory-mapped. :param ks: the numbers of neighbours.
-    :return: (N, len(ks)) float32.
+    :param rows: `Rows`. :param half: see `squared_distances`.
+    :return: (N,) float32 tensor.
     :raises ValueError: when there are no k other rows.
     """
-    if len(features) <= max(ks):
-        raise ValueError(f"{len(features)} images have no {max(ks)} neighbours each: use more images")
-    radii, tiles = np.empty((len(features), len(ks)), dtype=np.float32), _tiles(len(features))
-    for tile in tqdm(tiles, desc="neighbours", disable=not progress):
-        u = _rows(features, tile, device)
-        nearest = torch.empty(len(u), 0, device=device)
-        for other in tiles:
-            nearest = torch.cat([nearest, _smallest(u, _rows(features, other, device), max(ks) + 1)], dim=1)
-        nearest = nearest.sort(dim=1).values  # the first is the row itself
-        radii[tile] = nearest[:, list(ks)].cpu().numpy()
+    if len(rows) <= k:
+        raise ValueError(f"{len(rows)} images have no {k} neighbours each: use more images")
+    radii = torch.empty(len(rows), device=rows.device)
+    with tqdm(total=len(rows), unit="image", desc="neighbours", disable=not progress) as bar:
+        for tile, u in rows.tiles():
+            nearest = torch.cat([_smallest(u, v, k + 1, half) for _, v in rows.tiles()], dim=1)
+            radii[tile] = nearest.kthvalue(k + 1, dim=1).values  # the first is the row itself
+            bar.update(len(u))
     return radii
 
 
-def _smallest(u, v, count):
+def _smallest(u, v, count, half):
     """(n, count) smallest squared distances of every row of u to rows of v; fewer where v has fewer."""
-    return squared_distances(u, v).topk(min(count, len(v)), largest=False).values
+    return squared_distances(u, v, half).topk(min(count, len(v)), largest=False).values
 
 
 @dataclass
 class Overlap:
     """Which of N reference and M sample images lie in whose neighbourhoods, one row per image."""
 
-    sample_inside: np.ndarray  # (M,) bool: within the reach of some reference image
-    reference_inside: np.ndarray  # (N,) bool: within the reach of some sample
-    density: np.ndarray  # (M,) float64: reference images in whose reach a sample lies, over DENSITY_K
-    covered: np.ndarray  # (N,) bool: has a sample within its reach of DENSITY_K
+    counts: np.ndarray  # (M,) int64: reference images within whose reach a sample lies
+    covered: np.ndarray  # (N,) bool: has a sample within its reach
+    reached: np.ndarray  # (N,) bool: within the reach of some sample
     nearest: np.ndarray  # (M,) int64: the nearest reference image
     distance: np.ndarray  # (M,) float32: squared distance to it
 
-    def result(self):
-        """Precision and recall (Kynkaanniemi et al. 2019), density and coverage (Naeem et al. 2020)."""
-        return {
-            "precision": float(self.sample_inside.mean()),
-            "recall": float(self.reference_inside.mean()),
-            "density": float(self.density.mean()),
-            "coverage": float(self.covered.mean()),
-        }
 
+def precision_recall(reference, samples, device="cpu", progress=False):
+    """Precision and recall of k = 3 neighbours (Kynkaanniemi et al. 2019), as ADM computes them.
 
-def overlap(reference, samples, device="cpu", progress=False):
-    """Compare two sets of features, with 3 neighbours for precision and recall and 5 for density and coverage.
-
-    At no time is more in memory than one tile of distances beside the features.
-
-    :param reference, samples: (N, d) and (M, d) arrays, which may be memory-mapped.
-    :return: an `Overlap`.
+    :param reference, samples: (N, d) and (M, d) arrays, which may be memory-mapped. Beside them, at no time is more in
+        memory than one tile of distances.
+    :return: whether each sample lies within the reach of a reference image (M,), whose mean is the precision; whether
+        each reference image lies within the reach of a sample (N,), whose mean is the recall.
     :raises ValueError: when a set has too few images to have so many neighbours.
     """
-    reach = neighbour_radii(reference, (MANIFOLD_K, DENSITY_K), device, progress)
-    sample_reach = neighbour_radii(samples, (MANIFOLD_K,), device, progress)[:, 0]
+    reference, samples = Rows(reference, device), Rows(samples, device)
+    radii = neighbour_radii(reference, MANIFOLD_K, True, progress)
+    found = overlap(reference, samples, radii, neighbour_radii(samples, MANIFOLD_K, True, progress), True, progress)
+    return found.counts > 0, found.reached
+
+
+def density_coverage(reference, samples, device="cpu", progress=False):
+    """Density and coverage of k = 5 neighbours (Naeem et al. 2020), in single precision around the reference's mean.
+
+    :param reference, samples: as for `precision_recall`.
+    :return: density of each sample (M,), whose mean is the density; an `Overlap`, the mean of whose `covered` is the
+        coverage.
+    :raises ValueError: when the reference has too few images to have so many neighbours.
+    """
+    shift = torch.from_numpy(np.array(reference[:TILE], dtype=np.float32).mean(axis=0)).to(device)
+    reference, samples = Rows(reference, device, shift), Rows(samples, device, shift)
+    radii = neighbour_radii(reference, DENSITY_K, False, progress)
+    found = overlap(reference, samples, radii, torch.full((len(samples),), -1.0, device=device), False, progress)
+    return found.counts / DENSITY_K, found
+
+
+def overlap(reference, samples, radii, sample_radii, half, progress=False):
+    """Compare all images of two `Rows`, given the reach of each. :return: an `Overlap`."""
     n, m = len(reference), len(samples)
     found = Overlap(
-        sample_inside=np.zeros(m, dtype=bool),
-        reference_inside=np.zeros(n, dtype=bool),
-        density=np.zeros(m),
+        counts=np.zeros(m, dtype=np.int64),
         covered=np.zeros(n, dtype=bool),
+        reached=np.zeros(n, dtype=bool),
         nearest=np.zeros(m, dtype=np.int64),
         distance=np.full(m, np.inf, dtype=np.float32),
     )
-    for rows in tqdm(_tiles(n), desc="overlap", disable=not progress):
-        u, u_reach = (_rows(array, rows, device) for array in (reference, reach))
-        for columns in _tiles(m):
-            v, v_reach = (_rows(array, columns, device) for array in (samples, sample_reach))
-            _compare(found, rows, columns, squared_distances(u, v), u_reach, v_reach)
+    with tqdm(total=n, unit="image", desc="overlap", disable=not progress) as bar:
+        for rows, u in reference.tiles():
+            for columns, v in samples.tiles():
+                distances = squared_distances(u, v, half)
+                _enter(found, rows, columns, distances, radii[rows], sample_radii[columns])
+                del distances  # before the next tile is made
+            bar.update(len(u))
     return found
 
 
-def _compare(found, rows, columns, distances, reach, sample_reach):
+def _enter(found, rows, columns, distances, radii, sample_radii):
     """Enter one tile of distances, between the reference images `rows` and the samples `columns`."""
-    near, far = reach[:, :1], reach[:, 1:]
-    found.sample_inside[columns] |= (distances <= near).any(dim=0).cpu().numpy()
-    found.reference_inside[rows] |= (distances <= sample_reach).any(dim=1).cpu().numpy()
-    inside = distances <= far
-    found.density[columns] += inside.sum(dim=0, dtype=torch.int32).cpu().numpy() / DENSITY_K
+    found.reached[rows] |= (distances <= sample_radii).any(dim=1).cpu().numpy()
+    inside = distances <= radii[:, None]
     found.covered[rows] |= inside.any(dim=1).cpu().numpy()
+    found.counts[columns] += inside.sum(dim=0, dtype=torch.int32).cpu().numpy()
     smallest, row = (array.cpu().numpy() for array in distances.min(dim=0))
     closer = smallest < found.distance[columns]
     found.distance[columns] = np.where(closer, smallest, found.distance[columns])

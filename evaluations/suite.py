@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from features import Needs, collect
 from metrics import InceptionScore, bootstrap, frechet_distance, gaussian_statistics, kernel_distance
-from neighbours import Overlap, overlap
+from neighbours import Overlap, density_coverage, precision_recall
 
 METRICS = {
     "is": "Inception score",
@@ -86,7 +86,8 @@ class Result:
 
     values: dict
     deviations: dict = field(default_factory=dict)  # standard errors over images
-    overlap: Overlap | None = None
+    shares: dict = field(default_factory=dict)  # of metrics that are means over images: each image's own
+    overlap: Overlap | None = None  # with the nearest reference image of each sample
 
 
 def compare(reference, samples, metrics, logit_weights, repeats=0, device="cpu"):
@@ -96,25 +97,25 @@ def compare(reference, samples, metrics, logit_weights, repeats=0, device="cpu")
     :param repeats: resamples of the bootstrap; 0 for none.
     :return: a `Result`, with the keys of `LABELS` in their order.
     """
-    values, found, pool = {}, None, samples.rows.get("pool")
+    values, result, pool = {}, Result({}), samples.rows.get("pool")
     if "is" in metrics:
         values["inception_score"] = samples.score.result()[0]
     for metric, name in DISTANCES.items():
         if metric in metrics:
-            own = samples.statistics[name].result()
-            values[metric] = distance_to(reference, name, own)
-    if {"pr", "dc"} & set(metrics):
-        found = overlap(reference.rows, pool, device, progress=True)
-        chosen = {"pr": ("precision", "recall"), "dc": ("density", "coverage")}
-        results = found.result()
-        values |= {key: results[key] for metric, keys in chosen.items() if metric in metrics for key in keys}
+            values[metric] = distance_to(reference, name, samples.statistics[name].result())
+    if "pr" in metrics:
+        inside = precision_recall(reference.rows, pool, device, progress=True)
+        result.shares |= zip(("precision", "recall"), inside, strict=True)
+    if "dc" in metrics:
+        result.shares["density"], result.overlap = density_coverage(reference.rows, pool, device, progress=True)
+        result.shares["coverage"] = result.overlap.covered
     if "kid" in metrics:
         values["kid"], values["kid_std"] = kernel_distance(reference.rows, pool, device=device)
-    values = {key: values[key] for key in LABELS if key in values}
-    result = Result(values, overlap=found)
+    values |= {key: float(share.mean()) for key, share in result.shares.items()}
+    result.values = {key: values[key] for key in LABELS if key in values}
     if repeats:
-        errors = deviations(reference, samples, values, found, logit_weights, repeats, device)
-        result.deviations = {key: errors[key] for key in values if key in errors}
+        errors = deviations(reference, samples, result, logit_weights, repeats, device)
+        result.deviations = {key: errors[key] for key in result.values if key in errors}
     return result
 
 
@@ -132,34 +133,30 @@ def distance_to(reference, name, statistics):
     return frechet_distance(*statistics, *expected)
 
 
-def deviations(reference, samples, values, found, logit_weights, repeats, device):
+def deviations(reference, samples, result, logit_weights, repeats, device):
     """Standard errors over images: of samples, and for recall and coverage of reference images.
 
     Neighbourhoods stay what they are: among images drawn twice, the nearest neighbour would be the image itself.
     """
-    if found is not None:
-        over_samples = {"precision": found.sample_inside, "density": found.density}
-        over_reference = {"recall": found.reference_inside, "coverage": found.covered}
-    else:
-        over_samples = over_reference = {}
     weights = torch.as_tensor(logit_weights).to(device)
 
+    def of_shares(keys):
+        shares = {key: share for key, share in result.shares.items() if key in keys}
+        return lambda indices: {key: share[indices].mean() for key, share in shares.items()}
+
     def of_samples(indices):
-        row = {key: array[indices].mean() for key, array in over_samples.items() if key in values}
+        row = of_shares(("precision", "density"))(indices)
         for metric, name in DISTANCES.items():
-            if metric in values:
+            if metric in result.values:
                 drawn = torch.from_numpy(samples.rows[name][indices]).to(device)
                 row[metric] = distance_to(reference, name, gaussian_statistics(drawn))
-        if "inception_score" in values:
+        if "inception_score" in result.values:
             score = InceptionScore()
             score.update(torch.from_numpy(samples.rows["pool"][indices]).to(device) @ weights, 0)
             row["inception_score"] = score.result()[0]
         return row
 
-    def of_reference(indices):
-        return {key: array[indices].mean() for key, array in over_reference.items() if key in values}
-
     errors = bootstrap(of_samples, samples.count, repeats)
-    if over_reference:
-        errors |= bootstrap(of_reference, len(reference.rows), repeats)
+    if result.shares:
+        errors |= bootstrap(of_shares(("recall", "coverage")), len(reference.rows), repeats)
     return errors

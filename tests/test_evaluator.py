@@ -13,7 +13,7 @@ from inception_graphs import write_small_graph
 from PIL import Image
 from sklearn.datasets import load_sample_images
 from test_inception import small_features
-from test_neighbours import by_definition, half_distances
+from test_neighbours import by_definition
 from test_npz_reader import Trap, write_npz
 
 ADM_LINES = ["Inception Score", "FID", "sFID", "Precision", "Recall"]
@@ -78,7 +78,7 @@ def test_the_numbers_are_the_definitions(batches, monkeypatch, capsys):
     p = np.exp(samples["logits"]) / np.exp(samples["logits"]).sum(1, keepdims=True)
     score = np.exp((p * (np.log(p) - np.log(p.mean(0)))).sum(1).mean())
     assert found["Inception Score"] == pytest.approx(score, rel=1e-4)
-    expected = by_definition(*(f["pool"].astype(np.float32) for f in (reference, samples)), half_distances)
+    expected = by_definition(*(f["pool"].astype(np.float32) for f in (reference, samples)))
     for name in ("precision", "recall", "density", "coverage"):
         assert found[name.capitalize()] == pytest.approx(expected[name], abs=2e-3)
     assert "samples.npz holds 120 images: published numbers have 50000" in errors
@@ -146,6 +146,7 @@ def test_a_run_is_told_in_full(batches, tmp_path, monkeypatch, capsys):
         ("sizes", lambda trap: {"arr_0": np.zeros((9, 64, 64, 3), dtype=np.uint8)}, "make a reference of the samples'"),
         ("missing", None, "does not exist"),
         ("text", b"not a zip", "cannot be read as an npz"),
+        ("truncated", b"PK\x03\x04" + bytes(500), "cannot be read as an npz"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
