@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 
 import console
 import ranks
@@ -12,7 +13,7 @@ from features import collect
 from files import find_inception, write_json
 from metrics import interval
 from npz_reader import NpzImages
-from suite import LABELS, METRICS, compare, read_reference, sample_needs
+from suite import LABELS, METRICS, compare, read_reference, reference_needs, sample_needs
 
 BACKENDS = ("auto", "tensorflow", "torch")
 DEFAULT_METRICS = ("is", "fid", "sfid", "pr", "kid", "dc")
@@ -40,7 +41,21 @@ def parse_args():
             raise ValueError(f"--metrics names {metric!r}: choose of {', '.join(DEFAULT_METRICS)}")
     if args.bootstrap < 0 or args.bootstrap == 1:
         raise ValueError(f"--bootstrap is {args.bootstrap}: a deviation needs at least 2 resamples, and 0 is none")
+    check_output_flags(args)
     return args
+
+
+def check_output_flags(args):
+    """Refuse at once what would fail when hours of work are to be written down."""
+    for path in filter(None, (args.json, args.plot)):
+        if not Path(path).resolve().parent.is_dir():
+            raise ValueError(f"the folder of {path} does not exist: make it first")
+    if args.plot and not args.plot.endswith(".png"):
+        raise ValueError(f"--plot is {args.plot}: name a .png")
+    wanted = {"matplotlib": args.plot, "scipy": len(args.sample_batch) > 1}
+    for package, needed in wanted.items():
+        if needed and find_spec(package) is None:
+            raise ValueError(f"{package} is not installed: pip install {package}")
 
 
 def add_network_flags(parser):
@@ -84,6 +99,7 @@ def with_dinov2(inception, weights):
 def open_batches(args):
     """The reference and the samples, whose headers tell whether they can be compared at all."""
     reference, samples = NpzImages(args.ref_batch), [NpzImages(path) for path in args.sample_batch]
+    reference_needs(args.metrics, reference)
     for images in samples:
         if not len(images):
             raise ValueError(f"{images.path} holds statistics alone: samples must be images (arr_0)")
@@ -96,10 +112,11 @@ def open_batches(args):
 
 
 def doubts(images, role):
-    """What makes the numbers of a file incomparable with published ones."""
+    """What makes the numbers of a file incomparable with published ones, as sentences."""
     found, expected = len(images), PUBLISHED_COUNTS[role]
-    if found and found != expected:
-        yield f"{images.path} holds {found} images: published numbers have {expected} {role}, and FID depends on it"
+    if found in (0, expected):
+        return []
+    return [f"{images.path} holds {found} images: published numbers have {expected} of the {role}; FID depends on it"]
 
 
 def say(text):
@@ -121,35 +138,40 @@ def evaluate(args, reference_images, sample_images):
     """Print the metrics of each batch of samples, and leave what --json and --plot ask for."""
     inception, path = create_network(args)
     network = with_dinov2(inception, args.dinov2) if args.dinov2 else inception
-    warnings = list(doubts(reference_images, "reference"))
-    warnings += [doubt for images in sample_images for doubt in doubts(images, "samples")]
     say(f"computing reference batch activations... ({inception.name} backend)")
     reference = read_reference(reference_images, network, args.metrics, args.batch_size)
-    needs, results = sample_needs(args.metrics, args.bootstrap), []
-    flat = {reference_images.path: reference.flat} if reference else {}
+    warnings, results = doubts(reference_images, "reference"), []
+    warnings += flat_images(reference_images, reference)
     for images in sample_images:
         say("computing sample batch activations...")
-        samples = collect(images, network, needs, args.batch_size)
+        samples = collect(images, network, sample_needs(args.metrics, args.bootstrap), args.batch_size)
         if ranks.rank() > 0:
             continue
-        flat[images.path] = samples.pixels.flat
         say("Computing evaluations...")
         result = compare(reference, samples, args.metrics, inception.logit_weights, args.bootstrap, ranks.device())
         print_result(images, result, len(sample_images) > 1)
+        warnings += doubts(images, "samples") + flat_images(images, samples)
         results.append(result)
-    if ranks.rank() > 0:
-        return
-    warnings += [f"{name} holds {number} images of one colour" for name, number in flat.items() if number]
-    summary = report.over_seeds(results)
-    for key, value in summary.items():
+    if ranks.rank() == 0:
+        print_summary(results, warnings)
+        if args.json:
+            row = report.describe(args, inception.name, path, reference_images, sample_images, results, warnings)
+            write_json(args.json, row)
+        if args.plot:
+            report.draw(args.plot, reference_images, sample_images[0], results)
+
+
+def flat_images(images, collected):
+    if collected is None or not collected.flat:
+        return []
+    return [f"{images.path} holds {collected.flat} images of one colour"]
+
+
+def print_summary(results, warnings):
+    for key, value in report.over_seeds(results).items():
         print(f"{LABELS[key]} over {len(results)} seeds: {value['mean']} +- {value['half_width']} (95 %)")
     for warning in warnings:
         print(f"WARNING: {warning}", file=sys.stderr)
-    if args.json:
-        row = report.describe(args, inception.name, path, reference_images, sample_images, results, warnings)
-        write_json(args.json, row)
-    if args.plot:
-        report.draw(args.plot, reference_images, sample_images[0], results)
 
 
 def main():

@@ -46,6 +46,11 @@ class Collected:
         self.statistics = {name: GaussianStatistics() for name in needs.statistics}
         self.rows, self.score, self.pixels = {}, InceptionScore(), Pixels()
 
+    @property
+    def flat(self):
+        """Number of images of one colour."""
+        return self.pixels.flat
+
     def update(self, images, features, start):
         """Add a batch and its features; `start` is the place of its first image in the file."""
         self.pixels.update(images)

@@ -131,6 +131,6 @@ class TorchInception:
     def __call__(self, images):
         """(N, H, W, 3) uint8 images -> pool (N, 2048), spatial (N, 2023) and logits (N, 1008), float32 tensors."""
         pixels = torch.from_numpy(images).to(self.device).permute(0, 3, 1, 2)
-        with torch.backends.cudnn.flags(allow_tf32=False):
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             pool, logits = self.extractor(pixels)
         return {"pool": pool, "spatial": self._spatial, "logits": logits}

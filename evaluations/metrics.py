@@ -4,6 +4,7 @@ import numpy as np
 import torch
 
 SPLIT_SIZE = 5000
+BLOCK = 10_000  # rows that are brought to float64 at a time
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
 TWO_SIDED_95 = 1.959963984540054
 
@@ -63,7 +64,8 @@ class GaussianStatistics:
 def gaussian_statistics(features):
     """Mean (d,) and unbiased covariance (d, d), float64, of (N, d) features with N >= 2."""
     statistics = GaussianStatistics()
-    statistics.update(features)
+    for start in range(0, len(features), BLOCK):
+        statistics.update(features[start : start + BLOCK])
     return statistics.result()
 
 

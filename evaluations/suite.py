@@ -33,9 +33,17 @@ DISTANCES = {"fid": "pool", "sfid": "spatial", "fd_dinov2": "dinov2"}
 READY_MADE = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
 
 
+def _used(metrics):
+    """Names of the features whose Frechet distance is asked for."""
+    return {DISTANCES[metric] for metric in metrics if metric in DISTANCES}
+
+
 def reference_needs(metrics, images):
-    """What a reference is passed through the network for: not for statistics that its file has ready-made."""
-    used = {DISTANCES[metric] for metric in metrics if metric in DISTANCES}
+    """What a reference is passed through the network for: not for statistics that its file has ready-made.
+
+    :raises ValueError: when that is something, but the file has no images.
+    """
+    used = _used(metrics)
     ready = {name for name in used & READY_MADE.keys() if images.has_statistics(*READY_MADE[name])}
     needs = Needs(statistics=used - ready, rows={"pool"} if {"pr", "kid", "dc"} & set(metrics) else set())
     if needs and not len(images):
@@ -48,7 +56,7 @@ def reference_needs(metrics, images):
 
 def sample_needs(metrics, bootstrapped):
     """What samples are passed through the network for; a bootstrap draws from the features of the images."""
-    used = {DISTANCES[metric] for metric in metrics if metric in DISTANCES}
+    used = _used(metrics)
     rows = {"pool"} if {"pr", "kid", "dc"} & set(metrics) else set()
     if bootstrapped:
         rows = rows | used | ({"pool"} if "is" in metrics else set())
@@ -67,17 +75,14 @@ class Reference:
 def read_reference(images, network, metrics, batch_size):
     """The `Reference` of an `NpzImages`, on rank 0; the other ranks help, and get None."""
     needs = reference_needs(metrics, images)
-    collected = collect(images, network, needs, batch_size) if needs else None
-    if needs and collected is None:
-        return None
-    wanted = {DISTANCES[metric] for metric in metrics if metric in DISTANCES}
-    statistics = {
-        name: collected.statistics[name].result() if name in needs.statistics else images.statistics(*READY_MADE[name])
-        for name in wanted
-    }
-    if collected is None:
+    statistics = {name: images.statistics(*READY_MADE[name]) for name in _used(metrics) - needs.statistics}
+    if not needs:
         return Reference(statistics)
-    return Reference(statistics, collected.rows.get("pool"), collected.pixels.flat)
+    collected = collect(images, network, needs, batch_size)
+    if collected is None:
+        return None
+    statistics |= {name: sums.result() for name, sums in collected.statistics.items()}
+    return Reference(statistics, collected.rows.get("pool"), collected.flat)
 
 
 @dataclass

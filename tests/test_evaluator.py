@@ -197,6 +197,8 @@ def test_images_of_one_colour_are_counted(batches, tmp_path, monkeypatch, capsys
         (["--metrics=fd_dinov2"], "--metrics names 'fd_dinov2'"),
         (["--bootstrap=1"], "--bootstrap is 1"),
         (["--batch_size=0"], "--batch_size is 0"),
+        (["--json=nowhere/a.json"], "the folder of nowhere/a.json does not exist"),
+        (["--plot=a.jpg"], "name a .png"),
         (["--inception=nowhere.pb"], "nowhere.pb, which does not exist"),
     ],
     ids=str,
