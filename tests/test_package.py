@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from functools import cache
 
 import pytest
 from conftest import REPO
@@ -152,6 +153,7 @@ def readme_commands():
     return [line for line in lines if line.strip() and not line.startswith("#")]
 
 
+@cache
 def script_flags(script):
     """The flags that a script's --help lists."""
     result = subprocess.run(
