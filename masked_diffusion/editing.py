@@ -28,14 +28,15 @@ def read_image_and_hole(image_path, hole_path, size):
 
 
 def encode(sampler, image):
-    """(H, W, 3) uint8 -> (1, C, h, w) latents: the mean of the posterior.
+    """One (H, W, 3) or n (n, H, W, 3) uint8 images -> (1 or n, C, h, w) latents: the mean of the posterior.
 
     :raises ValueError: for an image of another size than the model's.
     """
     size = sampler.model.input_size * sampler.first_stage.downsample
-    if image.shape != (size, size, 3) or image.dtype != np.uint8:
+    if image.shape[-3:] != (size, size, 3) or image.dtype != np.uint8:
         raise ValueError(f"the image is {image.shape} {image.dtype}: it must be ({size}, {size}, 3) uint8")
-    pixels = torch.from_numpy(image).to(sampler.device).permute(2, 0, 1)[None].float() / 127.5 - 1
+    pixels = torch.from_numpy(image.reshape(-1, size, size, 3)).to(sampler.device)
+    pixels = pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
     mean, _ = sampler.first_stage.moments(pixels)
     return sampler.first_stage.sample(mean, torch.zeros_like(mean))
 
@@ -82,7 +83,8 @@ def inpaint_progressive(sampler, indices, labels, image, hole, jump_length=10, r
     """Fill a hole (RePaint, Lugmayr et al. 2022, algorithm 1), step by step.
 
     :param indices: (n,) that the noise is a function of. :param labels: (n,) int64 classes to fill with.
-    :param image: (H, W, 3) uint8. :param hole: (H, W) bool, True = to fill; what the image has there is not looked at.
+    :param image: (H, W, 3) uint8, or (n, H, W, 3), one each.
+    :param hole: (H, W) bool, True = to fill; what the image has there is not looked at.
     :param jump_length, resamplings: see `resampling_times`; more of either joins hole and surroundings better.
     :return: a generator of dicts of `sample` and `pred_xstart`, (n, C, h, w) latents. See `paste` for the end.
     """
@@ -107,8 +109,8 @@ def inpaint_progressive(sampler, indices, labels, image, hole, jump_length=10, r
 
 
 def paste(image, hole, drawn):
-    """(n, H, W, 3) uint8 `drawn` in the hole and the (H, W, 3) image's own pixels around it."""
-    return np.where(hole[None, :, :, None], drawn, image[None])
+    """(n, H, W, 3) uint8 `drawn` in the hole, and around it the pixels of the image: (H, W, 3), or (n, H, W, 3)."""
+    return np.where(hole[:, :, None], drawn, image)
 
 
 def inpaint(sampler, indices, labels, image, hole, **options):

@@ -372,7 +372,8 @@ class MDTv2(MDT):
         skips = []
         for block in self.en_inblocks:
             x = block(x, c, pair_index=pair_index)
-            skips.append(x)
+            # A view: a block whose two inputs are one object would be compiled once more.
+            skips.append(x.view_as(x))
         for block in self.en_outblocks:
             x = block(x, c, skip=skips.pop(), pair_index=pair_index)
         return x

@@ -114,6 +114,30 @@ def test_compiled_blocks_compute_the_same_loss_in_few_forms(monkeypatch):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 1 + len(lengths)
 
 
+@pytest.mark.parametrize("exact", [False, True])
+def test_version_2_is_compiled_in_few_forms(exact, monkeypatch):
+    # The forms are counted without a compiler: `eager` runs what would be compiled.
+    compile_module = torch.nn.Module.compile
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda self, **options: compile_module(self, backend="eager", **options)
+    )
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    options = {"input_size": 16, "in_channels": 3, "num_classes": 10, "mask_ratio": 0.3, "depth": 6}
+    model = fill(create_model("MDTv2_Nano_2", **options)).train()
+    model.compile_blocks(dynamic=exact)
+    objective = TwoPassObjective(model, create_diffusion(), kept_multiple=1 if exact else 8)
+    x, t, y = tensor("pixels", (2, 3, 16, 16)), torch.tensor([30, 700]), torch.tensor([1, 2])
+    lengths = set()
+    for share in torch.linspace(0, 1, 8):
+        draws = objective.draw(x, host_rand=lambda n, share=share: share.expand(n))
+        lengths.add(draws["ids_keep"].shape[1])
+        objective(x, t, y, **draws)["loss"].mean().backward()
+    assert len(lengths) == (8 if exact else 3)
+    # Blocks with and without a long skip; for the full length, and for each kept length or for any.
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2 * (1 + (2 if exact else len(lengths)))
+
+
 @needs_compiler
 def test_compiled_blocks_compute_the_same_in_bf16():
     torch._dynamo.reset()

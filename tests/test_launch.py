@@ -39,13 +39,25 @@ def test_run_sh_trains(images, tmp_path):  # noqa: F811
     assert complete_steps(tmp_path) == [2]
 
 
-@pytest.mark.parametrize("script", ["run.sh", "run_ddp_master.sh", "run_ddp_worker.sh"])
+@pytest.mark.parametrize("script", ["run.sh", "run_ddp_master.sh", "run_ddp_worker.sh", "run_sample.sh"])
 def test_missing_settings_are_named(script, tmp_path):
     env = {"PATH": os.environ["PATH"]}
     result = subprocess.run([REPO / script], env=env, capture_output=True, text=True)
     assert result.returncode != 0 and "set " in result.stderr
     result = subprocess.run(["bash", "-n", REPO / script])
     assert result.returncode == 0
+
+
+def test_run_sample_sh_draws_two_rounds_and_goes_on(checkpoint, tmp_path):
+    env = environment(
+        tmp_path, "", REFERENCE="", MODEL_PATH=checkpoint, OUT=tmp_path, NUM_GPUS=1, NUM_SAMPLES=5, NUM_SAMPLING_STEPS=2
+    )
+    for said in ("wrote", "nothing to draw"):
+        result = subprocess.run([REPO / "run_sample.sh"], env=env, capture_output=True, text=True, timeout=200)
+        assert result.returncode == 0 and result.stdout.count(said) == 2, result.stderr
+    assert "--cfg_cond True --cfg_scale 3.8 --scale_pow 4.0" in result.stdout and "--cfg_cond False" in result.stdout
+    for folder in ("guided", "unguided"):
+        assert (tmp_path / folder / "samples_5x8x8x3.npz").exists()
 
 
 @pytest.mark.slow

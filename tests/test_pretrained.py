@@ -31,6 +31,18 @@ def test_every_released_layout_is_recognised(name):
     }
 
 
+@pytest.mark.parametrize("name", [name for name in LAYOUTS if name.endswith("_S_2")])
+def test_released_files_load_strictly(name, tmp_path, capsys):
+    state = {
+        key: torch.full(shape, 0.5, dtype=getattr(torch, kind[6:])) for key, (shape, kind) in LAYOUTS[name].items()
+    }
+    torch.save(state, tmp_path / "weights.pt")
+    model = load_model(tmp_path / "weights.pt")
+    assert type(model).__name__ == name.split("_")[0] and (model.depth, model.hidden_size) == (12, 384)
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    assert "1000 classes, input 4x32x32" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "name, options",
     [

@@ -1,17 +1,26 @@
 """An image is a function of (seed, index); shards, merging, the script."""
 
+import json
+import os
+import signal
+import subprocess
 import sys
+import time
+import tracemalloc
+import zipfile
 
 import image_sample
 import numpy as np
 import pytest
 import torch
+from conftest import REPO
 from fill import fill
 from PIL import Image
 from test_train_util import run_script
 
 from masked_diffusion import create_model, script_util
 from masked_diffusion.autoencoder import IdentityFirstStage
+from masked_diffusion.checkpoint import file_hash
 from masked_diffusion.guidance import Guidance
 from masked_diffusion.sampling import Sampler, ShardStore, choose_labels, to_uint8
 from masked_diffusion.solvers import SOLVERS, create_solver
@@ -41,6 +50,14 @@ def test_an_image_does_not_depend_on_its_batch(solver):
     assert padded.shape == (1, 8, 8, 3) and np.abs(whole[[5]] - padded).max() <= 1
 
 
+def test_leaving_out_the_guiding_half_changes_no_pixel():
+    labels = choose_labels(range(6), "random", 10, seed=4)
+    never, exact = (
+        make_sampler(guidance=Guidance("power-cosine", 3.8, 4.0, skip_below=skip))(range(6), labels) for skip in (-1, 0)
+    )
+    assert np.array_equal(never, exact)
+
+
 def test_labels_follow_the_rule():
     assert choose_labels([0, 9, 10, 23], "balanced", 10, seed=0).tolist() == [0, 9, 0, 3]
     labels = choose_labels(range(5000), "random", 10, seed=0)
@@ -51,6 +68,44 @@ def test_labels_follow_the_rule():
     for rule, classes in (("sorted", []), ("list", []), ("random", [1])):
         with pytest.raises(ValueError, match=f"class_rule is '{rule}'"):
             choose_labels([0], rule, 10, seed=0, classes=classes)
+
+
+def test_rounds_of_any_size_are_merged_in_order(tmp_path):
+    store, rng = ShardStore(tmp_path / "samples.npz", {}), np.random.default_rng(0)
+    images, order = rng.integers(0, 256, (60, 4, 4, 3), dtype=np.uint8), rng.permutation(60)
+    for indices in np.split(order, [1, 8, 9, 30, 31, 45]):
+        store.write(indices, images[indices], indices)
+    assert store.count() == 60
+    np.testing.assert_array_equal(store.merge(60), images)
+    with zipfile.ZipFile(tmp_path / "samples.npz") as archive, archive.open("arr_0.npy") as file:
+        assert np.lib.format.read_magic(file) == (1, 0)
+        assert np.lib.format.read_array_header_1_0(file) == ((60, 4, 4, 3), False, np.dtype(np.uint8))
+        assert file.read() == images.tobytes()
+
+
+def test_a_broken_shard_is_named(tmp_path):
+    store = ShardStore(tmp_path / "samples.npz", {})
+    store.write([0, 1], np.zeros((2, 4, 4, 3), np.uint8), np.zeros(2))
+    (shard,) = store.shards()
+    shard.write_bytes(shard.read_bytes()[:200])
+    with pytest.raises(
+        ValueError, match=r"shard_000000_x2\.npz cannot be read .*: remove it, and its images are drawn again"
+    ):
+        store.missing(4)
+
+
+def test_merging_holds_few_images_at_a_time(tmp_path):
+    store = ShardStore(tmp_path / "samples.npz", {})
+    for first in range(0, 960, 32):
+        images = np.full((32, 128, 128, 3), first % 251, dtype=np.uint8)
+        store.write(list(range(first, first + 32)), images, np.arange(first, first + 32))
+    tracemalloc.start()
+    store.merge(960)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 0.35 * (tmp_path / "samples.npz").stat().st_size
+    with np.load(tmp_path / "samples.npz", allow_pickle=False) as arrays:
+        assert (arrays["arr_0"][:, 0, 0, 0] == np.arange(960) // 32 * 32 % 251).all()
 
 
 def test_pixels_are_rounded_and_clipped():
@@ -110,6 +165,41 @@ def run_sample(monkeypatch, flags):
     script_util.run(image_sample.main)
 
 
+def test_the_compiled_model_is_the_one_that_draws(checkpoint, tmp_path, monkeypatch):
+    run_sample(monkeypatch, sample_flags(checkpoint, tmp_path / "eager"))
+    compile_module, rows = torch.nn.Module.compile, set()
+
+    def backend(graph, inputs):
+        def run(*args):
+            rows.update(arg.shape[0] for arg in args if isinstance(arg, torch.Tensor) and arg.ndim == 3)
+            return graph.forward(*args)
+
+        return run
+
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **kw: compile_module(self, backend=backend, **kw))
+    torch._dynamo.reset()
+    run_sample(monkeypatch, sample_flags(checkpoint, tmp_path / "compiled", compile=True))
+    images, compiled = (read(tmp_path / folder / "samples_11x8x8x3.npz")[0] for folder in ("eager", "compiled"))
+    assert np.abs(images - compiled).max() <= 1
+    assert rows - {1} == {4, 8}  # without and with guidance; the last three images are filled up to a batch
+
+
+def test_a_weaker_checkpoint_guides(checkpoint, tmp_path, monkeypatch, capsys):
+    weak = fill(create_model("MDTv2_Nano_2", input_size=8, in_channels=3, num_classes=3, depth=2, decode_layer=0))
+    torch.save(weak.state_dict(), tmp_path / "weak.pt")
+    for name, flags in (("own", {}), ("guided", {"guide_path": tmp_path / "weak.pt"})):
+        run_sample(monkeypatch, sample_flags(checkpoint, tmp_path / name, cfg_cond=False, **flags))
+    path = tmp_path / "guided" / "samples_11x8x8x3.npz"
+    assert np.abs(read(path)[0] - read(tmp_path / "own" / path.name)[0]).max() > 10
+    with np.load(path, allow_pickle=False) as arrays:
+        settings = json.loads(str(arrays["settings"]))
+    assert settings["guide"] == file_hash(tmp_path / "weak.pt") and settings["guidance"]["rule"] == "constant"
+    torch.save(create_model("DiT_Nano_2", input_size=8).state_dict(), tmp_path / "other.pt")
+    with pytest.raises(SystemExit):
+        run_sample(monkeypatch, sample_flags(checkpoint, tmp_path, guide_path=tmp_path / "other.pt"))
+    assert "has in_channels 4, but the model has 3" in capsys.readouterr().err
+
+
 def test_a_stopped_run_draws_only_what_is_missing(checkpoint, tmp_path, monkeypatch, capsys):
     run_sample(monkeypatch, sample_flags(checkpoint, tmp_path / "whole"))
     images, _ = read(tmp_path / "whole" / "samples_11x8x8x3.npz")
@@ -132,6 +222,30 @@ def test_a_stopped_run_draws_only_what_is_missing(checkpoint, tmp_path, monkeypa
     with pytest.raises(SystemExit):
         run_sample(monkeypatch, sample_flags(checkpoint, tmp_path / "parts", seed=1))
     assert "was made with seed 0, now it is 1" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_run_of_three_ranks_killed_again_and_again_draws_the_same_images(checkpoint, tmp_path):
+    flags = {"num_samples": 150, "num_sampling_steps": 10}
+    run_script("image_sample.py", *sample_flags(checkpoint, tmp_path / "whole", batch_size=50, **flags))
+    words = sample_flags(checkpoint, tmp_path / "parts", batch_size=7, **flags)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=3", "--standalone"]
+    command += [REPO / "scripts" / "image_sample.py", *words]
+    shards, env = tmp_path / "parts" / "samples_150x8x8x3.shards", {**os.environ, "OMP_NUM_THREADS": "1"}
+    for kill in range(1, 4):
+        run = subprocess.Popen(command, env=env, start_new_session=True, stdout=subprocess.DEVNULL)
+        while len(list(shards.glob("shard_*"))) < 4 * kill:
+            time.sleep(0.02)
+            assert run.poll() is None
+        processes = subprocess.run(["pgrep", "-f", str(tmp_path / "parts")], capture_output=True, text=True)
+        for pid in processes.stdout.split():
+            os.kill(int(pid), signal.SIGKILL)
+        run.wait()
+    run_script("image_sample.py", *words)
+    (images, labels), (other, other_labels) = (
+        read(tmp_path / folder / "samples_150x8x8x3.npz") for folder in ("whole", "parts")
+    )
+    assert np.array_equal(labels, other_labels) and (np.abs(images - other) <= 1).mean() >= 0.999
 
 
 @pytest.mark.parametrize(
