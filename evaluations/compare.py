@@ -83,17 +83,21 @@ def draw(path, rows, widths):
     plt.close(figure)
 
 
+def names_of(paths):
+    """Short names: of the files, or where these are the same, their whole paths."""
+    stems = [Path(path).stem for path in paths]
+    return stems if len(set(stems)) == len(stems) else [str(path) for path in paths]
+
+
 def main():
     args = parse_args()
-    rows, widths = dict(PUBLISHED), {}
-    for path in args.results:
+    rows, widths, notes = dict(PUBLISHED), {}, []
+    for name, path in zip(names_of(args.results), args.results, strict=True):
         metrics, own_widths, warnings = read(path)
-        name = Path(path).stem + (" (!)" if warnings else "")
+        notes += [f"(!) {name}: {warning}" for warning in warnings]
+        name += " (!)" if warnings else ""
         rows[name], widths[name] = metrics, own_widths
-    print(format_table(rows, widths))
-    for path in args.results:
-        for warning in read(path)[2]:
-            print(f"(!) {Path(path).stem}: {warning}")
+    print("\n".join([format_table(rows, widths), *notes]))
     if args.plot:
         draw(args.plot, rows, widths)
 

@@ -69,6 +69,7 @@ class ImageTar:
             for member in archive:
                 name = member.name.removeprefix("./")
                 if name in wanted:
+                    wanted.remove(name)  # a tar may hold a name twice
                     yield name, archive.extractfile(member).read()
 
 
@@ -85,7 +86,7 @@ def choose(source, path, below, num_images, seed):
     :raises ValueError: when there are fewer than asked for, or fewer than two.
     """
     prefix = f"{below.strip('/')}/" if below else ""
-    names = sorted(n for n in source.names() if n.lower().endswith(EXTENSIONS) and n.startswith(prefix))
+    names = sorted({n for n in source.names() if n.lower().endswith(EXTENSIONS) and n.startswith(prefix)})
     if len(names) < max(num_images, 2):
         raise ValueError(f"{path} holds {len(names)} images below {prefix or '.'}: {max(num_images, 2)} are needed")
     if num_images:

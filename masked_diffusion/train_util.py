@@ -244,7 +244,7 @@ class TrainLoop:
             self.run_step(*next(self.data))
             bar.update(self.step - bar.n)
             stopped = dist_util.any_rank(self._stop_signal is not None)
-            evaluated = self._evaluate()
+            evaluated = not stopped and self._evaluate()
             if self.step % self.log_interval == 0 or self.step == self.last_step or stopped or evaluated:
                 bar.set_postfix_str(self._log())
             if self.sample_interval and self.step % self.sample_interval == 0:

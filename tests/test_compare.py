@@ -39,6 +39,14 @@ def test_the_published_rows_stand_beside_ours(tmp_path, monkeypatch, capsys):
     assert Image.open(tmp_path / "table.png").size[0] > 500
 
 
+def test_files_of_one_name_keep_apart(tmp_path, monkeypatch, capsys):
+    paths = [tmp_path / folder / "metrics.json" for folder in ("guided", "unguided")]
+    for path in paths:
+        path.parent.mkdir()
+        path.write_text(json.dumps(ROW))
+    assert all(str(path) in run(monkeypatch, capsys, *paths)[1] for path in paths)
+
+
 @pytest.mark.parametrize("content", ["", "[]", '{"metrics": 3}', '{"metrics": {"fid": []}, "over_seeds": {}}'])
 def test_other_files_are_refused(tmp_path, monkeypatch, capsys, content):
     (tmp_path / "a.json").write_text(content)

@@ -29,6 +29,7 @@ def dataset(tmp_path_factory):
     (folder / "images" / "test" / "notes.txt").write_text("not an image")
     with tarfile.open(folder / "images.tar.gz", "w:gz") as archive:
         archive.add(folder / "images", arcname=".")
+        archive.add(folder / "images" / "train", arcname="./train")  # the same names again
     write_small_graph(folder / "small.pb")
     return folder
 
