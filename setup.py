@@ -2,17 +2,13 @@ from pathlib import Path
 
 from setuptools import setup
 
-EVAL = ["tensorflow>=2.16", "torch-fidelity>=0.3"]
+EVAL = ["tensorflow>=2.16", "torch-fidelity>=0.3", "scipy>=1.11", "matplotlib>=3.8"]
 MPI = ["mpi4py>=4.0", "mpich>=4.2"]
 DEMO = ["scikit-learn>=1.3", "matplotlib>=3.8"]
 WEB = ["gradio>=6.31"]
-TEST = (
-    DEMO
-    + MPI
-    + WEB
-    + ["lmdb>=1.4", "selenium>=4.20"]
-    + ["pytest>=8.0", "pytest-timeout>=2.3", "ruff>=0.6", "build>=1.2", "setuptools>=77", "wheel"]
-)
+TOOLS = ["pytest>=8.0", "pytest-timeout>=2.3", "ruff>=0.6", "build>=1.2", "setuptools>=77", "wheel", "mpmath>=1.3"]
+TOOLS += ["lmdb>=1.4", "torch-fidelity>=0.3", "selenium>=4.20"] + DEMO + MPI + WEB
+TEST = TOOLS + ["tensorflow-cpu>=2.16; platform_machine == 'x86_64'"]  # no code for GPUs: quicker to install
 
 setup(
     name="masked-diffusion",
@@ -44,6 +40,6 @@ setup(
         "lsun": ["lmdb>=1.4"],
         "web": WEB,
         "test": TEST,
-        "all": EVAL + TEST,
+        "all": EVAL + TOOLS,
     },
 )

@@ -1,24 +1,197 @@
-"""Metrics as pure functions of features."""
+"""Metrics as pure functions of features: Gaussian statistics, Frechet distance, Inception score, KID, bootstrap."""
 
 import numpy as np
+import torch
+
+SPLIT_SIZE = 5000
+BLOCK = 10_000  # rows that are brought to float64 at a time
+KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
+TWO_SIDED_95 = 1.959963984540054
+
+
+class GaussianStatistics:
+    """Mean and unbiased covariance of rows that come in batches, in float64.
+
+    Batches and ranks are merged by the pairwise formula of Chan et al. 1979, which does not lose digits to large means.
+    """
+
+    def __init__(self):
+        self.count, self._mean, self._scatter = 0, 0.0, 0.0
+
+    def update(self, features):
+        """Add (N, d) features, an array or a tensor; the sums stay on its device."""
+        features = torch.as_tensor(features).double()
+        if features.ndim != 2:
+            raise ValueError(f"features have shape {tuple(features.shape)}: statistics need (N, d) numbers")
+        if len(features):
+            mean = features.mean(dim=0)
+            centered = features - mean
+            self._add(len(features), mean, centered.T @ centered)
+
+    def merge(self, other):
+        """Add the rows that another one has seen."""
+        if other.count:
+            self._add(other.count, other._mean, other._scatter)
+
+    def _add(self, count, mean, scatter):
+        total = self.count + count
+        difference = mean - self._mean
+        self._scatter = self._scatter + scatter + torch.outer(difference, difference) * (self.count * count / total)
+        self._mean = self._mean + difference * (count / total)
+        self.count = total
+
+    def cpu(self):
+        """The same sums on the CPU, to be sent to another rank."""
+        if self.count:
+            self._mean, self._scatter = self._mean.cpu(), self._scatter.cpu()
+        return self
+
+    def result(self):
+        """Mean (d,) and unbiased covariance (d, d), float64 arrays.
+
+        :raises ValueError: for fewer than two rows, and for numbers that are not finite.
+        """
+        if self.count < 2:
+            raise ValueError(f"statistics need at least two rows of numbers, not {self.count}")
+        mu, sigma = self._mean.cpu().numpy(), (self._scatter / (self.count - 1)).cpu().numpy()
+        if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
+            raise ValueError(
+                "the features hold NaN or infinite numbers: look at the images and at the network's weights"
+            )
+        return mu, sigma
 
 
 def gaussian_statistics(features):
     """Mean (d,) and unbiased covariance (d, d), float64, of (N, d) features with N >= 2."""
-    features = np.asarray(features, dtype=np.float64)
-    if features.ndim != 2 or len(features) < 2:
-        raise ValueError(f"features have shape {features.shape}: statistics need at least two rows of numbers")
-    return features.mean(axis=0), np.atleast_2d(np.cov(features, rowvar=False))
+    statistics = GaussianStatistics()
+    for start in range(0, len(features), BLOCK):
+        statistics.update(features[start : start + BLOCK])
+    return statistics.result()
 
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
     """Frechet distance of two Gaussians (Heusel et al. 2017, eq. 6), exact for singular covariances too.
 
-    tr sqrt(S1 S2) is the sum of the square roots of the eigenvalues of L' S2 L, with S1 = L L': a symmetric problem.
+    With S1 = A A' and S2 = B B', tr sqrt(S1 S2) is the sum of the singular values of A' B. Where both have full rank
+    the symmetric eigenvalues of A' S2 A, whose roots these are, cost a fraction of that. Never complex.
+
+    :param mu1, mu2: (d,). :param sigma1, sigma2: (d, d), symmetric.
+    :raises ValueError: for shapes that disagree and for numbers that are not finite.
     """
-    values, vectors = np.linalg.eigh(sigma1)
-    root = vectors * np.sqrt(np.clip(values, 0, None))
-    cross = np.linalg.eigvalsh(root.T @ sigma2 @ root)
-    trace_root = np.sqrt(np.clip(cross, 0, None)).sum()
+    arrays = [torch.as_tensor(np.asarray(array, dtype=np.float64)) for array in (mu1, sigma1, mu2, sigma2)]
+    mu1, sigma1, mu2, sigma2 = arrays
+    shapes = [tuple(array.shape) for array in arrays]
+    if mu1.ndim != 1 or shapes != [shapes[0], shapes[0] * 2] * 2:
+        raise ValueError(f"the statistics have shapes {shapes}: they must be (d,), (d, d), (d,), (d, d)")
+    if not all(array.isfinite().all() for array in arrays):
+        raise ValueError("the statistics hold NaN or infinite numbers: compute them anew")
+    root1, root2 = _root(sigma1), _root(sigma2)
+    if root1.shape == root2.shape == sigma1.shape:
+        values = torch.linalg.eigvalsh(root1.T @ sigma2 @ root1).clamp_min(0).sqrt()
+    else:
+        values = torch.linalg.svdvals(root1.T @ root2)
     difference = mu1 - mu2
-    return float(difference @ difference + np.trace(sigma1) + np.trace(sigma2) - 2 * trace_root)
+    distance = difference @ difference + sigma1.trace() + sigma2.trace() - 2 * values.sum()
+    return max(distance.item(), 0.0)
+
+
+def _root(sigma):
+    """(d, r) factor R with sigma = R R', r the numerical rank: Cholesky's where it is safe, else of eigenvectors."""
+    tolerance = len(sigma) * torch.finfo(torch.float64).eps
+    lower, failed = torch.linalg.cholesky_ex(sigma)
+    pivots = lower.diagonal().square()
+    if not failed and pivots.min() > tolerance * pivots.max():
+        return lower
+    values, vectors = torch.linalg.eigh(sigma)
+    kept = values > tolerance * values.max().clamp_min(0)
+    return vectors[:, kept] * values[kept].sqrt()
+
+
+class InceptionScore:
+    """Inception score (Salimans et al. 2016) of logits that come in batches: exp of the mean KL to the marginal.
+
+    :param split_size: images per split, as ADM has it; the score is the mean over splits, the last of which may be
+        smaller. Only sums are kept, in float64.
+    """
+
+    def __init__(self, split_size=SPLIT_SIZE):
+        self.split_size, self.splits = split_size, {}
+
+    def update(self, logits, start):
+        """Add (N, classes) logits of the images [start, start + N)."""
+        log_p = torch.log_softmax(torch.as_tensor(logits).double(), dim=1)
+        p = log_p.exp()
+        negative_entropy = (p * log_p).sum(dim=1)
+        split_of = np.arange(start, start + len(p)) // self.split_size
+        for split in np.unique(split_of).tolist():
+            rows = torch.from_numpy(np.flatnonzero(split_of == split)).to(p.device)
+            self._add(split, len(rows), p[rows].sum(dim=0).cpu(), negative_entropy[rows].sum().item())
+
+    def merge(self, other):
+        """Add the images that another one has seen."""
+        for split, sums in other.splits.items():
+            self._add(split, *sums)
+
+    def _add(self, split, count, p, negative_entropy):
+        before = self.splits.get(split, (0, 0.0, 0.0))
+        self.splits[split] = before[0] + count, before[1] + p, before[2] + negative_entropy
+
+    def result(self):
+        """The score, and its standard deviation over the splits (0 for one split)."""
+        scores = []
+        for count, p, negative_entropy in self.splits.values():
+            marginal = (p / count).numpy()
+            log_marginal = np.log(np.where(marginal > 0, marginal, 1.0))
+            scores.append(np.exp(negative_entropy / count - (marginal * log_marginal).sum()))
+        return float(np.mean(scores)), float(np.std(scores))
+
+
+def kernel_distance(features1, features2, subsets=KID_SUBSETS, subset_size=None, seed=0, device="cpu"):
+    """KID (Binkowski et al. 2018): the unbiased squared MMD under the kernel (x'y / d + 1)^3, over random subsets.
+
+    :param features1, features2: (N, d) and (M, d) arrays.
+    :param subset_size: rows of a subset; None: 1,000, or half of the smaller set, for subsets are to differ.
+    :return: mean and standard deviation over the subsets. The mean may be negative: its expectation is not.
+    :raises ValueError: when a set has fewer than two rows.
+    """
+    smaller = min(len(features1), len(features2))
+    if smaller < 2:
+        raise ValueError(f"KID needs at least two rows of features on both sides, not {smaller}")
+    size = min(subset_size or max(min(KID_SUBSET_SIZE, smaller // 2), 2), smaller)
+    rng, values = np.random.default_rng(seed), []
+    for _ in range(subsets):
+        x, y = (
+            torch.as_tensor(np.asarray(f[np.sort(rng.choice(len(f), size, replace=False))])).to(device).double()
+            for f in (features1, features2)
+        )
+        values.append(_squared_mmd(x, y).item())
+    return float(np.mean(values)), float(np.std(values))
+
+
+def _squared_mmd(x, y):
+    size, dim = x.shape
+    k_xx, k_yy, k_xy = ((a @ b.T / dim + 1) ** 3 for a, b in ((x, x), (y, y), (x, y)))
+    within = k_xx.sum() - k_xx.trace() + k_yy.sum() - k_yy.trace()
+    return within / (size * (size - 1)) - 2 * k_xy.mean()
+
+
+def bootstrap(statistic, num_images, repeats, seed=0):
+    """Standard error of a statistic over images drawn with replacement.
+
+    :param statistic: function of (num_images,) indices that returns a dict of numbers.
+    :param repeats: number of resamples, at least 2.
+    :return: a dict of standard deviations with the same keys.
+    """
+    if repeats < 2:
+        raise ValueError(f"bootstrap is {repeats}: a deviation needs at least 2 resamples")
+    rng = np.random.default_rng(seed)
+    rows = [statistic(np.sort(rng.integers(num_images, size=num_images))) for _ in range(repeats)]
+    return {key: float(np.std([row[key] for row in rows], ddof=1)) for key in rows[0]}
+
+
+def interval(value, deviation):
+    """The 95 % interval around a value.
+
+    It is symmetric: percentiles of resampled Frechet distances all lie above the value, whose bias they repeat.
+    """
+    return [value - TWO_SIDED_95 * deviation, value + TWO_SIDED_95 * deviation]

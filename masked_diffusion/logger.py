@@ -10,6 +10,7 @@ import sys
 import time
 from collections import defaultdict
 from pathlib import Path
+from types import ModuleType
 
 from tqdm.auto import tqdm
 
@@ -101,6 +102,8 @@ class Logger:
     def board(self):
         """TensorBoard's writer, made on first use: its import takes a second."""
         if self._board is None:
+            # Where TensorFlow is installed, TensorBoard imports all of it for its file functions, unless this is found.
+            sys.modules.setdefault("tensorboard.compat.notf", ModuleType("notf"))
             from torch.utils.tensorboard import SummaryWriter
 
             self._board = SummaryWriter(self.directory, purge_step=self.purge_step)

@@ -44,21 +44,23 @@ def _fetch(repository, names):
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
+    offline, reason = False, None
     for name in names:
         try:
-            path = Path(hf_hub_download(repository, name))
+            path = Path(hf_hub_download(repository, name, local_files_only=offline))
             if name == EXPORTED_NAME:
-                hf_hub_download(repository, "config.json")
+                hf_hub_download(repository, "config.json", local_files_only=offline)
             return path
-        except LocalEntryNotFoundError as error:  # no connection, and not in the cache: a later name may be there
-            reason = error
+        except LocalEntryNotFoundError as error:  # no connection: the cache may have another name
+            reason, offline = reason or error, True
         except EntryNotFoundError as error:
-            reason = error
-        except Exception as error:  # a repository that is absent, private or badly named; no connection
+            reason = reason or error
+        except Exception as error:  # a repository that is absent, private or badly named
             reason = error
             break
+    sentence = " ".join(str(reason).split()).split(". ")[0]
     raise ValueError(
-        f"{repository} is neither a local path nor in reach on the hub ({str(reason).strip().splitlines()[0]}): fetch "
+        f"{repository} is neither a local path nor in reach on the hub ({sentence}): fetch "
         f"{' or '.join(names)} of it (the published weights: {PUBLISHED}) and give the file's path"
     ) from reason
 

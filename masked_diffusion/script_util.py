@@ -109,6 +109,11 @@ def add_train_flags(parser):
     guard.add_argument("--spike_zscore", type=float, default=6.0, help="report losses so far above the recent mean")
     guard.add_argument("--rollback_on_spike", type=int, default=0, help="go back to the last checkpoint, so many times")
 
+    look = parser.add_argument_group("evaluation on the way")
+    look.add_argument("--eval_interval", type=int, default=0, help="steps between evaluations of the EMA; 0: none")
+    look.add_argument("--eval_samples", type=int, default=1000, help="images to draw for each")
+    look.add_argument("--eval_reference", default="", help="npz to compare them with, as for evaluations/evaluator.py")
+
     files = parser.add_argument_group("files")
     files.add_argument("--log_dir", help="None: $OPENAI_LOGDIR, or output")
     files.add_argument("--keep", type=int, default=0, help="keep the newest so many checkpoints; 0: all")

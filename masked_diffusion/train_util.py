@@ -74,6 +74,8 @@ class TrainLoop:
     :param guardian: see `guardian.Guardian`; `max_rollbacks` times a spike goes back to the last checkpoint.
     :param batch_names: function of step and seed that names the files of this rank's batch, for reports of spikes.
     :param draw_grid: function that draws (n, H, W, 3) uint8 images with the model, every `sample_interval` steps.
+    :param evaluate: function that draws with the model and returns a dict of metrics on rank 0, every `eval_interval`
+        steps. All ranks call it.
     :param config: JSON values that go into every checkpoint. There is no generator to save: see `random_util`.
     """
 
@@ -109,12 +111,15 @@ class TrainLoop:
         batch_names=None,
         sample_interval=0,
         draw_grid=None,
+        eval_interval=0,
+        evaluate=None,
         config=None,
         seed=0,
     ):
         self.objective, self.model = objective, objective.model
         self.first_stage, self.schedule_sampler, self.guardian = first_stage, schedule_sampler, guardian
         self.make_data, self.batch_names, self.draw_grid = make_data, batch_names, draw_grid
+        self.eval_interval, self.evaluate = eval_interval, evaluate
         self.config = config
         self.log_dir, self.keep = Path(log_dir), keep
         self.log_interval, self.save_interval, self.sample_interval = log_interval, save_interval, sample_interval
@@ -239,7 +244,8 @@ class TrainLoop:
             self.run_step(*next(self.data))
             bar.update(self.step - bar.n)
             stopped = dist_util.any_rank(self._stop_signal is not None)
-            if self.step % self.log_interval == 0 or self.step == self.last_step or stopped:
+            evaluated = not stopped and self._evaluate()
+            if self.step % self.log_interval == 0 or self.step == self.last_step or stopped or evaluated:
                 bar.set_postfix_str(self._log())
             if self.sample_interval and self.step % self.sample_interval == 0:
                 self._show_grid()
@@ -365,6 +371,19 @@ class TrainLoop:
         if dist_util.is_main():
             path = self.log_dir / f"grid{self.step:06d}.png"
             logger.image("samples", save_grid(path, images, columns=GRID_COLUMNS), self.step)
+
+    def _evaluate(self):
+        """Whether it is time for an evaluation; if so, its metrics go into the row that is logged next."""
+        if not self.eval_interval or self.step % self.eval_interval:
+            return False
+        start = time.perf_counter()
+        with self.ema_weights():
+            metrics = self.evaluate()
+        for key, value in metrics.items():
+            logger.logkv(f"eval_{key}", value)
+        logger.log(f"step {self.step}  " + "  ".join(f"{key} {value:.5g}" for key, value in metrics.items()))
+        self._last_log += time.perf_counter() - start  # training is not slower for it
+        return True
 
     def _add_to_sums(self, losses, t, norm):
         """Sums stay on the device until they are logged."""

@@ -1,7 +1,9 @@
 """Train MDTv2, MDT or DiT on a folder of images. Run the same command again to go on where it stopped."""
 
+import sys
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -82,9 +84,44 @@ def grid_drawer(model, config, first_stage, precision, seed):
     return partial(sampler, range(GRID_IMAGES), labels)
 
 
+def check_evaluation_flags(args):
+    if args.eval_interval and not args.eval_reference:
+        raise ValueError(
+            f"--eval_interval is {args.eval_interval}, but nothing to compare with: name an npz with --eval_reference"
+        )
+    if args.eval_interval and args.eval_samples < 2:
+        raise ValueError(f"--eval_samples is {args.eval_samples}: a distance needs at least two samples")
+
+
+def create_evaluation(args, model, config, first_stage, precision):
+    """A function without arguments that draws fixed noise and labels, without guidance, and compares the images."""
+    if not args.eval_interval:
+        return None
+    sys.path.append(str(Path(__file__).resolve().parents[1] / "evaluations"))  # scripts too, and in no package
+    from live import LiveEvaluation
+
+    compare = LiveEvaluation(args.eval_reference, (args.image_size, args.image_size), dist_util.dev())
+    solver = create_solver("ddpm", GRID_STEPS, config["diffusion"])
+    sampler = Sampler(model, solver, first_stage, precision=precision, seed=args.seed)
+    return lambda: compare(draw_own_part(sampler, args.eval_samples, args.batch_size))
+
+
+def draw_own_part(sampler, num_samples, batch_size):
+    """This rank's images, batch by batch. All ranks draw equally often, for a sharded model needs them all."""
+    count = -(-num_samples // dist_util.get_world_size())
+    first = dist_util.get_rank() * count
+    for start in range(first, first + count, batch_size):
+        indices = range(start, min(start + batch_size, first + count))
+        images = sampler(indices, choose_labels(indices, "balanced", sampler.model.num_classes, sampler.seed))
+        kept = images[: max(num_samples - start, 0)]
+        if len(kept):
+            yield kept
+
+
 def main():
     args = parse_args()
     script_util.check_positive(args, "batch_size", "log_interval", "save_interval", "lr", "image_size", "max_bad_steps")
+    check_evaluation_flags(args)
     dist_util.setup_dist()
     logger.configure(args.log_dir, quiet=not dist_util.is_main())
     precision = script_util.precision_of(args)
@@ -158,6 +195,8 @@ def main():
         log_interval=args.log_interval,
         save_interval=args.save_interval,
         sample_interval=args.sample_interval,
+        eval_interval=args.eval_interval,
+        evaluate=create_evaluation(args, model, config, first_stage, precision),
         keep=args.keep,
         resume_checkpoint=args.resume_checkpoint,
         fp16_scale_growth=args.fp16_scale_growth,

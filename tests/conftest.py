@@ -1,6 +1,8 @@
 import json
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from masked_diffusion.checkpoint import save_checkpoint
 
 DATA = Path(__file__).parent / "data"
 REPO = Path(__file__).parent.parent
+needs_tensorflow = pytest.mark.skipif(find_spec("tensorflow") is None, reason="TensorFlow is not installed")
 torch.set_num_threads(min(4, torch.get_num_threads()))
 
 
@@ -42,6 +45,18 @@ def vae_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("vae")
     vae.save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture(scope="session")
+def inception_graph(tmp_path_factory):
+    """A full Inception-v3 graph with the published node names and random weights."""
+    extractors = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
+    from inception_graphs import write_inception_graph
+
+    network = extractors.FeatureExtractorInceptionV3
+    with mock.patch("torch.load"), mock.patch.object(network, "load_state_dict"), torch.device("meta"):
+        modules = network("inception", ["2048"], "no weights")
+    return write_inception_graph(tmp_path_factory.mktemp("inception") / "graph.pb", modules)
 
 
 @pytest.fixture(scope="session")

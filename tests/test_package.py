@@ -8,11 +8,12 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from functools import cache
 
 import pytest
 from conftest import REPO
 
-README = "\n".join((REPO / folder / "README.md").read_text() for folder in (".", "datasets"))
+README = "\n".join((REPO / folder / "README.md").read_text() for folder in (".", "datasets", "evaluations"))
 
 
 def python(code):
@@ -39,6 +40,12 @@ def test_heavy_packages_wait_until_they_are_needed():
         "print([m for m in ('tensorflow', 'mpi4py', 'diffusers') if m in sys.modules])"
     )
     assert loaded == "[]"
+
+
+def test_tensorboard_does_not_bring_tensorflow(tmp_path):
+    code = "import sys\nfrom masked_diffusion.logger import Logger\n"
+    code += f"Logger({str(tmp_path)!r}).board.add_scalar('a', 1, 1)\nprint('tensorflow' in sys.modules)"
+    assert python(code) == "False" and list(tmp_path.glob("events*"))
 
 
 def test_the_names_that_users_import():
@@ -153,6 +160,7 @@ def readme_commands():
     return [line for line in lines if line.strip() and not line.startswith("#")]
 
 
+@cache
 def script_flags(script):
     """The flags that a script's --help lists."""
     result = subprocess.run(

@@ -1,0 +1,106 @@
+"""Print results of evaluator.py --json as a table beside the published ones, and draw them."""
+
+import argparse
+import json
+from pathlib import Path
+
+import console
+from files import atomic_write
+from suite import LABELS
+
+# ImageNet 256 x 256, 50,000 samples, ADM's suite; the last three are guided.
+PUBLISHED = {
+    "ADM": {"fid": 10.94, "sfid": 6.02, "inception_score": 100.98, "precision": 0.69, "recall": 0.63},
+    "DiT-XL/2-G": {"fid": 2.27, "sfid": 4.60, "inception_score": 278.24, "precision": 0.83, "recall": 0.57},
+    "MDT-XL/2-G": {"fid": 1.79, "sfid": 4.57, "inception_score": 283.01, "precision": 0.81, "recall": 0.61},
+    "MDTv2-XL/2-G": {"fid": 1.58, "sfid": 4.52, "inception_score": 314.73, "precision": 0.79, "recall": 0.65},
+}
+COLUMNS = ("fid", "sfid", "inception_score", "precision", "recall", "kid", "density", "coverage", "fd_dinov2")
+DIGITS = {"kid": 5, "precision": 3, "recall": 3, "density": 3, "coverage": 3}
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("results", nargs="+", help="files that evaluator.py --json wrote")
+    parser.add_argument("--plot", help="draw FID against Inception score into this picture")
+    return parser.parse_args()
+
+
+def read(path):
+    """Metrics, half widths of their 95 % intervals (over seeds, else over images) and warnings of one file.
+
+    :raises ValueError: for a file that evaluator.py did not write.
+    """
+    try:
+        row = json.loads(Path(path).read_text())
+        metrics = {key: float(value) for key, value in row["metrics"].items() if key in LABELS}
+        widths = {key: value["half_width"] for key, value in row["over_seeds"].items()}
+        if not widths:
+            widths = {key: (high - low) / 2 for key, (low, high) in row["runs"][0]["intervals"].items()}
+        return metrics, widths, [str(warning) for warning in row["warnings"]]
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise ValueError(f"{path} is no result of evaluator.py --json ({error!r}): write it anew") from error
+
+
+def format_table(rows, widths):
+    """A Markdown table. :param rows: name -> metrics. :param widths: name -> half widths of intervals."""
+    columns = [key for key in COLUMNS if any(key in metrics for metrics in rows.values())]
+    lines = ["| | " + " | ".join(LABELS[key] for key in columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for name, metrics in rows.items():
+        cells = [_cell(key, metrics.get(key), widths.get(name, {}).get(key)) for key in columns]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _cell(key, value, width):
+    if value is None:
+        return ""
+    digits = DIGITS.get(key, 2)
+    return f"{value:.{digits}f}" + (f" ± {width:.{digits}f}" if width else "")
+
+
+def draw(path, rows, widths):
+    """FID against Inception score, published rows in grey."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 5.5), layout="constrained")
+    for name, metrics in rows.items():
+        if not {"fid", "inception_score"} <= metrics.keys():
+            continue
+        own, width = name not in PUBLISHED, widths.get(name, {})
+        axes.errorbar(
+            metrics["fid"], metrics["inception_score"], xerr=width.get("fid"), yerr=width.get("inception_score"),
+            fmt="o" if own else "s", color=None if own else "grey", capsize=4,
+        )  # fmt: skip
+        axes.annotate(name, (metrics["fid"], metrics["inception_score"]), xytext=(6, 4), textcoords="offset points")
+    axes.set(xlabel="FID (lower is better)", ylabel="Inception Score (higher is better)", xscale="log")
+    axes.grid(alpha=0.3, which="both")
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png", dpi=120)
+    plt.close(figure)
+
+
+def names_of(paths):
+    """Short names: of the files, or where these are the same, their whole paths."""
+    stems = [Path(path).stem for path in paths]
+    return stems if len(set(stems)) == len(stems) else [str(path) for path in paths]
+
+
+def main():
+    args = parse_args()
+    rows, widths, notes = dict(PUBLISHED), {}, []
+    for name, path in zip(names_of(args.results), args.results, strict=True):
+        metrics, own_widths, warnings = read(path)
+        notes += [f"(!) {name}: {warning}" for warning in warnings]
+        name += " (!)" if warnings else ""
+        rows[name], widths[name] = metrics, own_widths
+    print("\n".join([format_table(rows, widths), *notes]))
+    if args.plot:
+        draw(args.plot, rows, widths)
+
+
+if __name__ == "__main__":
+    console.run(main)

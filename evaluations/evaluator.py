@@ -1,0 +1,187 @@
+"""Evaluate samples as ADM does: python evaluator.py REFERENCE.npz SAMPLES.npz [SAMPLES_OF_ANOTHER_SEED.npz ...]"""
+
+import argparse
+import os
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import console
+import ranks
+import report
+from features import collect
+from files import find_inception, write_json
+from metrics import interval
+from npz_reader import NpzImages
+from suite import LABELS, METRICS, compare, read_reference, reference_needs, sample_needs
+
+BACKENDS = ("auto", "tensorflow", "torch")
+DEFAULT_METRICS = ("is", "fid", "sfid", "pr", "kid", "dc")
+PUBLISHED_COUNTS = {"reference": 10_000, "samples": 50_000}
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("ref_batch", help="npz of the reference: images, statistics, or both")
+    parser.add_argument("sample_batch", nargs="+", help="npz of samples; several are seeds of one model")
+    parser.add_argument(
+        "--metrics",
+        default=",".join(DEFAULT_METRICS),
+        help="of these, separated by commas; fd_dinov2 comes by --dinov2",
+    )
+    add_network_flags(parser)
+    parser.add_argument("--dinov2", help="also FD-DINOv2, with this file of weights, or hub")
+    parser.add_argument("--bootstrap", type=int, default=0, help="resamples for intervals over images; 0: none")
+    parser.add_argument("--json", help="write metrics and everything that identifies the run to this file")
+    parser.add_argument("--plot", help="draw metrics, neighbours and images into this picture")
+    args = parser.parse_args()
+    args.metrics = args.metrics.split(",") + (["fd_dinov2"] if args.dinov2 else [])
+    for metric in args.metrics:
+        if metric not in METRICS or (metric == "fd_dinov2" and not args.dinov2):
+            raise ValueError(f"--metrics names {metric!r}: choose of {', '.join(DEFAULT_METRICS)}")
+    if args.bootstrap < 0 or args.bootstrap == 1:
+        raise ValueError(f"--bootstrap is {args.bootstrap}: a deviation needs at least 2 resamples, and 0 is none")
+    check_output_flags(args)
+    return args
+
+
+def check_output_flags(args):
+    """Refuse at once what would fail when hours of work are to be written down."""
+    for path in filter(None, (args.json, args.plot)):
+        if not Path(path).resolve().parent.is_dir():
+            raise ValueError(f"the folder of {path} does not exist: make it first")
+    if args.plot and not args.plot.endswith(".png"):
+        raise ValueError(f"--plot is {args.plot}: name a .png")
+    wanted = {"matplotlib": args.plot, "scipy": len(args.sample_batch) > 1}
+    for package, needed in wanted.items():
+        if needed and find_spec(package) is None:
+            raise ValueError(f"{package} is not installed: pip install {package}")
+
+
+def add_network_flags(parser):
+    """Flags of everything that passes images through a network; see `create_network`."""
+    parser.add_argument("--backend", choices=BACKENDS, default="auto", help="auto: TensorFlow where it is installed")
+    parser.add_argument("--inception", help="the network; None: $INCEPTION_V3_PATH, the cache folder, a download")
+    parser.add_argument("--batch_size", type=int, default=64, help="images at a time")
+    parser.add_argument("--devices", type=int, default=1, help="processes, of one GPU each; torchrun works too")
+
+
+def check_network_flags(args):
+    for name in ("batch_size", "devices"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} is {getattr(args, name)}: it must be positive")
+
+
+def create_network(args):
+    """The Inception network that flags describe, and the path of its weights; `auto` prefers the published graph."""
+    has_tensorflow = find_spec("tensorflow") is not None
+    backend = ("tensorflow" if has_tensorflow else "torch") if args.backend == "auto" else args.backend
+    if args.backend == "auto" and str(args.inception).endswith((".pth", ".pt")):
+        backend = "torch"
+    path = ranks.on_first(lambda: find_inception(args.inception))
+    if backend == "tensorflow":
+        from inception_tensorflow import TensorFlowInception
+
+        return TensorFlowInception(path, gpu=ranks.local_rank()), path
+    from inception_torch import TorchInception
+
+    return TorchInception(path, ranks.device()), path
+
+
+def with_dinov2(inception, weights):
+    """A network that gives DINOv2's features beside Inception's."""
+    from dinov2 import DinoV2
+
+    network = DinoV2(weights, ranks.device())
+    return lambda images: inception(images) | network(images)
+
+
+def open_batches(args):
+    """The reference and the samples, whose headers tell whether they can be compared at all."""
+    reference, samples = NpzImages(args.ref_batch), [NpzImages(path) for path in args.sample_batch]
+    reference_needs(args.metrics, reference)
+    for images in samples:
+        if not len(images):
+            raise ValueError(f"{images.path} holds statistics alone: samples must be images (arr_0)")
+        if reference.size not in (None, images.size):
+            raise ValueError(
+                f"{reference.path} has images of {reference.size}, {images.path} of {images.size}: "
+                "make a reference of the samples' size"
+            )
+    return reference, samples
+
+
+def doubts(images, role):
+    """What makes the numbers of a file incomparable with published ones, as sentences."""
+    found, expected = len(images), PUBLISHED_COUNTS[role]
+    if found in (0, expected):
+        return []
+    return [f"{images.path} holds {found} images: published numbers have {expected} of the {role}; FID depends on it"]
+
+
+def say(text):
+    if ranks.rank() == 0:
+        print(text, flush=True)
+
+
+def print_result(images, result, several):
+    if several:
+        print(f"{images.path}:")
+    for key, value in result.values.items():
+        print(f"{LABELS[key]}: {value}")
+    for key, deviation in result.deviations.items():
+        low, high = interval(result.values[key], deviation)
+        print(f"{LABELS[key]} interval (95 %): {low} to {high}", flush=True)
+
+
+def evaluate(args, reference_images, sample_images):
+    """Print the metrics of each batch of samples, and leave what --json and --plot ask for."""
+    inception, path = create_network(args)
+    network = with_dinov2(inception, args.dinov2) if args.dinov2 else inception
+    say(f"computing reference batch activations... ({inception.name} backend)")
+    reference = read_reference(reference_images, network, args.metrics, args.batch_size)
+    warnings, results = doubts(reference_images, "reference"), []
+    warnings += flat_images(reference_images, reference)
+    for images in sample_images:
+        say("computing sample batch activations...")
+        samples = collect(images, network, sample_needs(args.metrics, args.bootstrap), args.batch_size)
+        if ranks.rank() > 0:
+            continue
+        say("Computing evaluations...")
+        result = compare(reference, samples, args.metrics, inception.logit_weights, args.bootstrap, ranks.device())
+        print_result(images, result, len(sample_images) > 1)
+        warnings += doubts(images, "samples") + flat_images(images, samples)
+        results.append(result)
+    if ranks.rank() == 0:
+        print_summary(results, warnings)
+        if args.json:
+            row = report.describe(args, inception.name, path, reference_images, sample_images, results, warnings)
+            write_json(args.json, row)
+        if args.plot:
+            report.draw(args.plot, reference_images, sample_images[0], results)
+
+
+def flat_images(images, collected):
+    if collected is None or not collected.flat:
+        return []
+    return [f"{images.path} holds {collected.flat} images of one colour"]
+
+
+def print_summary(results, warnings):
+    for key, value in report.over_seeds(results).items():
+        print(f"{LABELS[key]} over {len(results)} seeds: {value['mean']} +- {value['half_width']} (95 %)")
+    for warning in warnings:
+        print(f"WARNING: {warning}", file=sys.stderr)
+
+
+def main():
+    args = parse_args()
+    check_network_flags(args)
+    reference, samples = open_batches(args)
+    if args.devices > 1 and "WORLD_SIZE" not in os.environ:
+        return ranks.launch(args.devices)
+    return evaluate(args, reference, samples)
+
+
+if __name__ == "__main__":
+    console.run(main)

@@ -1,0 +1,136 @@
+"""ADM's Inception network in torch: torch-fidelity's architecture with weights out of the same frozen graph.
+
+No TensorFlow is imported: a frozen graph is a protocol buffer, whose definition tensorboard carries.
+"""
+
+import io
+from pathlib import Path
+
+import torch
+
+SPATIAL_CHANNELS = 7
+
+# Scopes of the graph, and the convolutions in them in order: `conv`, `conv_1`, ... of each are torch-fidelity's these.
+STEM = {"": ["Conv2d_1a_3x3", "Conv2d_2a_3x3", "Conv2d_2b_3x3", "Conv2d_3b_1x1", "Conv2d_4a_3x3"]}
+A = {
+    "": ["branch1x1"],
+    "tower/": ["branch5x5_1", "branch5x5_2"],
+    "tower_1/": ["branch3x3dbl_1", "branch3x3dbl_2", "branch3x3dbl_3"],
+    "tower_2/": ["branch_pool"],
+}
+B = {"": ["branch3x3"], "tower/": ["branch3x3dbl_1", "branch3x3dbl_2", "branch3x3dbl_3"]}
+C = {
+    "": ["branch1x1"],
+    "tower/": ["branch7x7_1", "branch7x7_2", "branch7x7_3"],
+    "tower_1/": ["branch7x7dbl_1", "branch7x7dbl_2", "branch7x7dbl_3", "branch7x7dbl_4", "branch7x7dbl_5"],
+    "tower_2/": ["branch_pool"],
+}
+D = {
+    "tower/": ["branch3x3_1", "branch3x3_2"],
+    "tower_1/": ["branch7x7x3_1", "branch7x7x3_2", "branch7x7x3_3", "branch7x7x3_4"],
+}
+E = {
+    "": ["branch1x1"],
+    "tower/": ["branch3x3_1"],
+    "tower/mixed/": ["branch3x3_2a", "branch3x3_2b"],
+    "tower_1/": ["branch3x3dbl_1", "branch3x3dbl_2"],
+    "tower_1/mixed/": ["branch3x3dbl_3a", "branch3x3dbl_3b"],
+    "tower_2/": ["branch_pool"],
+}
+BLOCKS = {"5b": A, "5c": A, "5d": A, "6a": B, "6b": C, "6c": C, "6d": C, "6e": C, "7a": D, "7b": E, "7c": E}
+
+
+def convolutions():
+    """Name of each convolution in the graph -> name of its module in torch-fidelity."""
+    names = dict(_numbered(STEM, "", ""))
+    for i, (block, scopes) in enumerate(BLOCKS.items()):
+        names |= _numbered(scopes, f"mixed_{i}/" if i else "mixed/", f"Mixed_{block}.")
+    return names
+
+
+def _numbered(scopes, prefix, module):
+    return {
+        f"{prefix}{scope}conv{f'_{i}' if i else ''}": module + name
+        for scope, names in scopes.items()
+        for i, name in enumerate(names)
+    }
+
+
+def read_weights(path):
+    """torch-fidelity's state dict, from a frozen graph (.pb) or from a checkpoint of tensors (.pth).
+
+    :raises ValueError: for a file that is neither, or is cut short.
+    """
+    try:
+        with Path(path).open("rb") as file:
+            is_graph = file.read(1) == b"\x0a"  # the first field of a GraphDef; zip and pickle begin otherwise
+        return _read_graph(path) if is_graph else torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # protobuf and torch raise anything from DecodeError to UnpicklingError
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(
+            f"{path} cannot be read as the Inception network ({reason}): it must be classify_image_graph_def.pb, "
+            "or torch-fidelity's weights-inception-2015-12-05-6726825d.pth"
+        ) from error
+
+
+def _read_graph(path):
+    from tensorboard.compat.proto.graph_pb2 import GraphDef
+    from tensorboard.util.tensor_util import make_ndarray
+
+    nodes = {node.name: node for node in GraphDef.FromString(Path(path).read_bytes()).node}
+
+    def constant(name):
+        if name not in nodes:
+            raise ValueError(f"it lacks the node {name}")
+        return torch.from_numpy(make_ndarray(nodes[name].attr["value"].tensor).copy()).float()
+
+    state = {"fc.weight": constant("softmax/weights").T, "fc.bias": constant("softmax/biases")}
+    for name, module in convolutions().items():
+        state[f"{module}.conv.weight"] = constant(f"{name}/conv2d_params").permute(3, 2, 0, 1)  # HWIO -> OIHW
+        norm = f"{name}/batchnorm"
+        beta, gamma, mean, variance = (
+            constant(f"{norm}/{key}") for key in ("beta", "gamma", "moving_mean", "moving_variance")
+        )
+        scaled = nodes[norm].attr["scale_after_normalization"].b
+        state[f"{module}.bn.weight"] = gamma if scaled else torch.ones_like(gamma)
+        state |= {f"{module}.bn.bias": beta, f"{module}.bn.running_mean": mean, f"{module}.bn.running_var": variance}
+    return {key: value.contiguous() for key, value in state.items()}
+
+
+class TorchInception:
+    """Features of images, as ADM's evaluator takes them from the TensorFlow graph.
+
+    :param path: see `read_weights`. :param device: where the network runs.
+    :raises ValueError: when the file is not this network's, or torch-fidelity is missing.
+    """
+
+    name = "torch"
+
+    def __init__(self, path, device="cpu"):
+        try:
+            from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+        except ImportError as error:
+            raise ValueError("the torch backend needs torch-fidelity: pip install torch-fidelity") from error
+        state, buffer = read_weights(path), io.BytesIO()
+        torch.save(state, buffer)  # the extractor unpickles what it is given: let it be bytes of our own
+        buffer.seek(0)
+        try:
+            extractor = FeatureExtractorInceptionV3("inception", ["2048", "logits_unbiased"], buffer)
+        except RuntimeError as error:
+            raise ValueError(f"{path} holds another network than Inception-v3 of 2015: {str(error)[:200]}") from error
+        self.device, self.extractor = torch.device(device), extractor.to(device)
+        self.logit_weights = extractor.fc.weight.T
+        extractor.Mixed_6d.branch1x1.register_forward_hook(self._keep_spatial)
+
+    def _keep_spatial(self, module, inputs, output):
+        self._spatial = output[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
+
+    @torch.no_grad()
+    def __call__(self, images):
+        """(N, H, W, 3) uint8 images -> pool (N, 2048), spatial (N, 2023) and logits (N, 1008), float32 tensors."""
+        pixels = torch.from_numpy(images).to(self.device).permute(0, 3, 1, 2)
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            pool, logits = self.extractor(pixels)
+        return {"pool": pool, "spatial": self._spatial, "logits": logits}

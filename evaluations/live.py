@@ -1,0 +1,103 @@
+"""Frechet and kernel distance while a model is in training, of few samples: to see a trend, not to publish."""
+
+import os
+from importlib.util import find_spec
+
+import numpy as np
+import ranks
+import torch
+import torch.nn.functional as F
+from features import Needs, collect
+from files import INCEPTION_NAME, cache_folder
+from metrics import GaussianStatistics, frechet_distance, kernel_distance
+from npz_reader import NpzImages
+
+SIDE = 16  # pixels of a side that the pixel distance is taken of, at most
+KID_IMAGES = 2_000  # of the reference, at most
+BATCH_SIZE = 64
+
+
+def inception_at_hand():
+    """The path of the network's weights where they are on the disk, else None: a training run downloads nothing."""
+    for path in (os.environ.get("INCEPTION_V3_PATH"), cache_folder() / INCEPTION_NAME):
+        if path and os.path.isfile(path) and find_spec("torch_fidelity"):
+            return path
+    return None
+
+
+def pixel_features(images):
+    """(N, H, W, 3) uint8 -> pool (N, d): their pixels in [0, 1], averaged down to 16 x 16."""
+    x = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
+    size = [min(side, SIDE) for side in x.shape[2:]]
+    return {"pool": F.adaptive_avg_pool2d(x, size).flatten(1)}
+
+
+class LiveEvaluation:
+    """Compares samples with a reference: FID and KID where Inception's weights are at hand, else pixels.
+
+    All ranks make one, and call it together. The global random streams stay as they were.
+
+    :param path: npz of a reference; see `NpzImages`. :param size: height and width of the samples.
+    :param device: where Inception runs.
+    :raises ValueError: when the reference's images have another size, or there is nothing to compare with.
+    """
+
+    def __init__(self, path, size, device="cpu"):
+        images, weights = NpzImages(path), inception_at_hand()
+        if images.size not in (None, size):
+            raise ValueError(
+                f"{path} has images of {images.size}, the model draws {size}: make a reference of that size"
+            )
+        if not len(images) and not weights:
+            raise ValueError(
+                f"{path} holds statistics of Inception's features alone, and {INCEPTION_NAME} is not at hand: "
+                "name it in INCEPTION_V3_PATH, or take a reference with images"
+            )
+        self.network = self._inception(weights, device) if weights else pixel_features
+        self.has_inception = bool(weights)
+        self.statistics, self.rows = self._read(images)
+
+    @staticmethod
+    def _inception(weights, device):
+        from inception_torch import TorchInception
+
+        with torch.random.fork_rng(devices=[]):  # its layers draw initial weights
+            return TorchInception(weights, device)
+
+    def _read(self, images):
+        """The reference's statistics, and for KID the features of its first images: on rank 0."""
+        ready = self.has_inception and images.has_statistics("mu", "sigma")
+        statistics, rows = images.statistics("mu", "sigma") if ready else None, None
+        needs = Needs(statistics=set() if ready else {"pool"}, rows={"pool"} if self.has_inception else set())
+        if ready:
+            images = images.first(KID_IMAGES)
+        collected = collect(images, self.network, needs, BATCH_SIZE) if len(images) else None
+        if collected is not None:
+            statistics = statistics or collected.statistics["pool"].result()
+            rows = collected.rows["pool"][:KID_IMAGES] if self.has_inception else None
+        return statistics, rows
+
+    def __call__(self, batches):
+        """Metrics of the samples of all ranks.
+
+        :param batches: this rank's (n, H, W, 3) uint8 images, batch by batch.
+        :return: dict of numbers on rank 0, empty on the others.
+        """
+        own, rows = GaussianStatistics(), []
+        for images in batches:
+            features = self.network(images)["pool"]
+            own.update(features)
+            rows.append(features.cpu().numpy())
+        parts = ranks.gather((own.cpu(), rows))
+        if parts is None:
+            return {}
+        for statistics, _ in parts[1:]:
+            own.merge(statistics)
+        distance = frechet_distance(*own.result(), *self.statistics)
+        if not self.has_inception:
+            return {"frechet_pixels": distance}
+        values = {"fid": distance}
+        if self.rows is not None:
+            drawn = np.concatenate([row for _, rows in parts for row in rows])
+            values["kid"], values["kid_std"] = kernel_distance(self.rows, drawn)
+        return values

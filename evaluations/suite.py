@@ -1,0 +1,167 @@
+"""The suite: which features each metric needs, and the metrics of one batch of samples against a reference."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from features import Needs, collect
+from metrics import InceptionScore, bootstrap, frechet_distance, gaussian_statistics, kernel_distance
+from neighbours import Overlap, density_coverage, precision_recall
+
+METRICS = {
+    "is": "Inception score",
+    "fid": "Frechet distance of pool features",
+    "sfid": "Frechet distance of spatial features",
+    "pr": "precision and recall",
+    "kid": "kernel distance of pool features",
+    "dc": "density and coverage",
+    "fd_dinov2": "Frechet distance of DINOv2 features",
+}
+LABELS = {
+    "inception_score": "Inception Score",
+    "fid": "FID",
+    "sfid": "sFID",
+    "precision": "Precision",
+    "recall": "Recall",
+    "kid": "KID",
+    "kid_std": "KID standard deviation over subsets",
+    "density": "Density",
+    "coverage": "Coverage",
+    "fd_dinov2": "FD-DINOv2",
+}
+DISTANCES = {"fid": "pool", "sfid": "spatial", "fd_dinov2": "dinov2"}
+READY_MADE = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
+
+
+def _used(metrics):
+    """Names of the features whose Frechet distance is asked for."""
+    return {DISTANCES[metric] for metric in metrics if metric in DISTANCES}
+
+
+def reference_needs(metrics, images):
+    """What a reference is passed through the network for: not for statistics that its file has ready-made.
+
+    :raises ValueError: when that is something, but the file has no images.
+    """
+    used = _used(metrics)
+    ready = {name for name in used & READY_MADE.keys() if images.has_statistics(*READY_MADE[name])}
+    needs = Needs(statistics=used - ready, rows={"pool"} if {"pr", "kid", "dc"} & set(metrics) else set())
+    if needs and not len(images):
+        known = [metric for metric, name in DISTANCES.items() if name in ready]
+        raise ValueError(
+            f"{images.path} holds statistics alone, without images: choose --metrics {','.join(['is', *known])}"
+        )
+    return needs
+
+
+def sample_needs(metrics, bootstrapped):
+    """What samples are passed through the network for; a bootstrap draws from the features of the images."""
+    used = _used(metrics)
+    rows = {"pool"} if {"pr", "kid", "dc"} & set(metrics) else set()
+    if bootstrapped:
+        rows = rows | used | ({"pool"} if "is" in metrics else set())
+    return Needs(statistics=used, rows=rows, score="is" in metrics)
+
+
+@dataclass
+class Reference:
+    """A reference, ready to be compared with: statistics by the name of the feature, and rows of pool features."""
+
+    statistics: dict
+    rows: np.ndarray | None = None
+    flat: int = 0  # images of one colour
+
+
+def read_reference(images, network, metrics, batch_size):
+    """The `Reference` of an `NpzImages`, on rank 0; the other ranks help, and get None."""
+    needs = reference_needs(metrics, images)
+    statistics = {name: images.statistics(*READY_MADE[name]) for name in _used(metrics) - needs.statistics}
+    if not needs:
+        return Reference(statistics)
+    collected = collect(images, network, needs, batch_size)
+    if collected is None:
+        return None
+    statistics |= {name: sums.result() for name, sums in collected.statistics.items()}
+    return Reference(statistics, collected.rows.get("pool"), collected.flat)
+
+
+@dataclass
+class Result:
+    """Metrics of one batch of samples."""
+
+    values: dict
+    deviations: dict = field(default_factory=dict)  # standard errors over images
+    shares: dict = field(default_factory=dict)  # of metrics that are means over images: each image's own
+    overlap: Overlap | None = None  # with the nearest reference image of each sample
+
+
+def compare(reference, samples, metrics, logit_weights, repeats=0, device="cpu"):
+    """The metrics of collected samples against a reference.
+
+    :param metrics: names out of `METRICS`. :param logit_weights: (2048, classes) of the network.
+    :param repeats: resamples of the bootstrap; 0 for none.
+    :return: a `Result`, with the keys of `LABELS` in their order.
+    """
+    values, result, pool = {}, Result({}), samples.rows.get("pool")
+    if "is" in metrics:
+        values["inception_score"] = samples.score.result()[0]
+    for metric, name in DISTANCES.items():
+        if metric in metrics:
+            values[metric] = distance_to(reference, name, samples.statistics[name].result())
+    if "pr" in metrics:
+        inside = precision_recall(reference.rows, pool, device, progress=True)
+        result.shares |= zip(("precision", "recall"), inside, strict=True)
+    if "dc" in metrics:
+        result.shares["density"], result.overlap = density_coverage(reference.rows, pool, device, progress=True)
+        result.shares["coverage"] = result.overlap.covered
+    if "kid" in metrics:
+        values["kid"], values["kid_std"] = kernel_distance(reference.rows, pool, device=device)
+    values |= {key: float(share.mean()) for key, share in result.shares.items()}
+    result.values = {key: values[key] for key in LABELS if key in values}
+    if repeats:
+        errors = deviations(reference, samples, result, logit_weights, repeats, device)
+        result.deviations = {key: errors[key] for key in result.values if key in errors}
+    return result
+
+
+def distance_to(reference, name, statistics):
+    """Frechet distance of statistics to the reference's.
+
+    :raises ValueError: when the reference was made with features of another size.
+    """
+    expected = reference.statistics[name]
+    if expected[0].shape != statistics[0].shape:
+        raise ValueError(
+            f"the reference's {name} statistics have {len(expected[0])} features, the network gives "
+            f"{len(statistics[0])}: make the reference anew with this network"
+        )
+    return frechet_distance(*statistics, *expected)
+
+
+def deviations(reference, samples, result, logit_weights, repeats, device):
+    """Standard errors over images: of samples, and for recall and coverage of reference images.
+
+    Neighbourhoods stay what they are: among images drawn twice, the nearest neighbour would be the image itself.
+    """
+    weights = torch.as_tensor(logit_weights).to(device)
+
+    def of_shares(keys):
+        shares = {key: share for key, share in result.shares.items() if key in keys}
+        return lambda indices: {key: share[indices].mean() for key, share in shares.items()}
+
+    def of_samples(indices):
+        row = of_shares(("precision", "density"))(indices)
+        for metric, name in DISTANCES.items():
+            if metric in result.values:
+                drawn = torch.from_numpy(samples.rows[name][indices]).to(device)
+                row[metric] = distance_to(reference, name, gaussian_statistics(drawn))
+        if "inception_score" in result.values:
+            score = InceptionScore()
+            score.update(torch.from_numpy(samples.rows["pool"][indices]).to(device) @ weights, 0)
+            row["inception_score"] = score.result()[0]
+        return row
+
+    errors = bootstrap(of_samples, samples.count, repeats)
+    if result.shares:
+        errors |= bootstrap(of_shares(("recall", "coverage")), len(reference.rows), repeats)
+    return errors

@@ -1,0 +1,54 @@
+"""The table of results beside the published rows."""
+
+import json
+import sys
+
+import compare
+import console
+import pytest
+from PIL import Image
+
+ROW = {
+    "metrics": {"fid": 1.234, "inception_score": 300.5, "kid": 0.00123},
+    "over_seeds": {},
+    "runs": [{"intervals": {"fid": [1.134, 1.334]}}],
+    "warnings": [],
+}
+
+
+def run(monkeypatch, capsys, *arguments):
+    monkeypatch.setattr(sys, "argv", ["compare.py", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        console.run(compare.main)
+    return stop.value.code, *capsys.readouterr()
+
+
+def test_the_published_rows_stand_beside_ours(tmp_path, monkeypatch, capsys):
+    (tmp_path / "ours.json").write_text(json.dumps(ROW))
+    seeds = {"over_seeds": {"fid": {"mean": 1.234, "half_width": 0.5}}, "warnings": ["few images"]}
+    (tmp_path / "seeds.json").write_text(json.dumps(ROW | seeds))
+    files = [tmp_path / "ours.json", tmp_path / "seeds.json"]
+    code, output, _ = run(monkeypatch, capsys, *files, "--plot", tmp_path / "table.png")
+    rows = {line.split("|")[1].strip(): [c.strip() for c in line.split("|")[2:-1]] for line in output.splitlines()[:8]}
+    assert code == 0
+    assert rows[""] == ["FID", "sFID", "Inception Score", "Precision", "Recall", "KID"]
+    assert rows["MDTv2-XL/2-G"] == ["1.58", "4.52", "314.73", "0.790", "0.650", ""]
+    assert rows["ADM"][:3] == ["10.94", "6.02", "100.98"]
+    assert rows["ours"] == ["1.23 ± 0.10", "", "300.50", "", "", "0.00123"]
+    assert rows["seeds (!)"][0] == "1.23 ± 0.50" and "(!) seeds: few images" in output
+    assert Image.open(tmp_path / "table.png").size[0] > 500
+
+
+def test_files_of_one_name_keep_apart(tmp_path, monkeypatch, capsys):
+    paths = [tmp_path / folder / "metrics.json" for folder in ("guided", "unguided")]
+    for path in paths:
+        path.parent.mkdir()
+        path.write_text(json.dumps(ROW))
+    assert all(str(path) in run(monkeypatch, capsys, *paths)[1] for path in paths)
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"metrics": 3}', '{"metrics": {"fid": []}, "over_seeds": {}}'])
+def test_other_files_are_refused(tmp_path, monkeypatch, capsys, content):
+    (tmp_path / "a.json").write_text(content)
+    code, _, errors = run(monkeypatch, capsys, tmp_path / "a.json")
+    assert code == 2 and "a.json is no result of evaluator.py --json" in errors

@@ -1,0 +1,59 @@
+"""DINOv2 features: timm's network and preprocessing, weights from a file."""
+
+import dinov2
+import numpy as np
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+from sklearn.datasets import load_sample_images
+
+MODEL = "vit_small_patch14_dinov2"
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """Random weights of the published size, for 518 pixels, and their network."""
+    torch.manual_seed(0)
+    network = timm.create_model(MODEL, num_classes=0, depth=2)
+    path = tmp_path_factory.mktemp("dinov2") / "model.safetensors"
+    save_file(network.state_dict(), path)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def shallow(monkeypatch):
+    """Two blocks are enough to test."""
+    create = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda name, **options: create(name, depth=2, **options))
+
+
+def test_features_are_the_class_token(weights):
+    network = dinov2.DinoV2(weights, model=MODEL)
+    images = np.stack(load_sample_images().images)[:, 100:324, 200:424]
+    features = network(images)["dinov2"]
+    assert features.shape == (2, 384)
+    plain = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
+    plain = (plain - torch.tensor(dinov2.MEAN).view(3, 1, 1)) / torch.tensor(dinov2.STD).view(3, 1, 1)
+    with torch.no_grad():
+        expected = network.network.forward_head(network.network.forward_features(plain), pre_logits=True)
+    torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-4)
+    assert network(images.repeat(2, axis=1).repeat(2, axis=2))["dinov2"].allclose(features, atol=0.2)
+
+
+def test_the_same_weights_from_a_checkpoint(weights, tmp_path):
+    network = dinov2.DinoV2(weights, model=MODEL)
+    torch.save(load_file(weights), tmp_path / "model.pth")
+    images = np.stack(load_sample_images().images)[:, :64, :80]
+    again = dinov2.DinoV2(tmp_path / "model.pth", model=MODEL)
+    assert torch.equal(network(images)["dinov2"], again(images)["dinov2"])
+
+
+def test_wrong_weights_end_in_one_sentence(tmp_path, monkeypatch):
+    torch.save({"weight": torch.zeros(3)}, tmp_path / "other.pth")
+    for name in ("other.pth", "nowhere.safetensors"):
+        with pytest.raises(ValueError, match=f"{name} does not hold the weights of timm's {MODEL}"):
+            dinov2.DinoV2(tmp_path / name, model=MODEL)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match=r"cannot be downloaded .* name that file with --dinov2"):
+        dinov2.DinoV2("hub", model=MODEL)

@@ -1,0 +1,248 @@
+"""The evaluator against the definitions, end to end; its warnings and refusals."""
+
+import json
+import subprocess
+import sys
+
+import console
+import evaluator
+import numpy as np
+import pytest
+from conftest import REPO, needs_tensorflow
+from inception_graphs import write_small_graph
+from PIL import Image
+from sklearn.datasets import load_sample_images
+from test_inception import small_features
+from test_neighbours import by_definition
+from test_npz_reader import Trap, write_npz
+
+ADM_LINES = ["Inception Score", "FID", "sFID", "Precision", "Recall"]
+
+
+def crops(count, seed, size=32):
+    """Crops of real photos, (count, size, size, 3) uint8."""
+    rng, photos = np.random.default_rng(seed), load_sample_images().images
+    corners = zip(
+        rng.integers(2, size=count),
+        rng.integers(427 - size, size=count),
+        rng.integers(640 - size, size=count),
+        strict=True,
+    )
+    return np.stack([photos[p][y : y + size, x : x + size] for p, y, x in corners])
+
+
+@pytest.fixture(scope="module")
+def batches(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("batches")
+    np.savez(folder / "reference.npz", crops(150, seed=0))
+    darker = (crops(120, seed=1) * 0.8).astype(np.uint8)
+    np.savez(folder / "samples.npz", darker, settings=np.array('{"cfg_scale": 3.8}'))
+    np.savez_compressed(folder / "other_seed.npz", (crops(120, seed=2) * 0.8).astype(np.uint8))
+    write_small_graph(folder / "small.pb")
+    return folder
+
+
+def evaluate(monkeypatch, capsys, *arguments):
+    """Run the command. Returns its exit status, output and errors."""
+    monkeypatch.setattr(sys, "argv", ["evaluator.py", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        console.run(evaluator.main)
+    captured = capsys.readouterr()
+    return stop.value.code, captured.out, captured.err
+
+
+def numbers(output):
+    lines = [line.split(": ") for line in output.splitlines() if ": " in line]
+    return {name: float(value) for name, value in lines if " to " not in value and "+-" not in value}
+
+
+def frechet(features1, features2):
+    """By the definition, with the roots of S1 S2 as the singular values of the product of the centred features."""
+    centred = [(f - f.mean(0)) / np.sqrt(len(f) - 1) for f in (features1, features2)]
+    roots = np.linalg.svd(centred[0] @ centred[1].T, compute_uv=False).sum()
+    return ((features1.mean(0) - features2.mean(0)) ** 2).sum() + sum((c**2).sum() for c in centred) - 2 * roots
+
+
+@needs_tensorflow
+def test_the_numbers_are_the_definitions(batches, monkeypatch, capsys):
+    files = [batches / "reference.npz", batches / "samples.npz", "--inception", batches / "small.pb"]
+    code, output, errors = evaluate(monkeypatch, capsys, *files, "--backend", "tensorflow")
+    found = numbers(output)
+    assert code == 0 and list(found)[:5] == ADM_LINES
+    reference, samples = (
+        {k: f.numpy() for k, f in small_features(batches / "small.pb", np.load(path)["arr_0"]).items()}
+        for path in files[:2]
+    )
+    assert found["FID"] == pytest.approx(frechet(samples["pool"], reference["pool"]), rel=1e-4)
+    assert found["sFID"] == pytest.approx(frechet(samples["spatial"], reference["spatial"]), rel=1e-4)
+    p = np.exp(samples["logits"]) / np.exp(samples["logits"]).sum(1, keepdims=True)
+    score = np.exp((p * (np.log(p) - np.log(p.mean(0)))).sum(1).mean())
+    assert found["Inception Score"] == pytest.approx(score, rel=1e-4)
+    expected = by_definition(*(f["pool"].astype(np.float32) for f in (reference, samples)))
+    for name in ("precision", "recall", "density", "coverage"):
+        assert found[name.capitalize()] == pytest.approx(expected[name], abs=2e-3)
+    assert "samples.npz holds 120 images: published numbers have 50000" in errors
+
+
+@needs_tensorflow
+def test_ready_made_statistics_are_used(batches, tmp_path, monkeypatch, capsys):
+    features = small_features(batches / "small.pb", np.load(batches / "reference.npz")["arr_0"])
+    ready = {"mu": features["pool"].mean(0) + 1, "sigma": np.cov(features["pool"], rowvar=False)}
+    np.savez(tmp_path / "ready.npz", **ready)
+    files = [tmp_path / "ready.npz", batches / "samples.npz", "--inception", batches / "small.pb"]
+    code, output, _ = evaluate(monkeypatch, capsys, *files, "--backend=tensorflow", "--metrics=is,fid")
+    assert code == 0 and list(numbers(output)) == ["Inception Score", "FID"]
+    samples = small_features(batches / "small.pb", np.load(batches / "samples.npz")["arr_0"])["pool"].numpy()
+    shift = 2 * (features["pool"].numpy().mean(0) - samples.mean(0)).sum() + 32
+    assert numbers(output)["FID"] == pytest.approx(frechet(samples, features["pool"].numpy()) + shift, rel=1e-4)
+    code, _, errors = evaluate(monkeypatch, capsys, *files, "--backend=tensorflow", "--metrics=fid,sfid,pr")
+    assert code == 2 and "choose --metrics is,fid" in errors
+
+
+@needs_tensorflow
+def test_a_run_is_told_in_full(batches, tmp_path, monkeypatch, capsys):
+    files = [batches / f"{name}.npz" for name in ("reference", "samples", "other_seed")]
+    out, picture = tmp_path / "out.json", tmp_path / "out.png"
+    flags = [
+        "--inception",
+        batches / "small.pb",
+        "--backend=tensorflow",
+        "--bootstrap=8",
+        "--json",
+        out,
+        "--plot",
+        picture,
+    ]
+    code, output, _ = evaluate(monkeypatch, capsys, *files, *flags)
+    assert code == 0
+    row = json.loads(out.read_text())
+    runs = row["runs"]
+    assert [run["count"] for run in runs] == [120, 120] and row["reference"]["count"] == 150
+    assert runs[0]["description"]["settings"] == {"cfg_scale": 3.8} and len(runs[1]["sha256"]) == 64
+    assert row["backend"] == "tensorflow" and {"python", "numpy", "torch"} <= row["versions"].keys()
+    assert len(row["warnings"]) == 3
+    fids = [run["metrics"]["fid"] for run in runs]
+    assert row["metrics"]["fid"] == pytest.approx(np.mean(fids))
+    half_width = 12.7062 * np.std(fids, ddof=1) / np.sqrt(2)
+    assert row["over_seeds"]["fid"]["half_width"] == pytest.approx(half_width, rel=1e-4)
+    for run in runs:
+        assert set(run["deviations"]) == set(run["metrics"]) - {"kid", "kid_std"}
+        low, high = run["intervals"]["precision"]
+        share = run["metrics"]["precision"]
+        assert (high - low) / 2 == pytest.approx(1.96 * np.sqrt(share * (1 - share) / 120), rel=0.6)
+        assert low < share < high and run["deviations"]["fid"] > 0
+    assert "FID over 2 seeds" in output and Image.open(picture).size[0] > 1000
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("objects", lambda trap: {"arr_0": np.array([trap] * 3, dtype=object)}, "holds Python objects"),
+        ("pickle", lambda trap: {"arr_0": b"\x80\x04cos\nsystem\n."}, "no array that can be read"),
+        ("float", lambda trap: {"arr_0": np.zeros((5, 32, 32, 3), dtype=np.float32)}, "arr_0 is float32, not uint8"),
+        ("nan", lambda trap: {"mu": np.full(32, np.nan), "sigma": np.eye(32)}, "holds statistics alone"),
+        ("zero", lambda trap: {"arr_0": np.zeros((0, 32, 32, 3), dtype=np.uint8)}, "holds 0 images"),
+        ("one", lambda trap: {"arr_0": np.zeros((1, 32, 32, 3), dtype=np.uint8)}, "holds 1 images"),
+        ("sizes", lambda trap: {"arr_0": np.zeros((9, 64, 64, 3), dtype=np.uint8)}, "make a reference of the samples'"),
+        ("missing", None, "does not exist"),
+        ("text", b"not a zip", "cannot be read as an npz"),
+        ("truncated", b"PK\x03\x04" + bytes(500), "cannot be read as an npz"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_hostile_samples_end_in_one_sentence(batches, tmp_path, monkeypatch, capsys, name, content, message):
+    trap, path = Trap(tmp_path / "executed"), tmp_path / f"{name}.npz"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None and name == "objects":
+        np.savez(path, **content(trap))
+    elif content is not None:
+        write_npz(path, content(trap))
+    code, _, errors = evaluate(monkeypatch, capsys, batches / "reference.npz", path)
+    assert code == 2 and errors.startswith("error: ") and message in errors and len(errors.splitlines()) == 1
+    assert not trap.path.exists()
+
+
+@needs_tensorflow
+def test_damage_within_the_images_ends_in_one_sentence(batches, tmp_path, monkeypatch, capsys):
+    flags = ["--inception", batches / "small.pb", "--backend=tensorflow", "--metrics=fid"]
+    np.savez(tmp_path / "nan.npz", mu=np.full(32, np.nan), sigma=np.eye(32))
+    np.savez(tmp_path / "equal.npz", np.repeat(crops(1, 0), 9, axis=0))
+    damaged = bytearray((batches / "samples.npz").read_bytes())
+    damaged[50_000:50_004] = bytes(4) if any(damaged[50_000:50_004]) else b"1234"
+    (tmp_path / "damaged.npz").write_bytes(damaged)
+    for reference, samples, message in (
+        (tmp_path / "nan.npz", batches / "samples.npz", "holds NaN or infinite numbers"),
+        (batches / "reference.npz", tmp_path / "equal.npz", "all 9 images are the same"),
+        (batches / "reference.npz", tmp_path / "damaged.npz", "damaged.npz cannot be read as an npz"),
+    ):
+        code, _, errors = evaluate(monkeypatch, capsys, reference, samples, *flags)
+        assert code == 2 and errors.splitlines()[-1].startswith("error: ") and message in errors
+
+
+@needs_tensorflow
+def test_images_of_one_colour_are_counted(batches, tmp_path, monkeypatch, capsys):
+    images = crops(20, 3)
+    images[4:7] = 128
+    np.savez(tmp_path / "flat.npz", images)
+    flags = ["--inception", batches / "small.pb", "--backend=tensorflow", "--metrics=fid"]
+    code, _, errors = evaluate(monkeypatch, capsys, batches / "reference.npz", tmp_path / "flat.npz", *flags)
+    assert code == 0 and "flat.npz holds 3 images of one colour" in errors
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--metrics=fid,speed"], "--metrics names 'speed'"),
+        (["--metrics=fd_dinov2"], "--metrics names 'fd_dinov2'"),
+        (["--bootstrap=1"], "--bootstrap is 1"),
+        (["--batch_size=0"], "--batch_size is 0"),
+        (["--json=nowhere/a.json"], "the folder of nowhere/a.json does not exist"),
+        (["--plot=a.jpg"], "name a .png"),
+        (["--inception=nowhere.pb"], "nowhere.pb, which does not exist"),
+    ],
+    ids=str,
+)
+def test_wrong_flags_end_in_one_sentence(batches, monkeypatch, capsys, flags, message):
+    code, _, errors = evaluate(monkeypatch, capsys, batches / "reference.npz", batches / "samples.npz", *flags)
+    assert code == 2 and errors.startswith("error: ") and message in errors
+
+
+# ---------------------------------------------------------------- several processes, both backends
+
+
+@needs_tensorflow
+@pytest.mark.slow
+def test_two_processes_find_what_one_finds(batches, tmp_path):
+    outputs = []
+    for devices in (1, 2):
+        files = [batches / "reference.npz", batches / "samples.npz", "--inception", batches / "small.pb"]
+        command = [sys.executable, REPO / "evaluations" / "evaluator.py", *files, f"--devices={devices}"]
+        result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+        outputs.append(numbers(result.stdout))
+        assert result.stdout.count("Computing evaluations...") == 1
+    assert outputs[1] == pytest.approx(outputs[0], rel=1e-6) and len(outputs[0]) == 9
+    damaged = bytearray((batches / "samples.npz").read_bytes())
+    damaged[300_000:300_100] = bytes(100)  # in the second half, which the second process reads
+    (tmp_path / "damaged.npz").write_bytes(damaged)
+    command[3] = tmp_path / "damaged.npz"
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 2 and result.stderr.splitlines()[-1].startswith("error: ")
+    assert "damaged.npz cannot be read as an npz" in result.stderr
+
+
+@needs_tensorflow
+@pytest.mark.slow
+def test_both_backends_agree_on_real_images(inception_graph, tmp_path, monkeypatch, capsys):
+    np.savez(tmp_path / "reference.npz", crops(24, seed=0))
+    np.savez(tmp_path / "samples.npz", crops(24, seed=1) // 2)
+    files = [tmp_path / "reference.npz", tmp_path / "samples.npz", "--inception", inception_graph]
+    found = []
+    for backend in ("tensorflow", "torch"):
+        flags = [f"--backend={backend}", "--bootstrap=2", "--metrics=is,fid,pr"]
+        code, output, _ = evaluate(monkeypatch, capsys, *files, *flags)
+        assert code == 0 and output.count("interval (95 %)") == 4
+        found.append(numbers(output))
+    assert list(found[0]) == ["Inception Score", "FID", "Precision", "Recall"] and found[0]["FID"] > 1
+    assert found[1] == pytest.approx(found[0], rel=1e-3)

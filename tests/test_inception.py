@@ -1,0 +1,127 @@
+"""Both backends against each other on a full Inception-v3, and TensorFlow against numpy on a small graph."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import DATA, REPO, needs_tensorflow
+from inception_graphs import NODES, write_small_graph
+from inception_tensorflow import TensorFlowInception
+from inception_torch import TorchInception, convolutions, read_weights
+from sklearn.datasets import load_sample_images
+
+TOLERANCE = {"rtol": 1e-3, "atol": 1e-3}
+
+
+def photos():
+    """Batches of real photos of several sizes: smaller than the network's 299 pixels, larger, and not square."""
+    with np.load(DATA / "loader.npz") as arrays:
+        for kind in ("center/256", "center/64"):
+            yield np.stack([arrays[key] for key in sorted(arrays) if key.startswith(kind)])[:4]
+    images = np.stack(load_sample_images().images)
+    yield images
+    yield images[:, 100:356, 200:456]
+
+
+def test_the_names_of_the_graph():
+    expected = {k.removesuffix("/conv2d_params"): v.removesuffix(".conv") for k, v in NODES.items() if "conv2d" in k}
+    assert convolutions() == expected and len(expected) == 94
+
+
+@needs_tensorflow
+@pytest.mark.slow
+def test_torch_and_tensorflow_see_the_same(inception_graph):
+    own, published = TorchInception(inception_graph), TensorFlowInception(inception_graph)
+    for images in photos():
+        expected, found = published(images), own(images)
+        assert [f.shape[1] for f in expected.values()] == [2048, 2023, 1008]
+        for name, features in found.items():
+            scale = np.abs(expected[name]).mean()
+            assert expected[name].std(axis=0).mean() > 0.02 * scale  # the photos differ in it
+            np.testing.assert_allclose(features.numpy() / scale, expected[name] / scale, **TOLERANCE)
+    np.testing.assert_array_equal(own.logit_weights, published.logit_weights)
+
+
+def test_weights_come_out_of_the_graph(inception_graph, tmp_path):
+    inception = TorchInception(inception_graph)
+    images = next(photos())[:2]
+    first = inception(images)
+    assert [tuple(f.shape) for f in first.values()] == [(2, 2048), (2, 2023), (2, 1008)]
+    torch.testing.assert_close(first["logits"], first["pool"] @ inception.logit_weights)
+    torch.save(inception.extractor.state_dict(), tmp_path / "weights.pth")
+    again = TorchInception(tmp_path / "weights.pth")(images)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+def test_the_torch_backend_needs_no_tensorflow(inception_graph):
+    code = (
+        "import sys; sys.modules['tensorflow'] = None; from inception_torch import TorchInception\n"
+        "import numpy as np; print(TorchInception(sys.argv[1])(np.zeros((1, 8, 8, 3), np.uint8))['pool'].shape)"
+    )
+    command = [sys.executable, "-c", code, inception_graph]
+    result = subprocess.run(command, cwd=REPO / "evaluations", capture_output=True, text=True, check=True)
+    assert "[1, 2048]" in result.stdout
+
+
+def small_features(path, images):
+    """The small graph written out in float64."""
+    weights = graph_constants(path)
+    x = (
+        torch.from_numpy(images).double().permute(0, 3, 1, 2)[:, :, ::2, ::2]
+    )  # from 32 to 16 TensorFlow 1 takes every other
+    x = (x - 128) / 128
+
+    def layer(x, name, stride):
+        x = F.pad(x, (0, 1, 0, 1)) if stride == 2 else F.pad(x, (1, 1, 1, 1))
+        x = F.conv2d(x, weights[f"{name}/conv2d_params"].permute(3, 2, 0, 1), stride=stride)
+        norm = {key: weights[f"{name}/batchnorm/{key}"][:, None, None] for key in
+                ("moving_mean", "moving_variance", "beta", "gamma")}  # fmt: skip
+        x = (x - norm["moving_mean"]) / (norm["moving_variance"] + 0.001).sqrt() * norm["gamma"] + norm["beta"]
+        return x.relu()
+
+    spatial = layer(x, "mixed_6/conv", 2)
+    pool = layer(spatial, "last", 1).mean(dim=(2, 3))
+    spatial = spatial[:, :7].permute(0, 2, 3, 1).flatten(1)
+    return {"pool": pool, "spatial": spatial, "logits": pool @ weights["softmax/weights"]}
+
+
+def graph_constants(path):
+    from tensorboard.compat.proto.graph_pb2 import GraphDef
+    from tensorboard.util.tensor_util import make_ndarray
+
+    nodes = GraphDef.FromString(path.read_bytes()).node
+    return {
+        n.name: torch.from_numpy(make_ndarray(n.attr["value"].tensor).copy()).double() for n in nodes if n.op == "Const"
+    }
+
+
+@needs_tensorflow
+def test_tensorflow_reads_adms_tensors(tmp_path):
+    path = write_small_graph(tmp_path / "small.pb")
+    images = next(photos())
+    found = TensorFlowInception(path)(images)
+    expected = small_features(path, images)
+    for name, features in expected.items():
+        np.testing.assert_allclose(found[name], features.numpy(), rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("backend", [TorchInception, pytest.param(TensorFlowInception, marks=needs_tensorflow)])
+@pytest.mark.parametrize("content", [b"", b"\x0a\xff\xff\xff", b"\x80\x04.", b"\x0a\x05\x0a\x03abc"], ids=range(4))
+def test_other_files_are_refused_in_one_sentence(tmp_path, backend, content):
+    path = tmp_path / "graph.pb"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"graph\.pb (is not|cannot be read as) the Inception"):
+        backend(path)
+
+
+def test_checkpoints_of_other_networks_are_refused(tmp_path):
+    pytest.importorskip("torch_fidelity")
+    torch.save({"weight": torch.zeros(3)}, tmp_path / "other.pth")
+    with pytest.raises(ValueError, match="holds another network"):
+        TorchInception(tmp_path / "other.pth")
+    torch.save({"code": print}, tmp_path / "code.pth")
+    with pytest.raises(ValueError, match="cannot be read as the Inception network"):
+        read_weights(tmp_path / "code.pth")

@@ -1,0 +1,125 @@
+"""Evaluation while a model is in training: the right numbers, of the EMA, and not a bit of the run changed."""
+
+import json
+
+import image_train
+import live
+import numpy as np
+import pytest
+import torch
+from inception_torch import TorchInception
+from live import LiveEvaluation
+from metrics import frechet_distance, gaussian_statistics, kernel_distance
+from test_evaluator import crops
+from test_resume_and_ranks import fork
+from test_train_util import assert_same, images, run_train, tensors, train_flags  # noqa: F401 (a fixture among them)
+
+from masked_diffusion import load_model
+from masked_diffusion.autoencoder import IdentityFirstStage
+from masked_diffusion.sampling import Sampler, choose_labels
+from masked_diffusion.solvers import create_solver
+
+OPTIONS = {"max_steps": 4, "save_interval": 2, "optimizer": "adan", "log_interval": 2}
+
+
+@pytest.fixture(autouse=True)
+def no_inception(tmp_path, monkeypatch):
+    monkeypatch.delenv("INCEPTION_V3_PATH", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def reference(tmp_path):
+    np.savez(tmp_path / "reference.npz", crops(40, seed=0, size=8))
+    return tmp_path / "reference.npz"
+
+
+def evaluation_flags(reference, **options):
+    return OPTIONS | {"eval_interval": 1, "eval_samples": 11, "eval_reference": reference} | options
+
+
+def rows(folder):
+    return [json.loads(line) for line in (folder / "progress.jsonl").read_text().splitlines()]
+
+
+def pixels(images):  # noqa: F811
+    return images.reshape(len(images), 64, 3).transpose(0, 2, 1).reshape(len(images), -1) / 255
+
+
+def test_evaluation_changes_nothing_and_resumes_bitwise(images, reference, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(image_train, "GRID_STEPS", "4")
+    flags = evaluation_flags(reference)
+    run_train(monkeypatch, train_flags(images, tmp_path / "without", **OPTIONS))
+    run_train(monkeypatch, train_flags(images, tmp_path / "with", **flags))
+    run_train(monkeypatch, train_flags(images, tmp_path / "parts", **flags | {"max_steps": 2}))
+    run_train(monkeypatch, train_flags(images, tmp_path / "parts", **flags))
+    run_train(monkeypatch, train_flags(images, tmp_path / "switched", **flags | {"max_steps": 2}))
+    run_train(monkeypatch, train_flags(images, tmp_path / "switched", **OPTIONS))
+    expected = tensors(tmp_path / "without", 4)
+    for kind in ("with", "parts", "switched"):
+        assert_same(tensors(tmp_path / kind, 4), expected)
+    values = [row["eval_frechet_pixels"] for row in rows(tmp_path / "with")]
+    assert len(values) == 4 and len(set(values)) == 4
+    assert [row["eval_frechet_pixels"] for row in rows(tmp_path / "parts")] == values
+    assert [row["step"] for row in rows(tmp_path / "without")] == [2, 4]
+    assert "eval_frechet_pixels" not in rows(tmp_path / "without")[0]
+    assert (tmp_path / "with" / "progress.csv").read_text().count("eval_frechet_pixels") == 1
+    assert values[-1] == pytest.approx(distance_of_the_ema(tmp_path / "with", reference), rel=1e-3)
+
+
+def distance_of_the_ema(folder, reference):
+    """What the evaluation of step 4 should have found, from the checkpoint."""
+    model = load_model(folder / "ema_0.9_000004.pt")
+    sampler = Sampler(model, create_solver("ddpm", "4", {"snr_gamma": 5.0}), IdentityFirstStage(), seed=0)
+    drawn = sampler(range(11), choose_labels(range(11), "balanced", 3, 0))
+    with np.load(reference) as arrays:
+        return frechet_distance(*gaussian_statistics(pixels(drawn)), *gaussian_statistics(pixels(arrays["arr_0"])))
+
+
+def test_ranks_share_the_images(images, reference, tmp_path):  # noqa: F811
+    for ranks in (1, 2):
+        flags = evaluation_flags(reference, batch_size=8 // ranks, max_steps=1, eval_samples=5)
+        fork("image_train.py", train_flags(images, tmp_path / str(ranks), **flags), ranks=ranks)
+    one, two = (rows(tmp_path / str(ranks))[0]["eval_frechet_pixels"] for ranks in (1, 2))
+    assert two == pytest.approx(one, rel=1e-3)
+
+
+def test_inception_is_used_where_it_is_at_hand(inception_graph, tmp_path, monkeypatch):
+    monkeypatch.setenv("INCEPTION_V3_PATH", str(inception_graph))
+    reference, samples = crops(3, seed=0), crops(4, seed=1)
+    np.savez(tmp_path / "reference.npz", reference)
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    found = LiveEvaluation(tmp_path / "reference.npz", (32, 32))([samples[:3], samples[3:]])
+    assert torch.equal(torch.get_rng_state(), before)
+    network = TorchInception(inception_graph)
+    expected, drawn = (network(batch)["pool"].numpy() for batch in (reference, samples))
+    statistics = gaussian_statistics(expected)
+    assert found["fid"] == pytest.approx(frechet_distance(*gaussian_statistics(drawn), *statistics), rel=1e-4)
+    assert found["kid"] == pytest.approx(kernel_distance(expected, drawn)[0], rel=1e-3)
+    np.savez(tmp_path / "ready.npz", mu=statistics[0], sigma=statistics[1])
+    again = LiveEvaluation(tmp_path / "ready.npz", (32, 32))([samples[:2]])
+    fid = frechet_distance(*gaussian_statistics(drawn[:2]), *statistics)
+    assert again == {"fid": pytest.approx(fid, rel=1e-4)}
+
+
+def test_references_that_cannot_serve_are_refused(reference, tmp_path, images, monkeypatch, capsys):  # noqa: F811
+    with pytest.raises(ValueError, match=r"images of \(8, 8\), the model draws \(16, 16\)"):
+        LiveEvaluation(reference, (16, 16))
+    np.savez(tmp_path / "ready.npz", mu=np.zeros(3), sigma=np.eye(3))
+    with pytest.raises(ValueError, match="is not at hand"):
+        LiveEvaluation(tmp_path / "ready.npz", (16, 16))
+    for options, message in (
+        ({"eval_interval": 2}, "--eval_reference"),
+        (evaluation_flags(reference, eval_samples=1), "is 1"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            run_train(monkeypatch, train_flags(images, tmp_path / "run", **options))
+        assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_large_images_are_averaged_down():
+    images = crops(2, seed=0, size=64)  # noqa: F811
+    features = live.pixel_features(images)["pool"].numpy()
+    expected = images.reshape(2, 16, 4, 16, 4, 3).mean(axis=(2, 4)).transpose(0, 3, 1, 2).reshape(2, -1) / 255
+    np.testing.assert_allclose(features, expected, atol=1e-6)

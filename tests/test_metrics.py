@@ -1,0 +1,225 @@
+"""Closed forms of the metrics; the Frechet distance against 60-digit arithmetic and against the matrix square root."""
+
+import time
+
+import mpmath
+import numpy as np
+import pytest
+import torch
+from metrics import (
+    GaussianStatistics,
+    InceptionScore,
+    bootstrap,
+    frechet_distance,
+    gaussian_statistics,
+    interval,
+    kernel_distance,
+)
+
+
+def random_covariance(rng, dim, rank=None):
+    root = rng.standard_normal((dim, rank or dim))
+    return root @ root.T / dim
+
+
+def commuting_gaussians(rng, dim, smallest=0.1):
+    """Two Gaussians whose covariances share their eigenvectors, and their distance in closed form."""
+    mu1, mu2 = rng.standard_normal((2, dim))
+    values1, values2 = np.exp(rng.uniform(np.log(smallest), np.log(2), (2, dim)))
+    basis = np.linalg.qr(rng.standard_normal((dim, dim)))[0]
+    expected = ((mu1 - mu2) ** 2).sum() + ((np.sqrt(values1) - np.sqrt(values2)) ** 2).sum()
+    return (mu1, (basis * values1) @ basis.T, mu2, (basis * values2) @ basis.T), expected
+
+
+# ---------------------------------------------------------------- Gaussian statistics
+
+
+def test_statistics_are_unbiased():
+    features = np.random.default_rng(3).standard_normal((50, 4)).astype(np.float32)
+    mu, sigma = gaussian_statistics(features)
+    np.testing.assert_allclose(mu, features.astype(np.float64).mean(0))
+    np.testing.assert_allclose(sigma, np.cov(features.astype(np.float64), rowvar=False))
+
+
+def test_batches_and_ranks_give_the_statistics_of_the_whole():
+    features = np.random.default_rng(4).standard_normal((1000, 7)) + 1e6  # a mean that a naive sum of squares drowns in
+    ranks = [GaussianStatistics() for _ in range(3)]
+    for start, rank in zip(range(0, 1000, 40), 9 * ranks, strict=False):
+        rank.update(torch.from_numpy(features[start : start + 40]))
+    ranks.append(GaussianStatistics())  # of a rank that had no image
+    total = ranks[0]
+    for rank in ranks[1:]:
+        total.merge(rank.cpu())
+    mu, sigma = total.result()
+    assert total.count == 1000
+    np.testing.assert_allclose(mu, features.mean(0), rtol=1e-14)
+    np.testing.assert_allclose(sigma, np.cov(features - 1e6, rowvar=False), rtol=1e-8, atol=1e-10)
+
+
+def test_statistics_that_cannot_be_are_refused():
+    with pytest.raises(ValueError, match="at least two rows of numbers, not 1"):
+        gaussian_statistics(np.zeros((1, 3)))
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        gaussian_statistics(np.full((5, 3), np.nan))
+    with pytest.raises(ValueError, match=r"shape \(5,\)"):
+        gaussian_statistics(np.zeros(5))
+
+
+# ---------------------------------------------------------------- Frechet distance
+
+
+def test_frechet_distance_in_closed_form():
+    gaussians, expected = commuting_gaussians(np.random.default_rng(0), 30)
+    assert frechet_distance(*gaussians) == pytest.approx(expected, rel=1e-10)
+
+
+def test_frechet_distance_against_the_matrix_square_root():
+    from scipy.linalg import sqrtm
+
+    rng = np.random.default_rng(1)
+    mu1, mu2 = rng.standard_normal((2, 20))
+    sigma1, sigma2 = random_covariance(rng, 20), random_covariance(rng, 20)
+    expected = ((mu1 - mu2) ** 2).sum() + np.trace(sigma1 + sigma2 - 2 * sqrtm(sigma1 @ sigma2).real)
+    assert frechet_distance(mu1, sigma1, mu2, sigma2) == pytest.approx(expected, rel=1e-8)
+
+
+def frechet_distance_of_60_digits(features1, features2):
+    """From the features on, in mpmath: the roots of the eigenvalues of S1 S2, of which those that are zero are zero."""
+    with mpmath.workdps(60):
+        means, covariances = [], []
+        for features in (features1, features2):
+            rows = mpmath.matrix(features.tolist())
+            mean = mpmath.matrix([sum(rows[:, j]) / rows.rows for j in range(rows.cols)])
+            centered = mpmath.matrix(rows.rows, rows.cols)
+            for i in range(rows.rows):
+                centered[i, :] = rows[i, :] - mean.T
+            means.append(mean)
+            covariances.append(centered.T * centered / (rows.rows - 1))
+        values = mpmath.eig(covariances[0] * covariances[1], left=False, right=False)
+        roots = sum(mpmath.sqrt(v.real) for v in map(mpmath.mpc, values) if v.real > mpmath.mpf(10) ** -30)
+        traces = sum(c[i, i] for c in covariances for i in range(c.rows))
+        return float(sum((means[0] - means[1])[i] ** 2 for i in range(len(means[0]))) + traces - 2 * roots)
+
+
+@pytest.mark.parametrize("counts", [(5, 5), (5, 40), (40, 4), (12, 13), (40, 50)], ids=str)
+def test_few_images_agree_with_60_digits(counts):
+    rng = np.random.default_rng(sum(counts))
+    features1, features2 = (np.exp(rng.standard_normal((n, 12))).astype(np.float32) for n in counts)
+    features2 *= 2
+    expected = frechet_distance_of_60_digits(features1, features2)
+    found = frechet_distance(*gaussian_statistics(features1), *gaussian_statistics(features2))
+    assert found == pytest.approx(expected, rel=1e-9)
+
+
+def test_singular_covariances_are_finite_and_exact():
+    rng = np.random.default_rng(2)
+    mu, sigma = rng.standard_normal(20), random_covariance(rng, 20, rank=3)
+    assert 0 <= frechet_distance(mu, sigma, mu, sigma) < 1e-12
+    assert frechet_distance(mu, sigma, mu, np.zeros((20, 20))) == pytest.approx(np.trace(sigma))
+    assert frechet_distance(mu, 0 * sigma, mu + 2, 0 * sigma) == pytest.approx(80)
+    apart = np.diag([1.0, 0.0]), np.diag([0.0, 4.0])
+    assert frechet_distance(np.zeros(2), apart[0], np.zeros(2), apart[1]) == 5
+
+
+def test_500_images_of_2048_features_agree_with_the_gram_matrix():
+    rng = np.random.default_rng(6)
+    features = [rng.standard_normal((500, 2048)) * rng.uniform(0.1, 2, 2048) for _ in range(2)]
+    centered = [(f - f.mean(0)) / np.sqrt(499) for f in features]
+    roots = np.linalg.svd(centered[0] @ centered[1].T, compute_uv=False).sum()  # S1 S2 has these 500 roots alone
+    difference = features[0].mean(0) - features[1].mean(0)
+    expected = difference @ difference + sum((c**2).sum() for c in centered) - 2 * roots
+    found = frechet_distance(*gaussian_statistics(features[0]), *gaussian_statistics(features[1]))
+    assert found == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [({"mu2": np.zeros(3)}, r"shapes"), ({"sigma1": np.full((2, 2), np.nan)}, "NaN"), ({"mu1": [0, np.inf]}, "NaN")],
+)
+def test_statistics_that_disagree_are_refused(change, message):
+    arguments = {"mu1": np.zeros(2), "sigma1": np.eye(2), "mu2": np.zeros(2), "sigma2": np.eye(2)} | change
+    with pytest.raises(ValueError, match=message):
+        frechet_distance(**arguments)
+
+
+def timed(function, *arguments):
+    start = time.perf_counter()
+    result = function(*arguments)
+    return time.perf_counter() - start, result
+
+
+@pytest.mark.slow
+def test_2048_dimensions_are_exact_and_far_faster_than_the_matrix_square_root():
+    from scipy.linalg import sqrtm
+
+    gaussians, expected = commuting_gaussians(np.random.default_rng(7), 2048, smallest=1e-4)
+    own, found = min(timed(frechet_distance, *gaussians) for _ in range(5))
+    square_root, root = timed(lambda: sqrtm(gaussians[1] @ gaussians[3]))
+    print(f"\nfrechet_distance {own:.2f} s, sqrtm {square_root:.2f} s: {square_root / own:.1f} times as fast")
+    assert found == pytest.approx(expected, rel=1e-8)
+    difference = gaussians[0] - gaussians[2]
+    by_root = difference @ difference + np.trace(gaussians[1] + gaussians[3] - 2 * root.real)
+    assert by_root == pytest.approx(expected, rel=1e-6)
+    assert square_root > 8 * own
+
+
+# ---------------------------------------------------------------- Inception score
+
+
+def score(logits, split_size, batch=7):
+    scores = [InceptionScore(split_size), InceptionScore(split_size)]
+    for number, start in enumerate(range(0, len(logits), batch)):
+        scores[number % 2].update(torch.from_numpy(logits[start : start + batch]), start)
+    scores[0].merge(scores[1])
+    return scores[0].result()
+
+
+def test_inception_score_of_sure_and_of_clueless_networks():
+    sure = 1000.0 * np.eye(10)[np.arange(60) % 10]
+    assert score(sure, 30) == pytest.approx((10, 0), abs=1e-9)
+    assert score(np.ones((60, 10)), 30) == pytest.approx((1, 0), abs=1e-9)
+
+
+def test_inception_score_is_the_mean_over_splits():
+    logits = np.random.default_rng(0).standard_normal((50, 8)) * 3
+    p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    splits = [p[:20], p[20:40], p[40:]]
+    scores = [np.exp((s * (np.log(s) - np.log(s.mean(0)))).sum(1).mean()) for s in splits]
+    assert score(logits, 20) == pytest.approx((np.mean(scores), np.std(scores)), rel=1e-12)
+
+
+# ---------------------------------------------------------------- KID, bootstrap
+
+
+def test_kid_is_the_definition_on_all_images():
+    rng = np.random.default_rng(0)
+    x, y = rng.standard_normal((30, 5)), rng.standard_normal((30, 5)) + 1
+
+    def kernel(a, b):
+        return (a @ b / 5 + 1) ** 3
+
+    within = [kernel(a, b) for f in (x, y) for i, a in enumerate(f) for j, b in enumerate(f) if i != j]
+    expected = 2 * np.mean(within) - 2 * np.mean([kernel(a, b) for a in x for b in y])
+    assert kernel_distance(x, y, subsets=2, subset_size=30) == pytest.approx((expected, 0), rel=1e-10, abs=1e-12)
+
+
+def test_kid_is_unbiased_where_the_frechet_distance_is_not():
+    rng = np.random.default_rng(1)
+    x, y = rng.standard_normal((2, 4000, 8))
+    for size in (20, 200):
+        mean, deviation = kernel_distance(x, y, subsets=100, subset_size=size)
+        assert abs(mean) < 4 * deviation / np.sqrt(100) and deviation > 0
+    assert kernel_distance(x, y + 1, subsets=10, subset_size=200)[0] > 1
+    assert kernel_distance(x, y) == kernel_distance(x, y)
+    assert kernel_distance(x[:40], y[:50])[1] > 0  # subsets of few images differ too
+    with pytest.raises(ValueError, match="not 1"):
+        kernel_distance(x[:1], y)
+
+
+def test_the_bootstrap_finds_the_error_of_a_mean():
+    values = np.random.default_rng(0).standard_normal(2000)
+    deviation = bootstrap(lambda indices: {"mean": values[indices].mean()}, 2000, repeats=400)["mean"]
+    assert deviation == pytest.approx(values.std() / np.sqrt(2000), rel=0.12)
+    assert interval(3.0, 0.5) == pytest.approx([2.02, 3.98], abs=1e-2)
+    with pytest.raises(ValueError, match="bootstrap is 1"):
+        bootstrap(lambda indices: {}, 5, repeats=1)

@@ -1,0 +1,126 @@
+"""Precision, recall, density and coverage against their definitions; bounded memory."""
+
+import subprocess
+import sys
+
+import neighbours
+import numpy as np
+import pytest
+import torch
+from conftest import REPO
+from neighbours import Rows, density_coverage, neighbour_radii, precision_recall, squared_distances
+
+
+def half_distances(u, v):
+    """ADM's rule in numpy: half precision after every operation, sums in single precision."""
+    u, v = u.astype(np.float16), v.astype(np.float16)
+    norms = [(x * x).astype(np.float32).sum(1).astype(np.float16) for x in (u, v)]
+    products = (u.astype(np.float32) @ v.astype(np.float32).T).astype(np.float16)
+    return np.maximum(norms[0][:, None] - np.float16(2) * products + norms[1], np.float16(0)).astype(np.float32)
+
+
+def exact_distances(u, v):
+    return ((u[:, None].astype(np.float64) - v[None]) ** 2).sum(-1)
+
+
+def by_definition(reference, samples):
+    """All four numbers, from whole matrices of distances."""
+    across = half_distances(reference, samples)
+    radii, sample_radii = (np.sort(half_distances(f, f), axis=1)[:, 3] for f in (reference, samples))
+    wide = exact_distances(reference, samples) <= np.sort(exact_distances(reference, reference), axis=1)[:, [5]]
+    return {
+        "precision": (across <= radii[:, None]).any(0).mean(),
+        "recall": (across <= sample_radii).any(1).mean(),
+        "density": wide.sum(0).mean() / 5,
+        "coverage": wide.any(1).mean(),
+    }
+
+
+def found_in(reference, samples):
+    precision, recall = precision_recall(reference, samples)
+    density, overlap = density_coverage(reference, samples)
+    shares = {"precision": precision, "recall": recall, "density": density, "coverage": overlap.covered}
+    return {key: share.mean() for key, share in shares.items()}
+
+
+@pytest.fixture
+def features():
+    rng = np.random.default_rng(0)
+    reference = rng.standard_normal((130, 24)).astype(np.float32)
+    return reference, (0.9 * rng.standard_normal((90, 24)) + 0.3).astype(np.float32)
+
+
+@pytest.mark.parametrize("tile, rows", [(10_000, 1000), (40, 7), (64, 64)])
+def test_tiles_give_the_definition(features, tile, rows, monkeypatch):
+    monkeypatch.setattr(neighbours, "TILE", tile)
+    monkeypatch.setattr(neighbours, "ROWS", rows)
+    expected = by_definition(*features)
+    assert found_in(*features) == pytest.approx(expected)
+    assert 0.1 < expected["precision"] < 0.95 and 0.1 < expected["recall"] < 0.95
+    found, across = density_coverage(*features)[1], exact_distances(*features)
+    np.testing.assert_allclose(found.distance, across.min(0), rtol=1e-5)
+    np.testing.assert_array_equal(found.nearest, across.argmin(0))
+
+
+def test_numbers_in_closed_form():
+    line, samples = np.arange(10, dtype=np.float32)[:, None], np.float32([[0], [4.5], [12], [13], [40]])
+    np.testing.assert_array_equal(neighbour_radii(Rows(line), 3, half=True), [9, 4, 4, 4, 4, 4, 4, 4, 4, 9])
+    found = found_in(line, samples)
+    # 12 is within 3 of 9, and 13 is not; of the reference, all lie within the reach of the sample at 0, 12 or 13
+    assert found["precision"] == 3 / 5 and found["recall"] == 1
+    reach = [5, 4, 3, 3, 3, 3, 3, 3, 4, 5]
+    inside = [[abs(i - s) <= r for i, r in enumerate(reach)] for s in samples[:, 0]]
+    assert found["density"] == pytest.approx(np.sum(inside) / 5 / 5)
+    assert found["coverage"] == np.any(inside, axis=0).mean()
+
+
+def test_the_same_images_are_all_within_reach(features):
+    found = found_in(features[0], features[0])
+    assert (found["precision"], found["recall"], found["coverage"]) == (1, 1, 1)
+    assert set(found_in(features[0], features[0] + 100).values()) == {0}
+
+
+def test_density_does_not_depend_on_a_common_offset(features):
+    """Half precision around an offset sees ties only; ADM's precision and recall do depend on it."""
+    moved = [f + np.float32(100) for f in features]
+    density, coverage = (found_in(*moved)[key] for key in ("density", "coverage"))
+    expected = by_definition(*features)
+    assert (density, coverage) == pytest.approx((expected["density"], expected["coverage"]), abs=1e-2)
+
+
+def test_a_tile_that_half_precision_cannot_hold_is_computed_in_single():
+    u = torch.randn(5, 4) * 1000
+    exact = torch.cdist(u.double(), u.double()).square()
+    torch.testing.assert_close(squared_distances(u, u, half=True), exact.float(), rtol=1e-4, atol=4)
+    small = squared_distances(u / 1000, u / 1000, half=True)
+    assert small.half().float().equal(small) and not small.equal(squared_distances(u / 1000, u / 1000, half=False))
+
+
+def test_too_few_images_are_refused(features):
+    with pytest.raises(ValueError, match="3 images have no 3 neighbours"):
+        precision_recall(features[0][:3], features[1])
+
+
+MEASURE = """
+import resource, sys, time
+import numpy as np
+from neighbours import density_coverage, precision_recall
+reference, samples = (np.load(path, mmap_mode="r") for path in sys.argv[1:])
+start = time.perf_counter()
+print(*(share.mean() for share in precision_recall(reference, samples, progress=True)))
+print(density_coverage(reference, samples, progress=True)[0].mean(), f"{time.perf_counter() - start:.0f} s")
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+"""
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_number_of_tiles(tmp_path):
+    rng = np.random.default_rng(0)
+    paths = [tmp_path / name for name in ("samples.npy", "reference.npy")]
+    for path, count in zip(paths, (10_000, 20_000), strict=True):
+        np.save(path, rng.standard_normal((count, 64), dtype=np.float32))
+    command = [sys.executable, "-c", MEASURE, *map(str, reversed(paths))]
+    result = subprocess.run(command, cwd=REPO / "evaluations", capture_output=True, text=True, check=True)
+    peak = int(result.stdout.split()[-1])
+    print(f"\npeak memory {peak} MiB")
+    assert peak < 1800
