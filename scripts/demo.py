@@ -1,8 +1,8 @@
 """A web page that draws images of a class, shows them as they form, and fills what is painted over.
 
 It listens on 127.0.0.1 unless told otherwise, and it asks nobody who they are: with --host 0.0.0.0 everyone in reach
-may use the GPU. Numbers from the browser are checked again here, images come as bytes, and no path or address that a
-browser names is ever opened.
+may use the GPU. Numbers from the browser are checked again here, and no path or address that a browser names is opened
+but the pictures uploaded for the editor, in a temporary folder of the page's own.
 """
 
 import os
