@@ -112,6 +112,7 @@ def test_tensorflow_reads_adms_tensors(tmp_path):
 @pytest.mark.parametrize("backend", [TorchInception, pytest.param(TensorFlowInception, marks=needs_tensorflow)])
 @pytest.mark.parametrize("content", [b"", b"\x0a\xff\xff\xff", b"\x80\x04.", b"\x0a\x05\x0a\x03abc"], ids=range(4))
 def test_other_files_are_refused_in_one_sentence(tmp_path, backend, content):
+    pytest.importorskip("torch_fidelity")
     path = tmp_path / "graph.pb"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"graph\.pb (is not|cannot be read as) the Inception"):
