@@ -59,8 +59,8 @@ class GraphWriter:
         x = self.node("Sub", "Sub", x, self.constant("Sub/y", 128.0), T=DT_FLOAT)
         return self.node("Mul", "Mul", x, self.constant("Mul/y", 0.0078125), T=DT_FLOAT)
 
-    def convolution(self, name, x, channels, shape, padding="SAME", stride=1):
-        """Convolution, batch normalisation and ReLU; `shape` is (height, width, out)."""
+    def convolution(self, name, x, channels, shape, padding="SAME", stride=1, scaled=True):
+        """Convolution, batch normalisation and ReLU; `shape` is (height, width, out), `scaled` whether gamma counts."""
         height, width, out = shape
         kernel = self.rng.standard_normal((height, width, channels, out)) * np.sqrt(2 / (height * width * channels))
         strides = [1, stride, stride, 1]
@@ -77,7 +77,7 @@ class GraphWriter:
         inputs = [self.constant(f"{name}/batchnorm/{key}", value) for key, value in values.items()]
         norm = self.node(
             f"{name}/batchnorm", "BatchNormWithGlobalNormalization", y, *inputs,
-            T=DT_FLOAT, variance_epsilon=0.001, scale_after_normalization=True,
+            T=DT_FLOAT, variance_epsilon=0.001, scale_after_normalization=scaled,
         )  # fmt: skip
         return self.node(name, "Relu", norm, T=DT_FLOAT)
 
@@ -129,7 +129,9 @@ class InceptionWriter(GraphWriter):
         conv = self.modules[f"{name}/conv2d_params"]
         valid = conv.padding == (0, 0) and conv.kernel_size != (1, 1)
         shape = (*conv.kernel_size, conv.out_channels)
-        return self.convolution(name, x, conv.in_channels, shape, "VALID" if valid else "SAME", conv.stride[0])
+        scaled = not name.startswith("mixed_5/")  # of both kinds some
+        padding = "VALID" if valid else "SAME"
+        return self.convolution(name, x, conv.in_channels, shape, padding, conv.stride[0], scaled)
 
     def tower(self, scope, x):
         """conv, conv_1, ... of a scope, one after the other."""

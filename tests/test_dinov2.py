@@ -1,12 +1,17 @@
 """DINOv2 features: timm's network and preprocessing, weights from a file."""
 
+from functools import partial
+
 import dinov2
 import numpy as np
 import pytest
 import timm
 import torch
+from conftest import needs_tensorflow
+from metrics import frechet_distance, gaussian_statistics
 from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_sample_images
+from test_evaluator import batches, evaluate, numbers  # noqa: F401 (a fixture among them)
 
 MODEL = "vit_small_patch14_dinov2"
 
@@ -57,3 +62,20 @@ def test_wrong_weights_end_in_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match=r"cannot be downloaded .* name that file with --dinov2"):
         dinov2.DinoV2("hub", model=MODEL)
+
+
+@needs_tensorflow
+def test_the_evaluator_adds_its_distance(weights, batches, monkeypatch, capsys):  # noqa: F811
+    small = partial(dinov2.DinoV2, model=MODEL)
+    monkeypatch.setattr(dinov2, "DinoV2", small)
+    for name in ("reference", "samples"):
+        with np.load(batches / f"{name}.npz") as arrays:
+            np.savez(batches / f"few_{name}.npz", arrays["arr_0"][:12])
+    files = [batches / "few_reference.npz", batches / "few_samples.npz", "--inception", batches / "small.pb"]
+    flags = ["--backend=tensorflow", "--metrics=fid", "--dinov2", weights, "--bootstrap=2"]
+    code, output, _ = evaluate(monkeypatch, capsys, *files, *flags)
+    reference, samples = (small(weights)(np.load(path)["arr_0"])["dinov2"] for path in files[:2])
+    expected = frechet_distance(*gaussian_statistics(samples), *gaussian_statistics(reference))
+    assert code == 0 and list(numbers(output)) == ["FID", "FD-DINOv2"]
+    assert numbers(output)["FD-DINOv2"] == pytest.approx(expected, rel=1e-4) and expected > 0
+    assert "FD-DINOv2 interval (95 %)" in output

@@ -213,16 +213,14 @@ def test_wrong_flags_end_in_one_sentence(batches, monkeypatch, capsys, flags, me
 
 @needs_tensorflow
 @pytest.mark.slow
-def test_two_processes_find_what_one_finds(batches, tmp_path):
-    outputs = []
-    for devices in (1, 2):
-        files = [batches / "reference.npz", batches / "samples.npz", "--inception", batches / "small.pb"]
-        command = [sys.executable, REPO / "evaluations" / "evaluator.py", *files, f"--devices={devices}"]
-        result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-        assert result.returncode == 0, result.stderr
-        outputs.append(numbers(result.stdout))
-        assert result.stdout.count("Computing evaluations...") == 1
-    assert outputs[1] == pytest.approx(outputs[0], rel=1e-6) and len(outputs[0]) == 9
+def test_two_processes_find_what_one_finds(batches, tmp_path, monkeypatch, capsys):
+    files = [batches / "reference.npz", batches / "samples.npz", "--inception", batches / "small.pb"]
+    _, output, _ = evaluate(monkeypatch, capsys, *files, "--backend=tensorflow")
+    command = [sys.executable, REPO / "evaluations" / "evaluator.py", *files, "--devices=2"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("Computing evaluations...") == 1
+    assert numbers(result.stdout) == pytest.approx(numbers(output), rel=1e-6) and len(numbers(output)) == 9
     damaged = bytearray((batches / "samples.npz").read_bytes())
     damaged[300_000:300_100] = bytes(100)  # in the second half, which the second process reads
     (tmp_path / "damaged.npz").write_bytes(damaged)
@@ -240,9 +238,8 @@ def test_both_backends_agree_on_real_images(inception_graph, tmp_path, monkeypat
     files = [tmp_path / "reference.npz", tmp_path / "samples.npz", "--inception", inception_graph]
     found = []
     for backend in ("tensorflow", "torch"):
-        flags = [f"--backend={backend}", "--bootstrap=2", "--metrics=is,fid,pr"]
-        code, output, _ = evaluate(monkeypatch, capsys, *files, *flags)
-        assert code == 0 and output.count("interval (95 %)") == 4
+        code, output, _ = evaluate(monkeypatch, capsys, *files, f"--backend={backend}")
+        assert code == 0
         found.append(numbers(output))
-    assert list(found[0]) == ["Inception Score", "FID", "Precision", "Recall"] and found[0]["FID"] > 1
+    assert len(found[0]) == 9 and found[0]["FID"] > 1
     assert found[1] == pytest.approx(found[0], rel=1e-3)

@@ -58,12 +58,13 @@ def test_weights_come_out_of_the_graph(inception_graph, tmp_path):
 
 def test_the_torch_backend_needs_no_tensorflow(inception_graph):
     code = (
-        "import sys; sys.modules['tensorflow'] = None; from inception_torch import TorchInception\n"
-        "import numpy as np; print(TorchInception(sys.argv[1])(np.zeros((1, 8, 8, 3), np.uint8))['pool'].shape)"
+        "import sys; sys.modules['tensorflow'] = None\n"
+        "from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3\n"
+        "from inception_torch import read_weights; print(read_weights(sys.argv[1])['fc.weight'].shape)"
     )
     command = [sys.executable, "-c", code, inception_graph]
     result = subprocess.run(command, cwd=REPO / "evaluations", capture_output=True, text=True, check=True)
-    assert "[1, 2048]" in result.stdout
+    assert "[1008, 2048]" in result.stdout
 
 
 def small_features(path, images):
@@ -111,6 +112,7 @@ def test_tensorflow_reads_adms_tensors(tmp_path):
 @pytest.mark.parametrize("backend", [TorchInception, pytest.param(TensorFlowInception, marks=needs_tensorflow)])
 @pytest.mark.parametrize("content", [b"", b"\x0a\xff\xff\xff", b"\x80\x04.", b"\x0a\x05\x0a\x03abc"], ids=range(4))
 def test_other_files_are_refused_in_one_sentence(tmp_path, backend, content):
+    pytest.importorskip("torch_fidelity")
     path = tmp_path / "graph.pb"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"graph\.pb (is not|cannot be read as) the Inception"):

@@ -102,13 +102,11 @@ def test_too_few_images_are_refused(features):
 
 
 MEASURE = """
-import resource, sys, time
+import resource, sys
 import numpy as np
-from neighbours import density_coverage, precision_recall
+from neighbours import precision_recall
 reference, samples = (np.load(path, mmap_mode="r") for path in sys.argv[1:])
-start = time.perf_counter()
 print(*(share.mean() for share in precision_recall(reference, samples, progress=True)))
-print(density_coverage(reference, samples, progress=True)[0].mean(), f"{time.perf_counter() - start:.0f} s")
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
 """
 
