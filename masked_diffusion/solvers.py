@@ -1,7 +1,7 @@
 """Samplers by name: DDPM and DDIM of this package, and few-step solvers through diffusers' schedulers.
 
 All run on the trained discrete schedule, with guidance. The learned variance belongs to the ancestral chain: `ddpm`
-uses it, all others follow the ODE and use the prediction alone.
+uses it, all others follow the ODE or SDE of the schedule and use the prediction alone.
 """
 
 from importlib import import_module
@@ -14,6 +14,8 @@ from .respace import create_diffusion
 SCHEDULERS = {
     # Lu et al. 2022, "DPM-Solver++", algorithm 2 (second order, multistep)
     "dpm++": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", "solver_order": 2}),
+    # The same paper's stochastic form: noise on the way mends errors, as in ancestral sampling
+    "sde-dpm++": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++", "solver_order": 2}),
     # Zhao et al. 2023, "UniPC", algorithm 1 with B2(h), order 2, which the paper takes for guided sampling
     "unipc": ("UniPCMultistepScheduler", {"solver_order": 2, "solver_type": "bh2"}),
     # Karras et al. 2022, algorithm 1 without noise: second order, two evaluations per step but the last
@@ -64,7 +66,7 @@ class DiffusionSolver:
 
 
 class SchedulerSolver:
-    """A scheduler of diffusers on the trained betas; deterministic.
+    """A scheduler of diffusers on the trained betas; deterministic, but for `sde-dpm++`.
 
     Timesteps are evenly spaced from the last one down, as in Lin et al. 2023, "Common diffusion noise schedules ...".
     """
@@ -82,7 +84,7 @@ class SchedulerSolver:
         """A fresh scheduler: each holds the state of one run."""
         class_name, options = SCHEDULERS[self.name]
         scheduler = getattr(import_module("diffusers"), class_name)(trained_betas=self.diffusion.betas, **options)
-        if self.name in ("dpm++", "unipc"):
+        if self.name not in ("heun", "euler"):
             scheduler.set_timesteps(self.num_steps, device=device)
         else:  # these would evaluate between timesteps
             stride = self.original_num_steps / self.num_steps
@@ -92,7 +94,7 @@ class SchedulerSolver:
 
     @torch.no_grad()
     def progressive(self, denoise, noise, clip_denoised=False, model_kwargs=None, randn_like=torch.randn_like):
-        """As `DiffusionSolver.progressive`; there is no noise on the way, so `randn_like` is not called."""
+        """As `DiffusionSolver.progressive`; only `sde-dpm++` has noise on the way."""
         scheduler = self.make_scheduler(noise.device)
         x = noise * scheduler.init_noise_sigma
         for timestep in scheduler.timesteps:
@@ -100,5 +102,6 @@ class SchedulerSolver:
             t = torch.full((len(x),), int(timestep), device=x.device)
             out = self.diffusion.p_mean_variance(denoise, x_t, t, clip_denoised, model_kwargs=model_kwargs)
             eps = self.diffusion._predict_eps_from_xstart(x_t, t, out["pred_xstart"])
-            x = scheduler.step(eps, timestep, x).prev_sample
+            noises = {"variance_noise": randn_like(x)} if self.name == "sde-dpm++" else {}
+            x = scheduler.step(eps, timestep, x, **noises).prev_sample
             yield {"sample": x, "pred_xstart": out["pred_xstart"]}

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "evaluations"))
 
 import grade_digits
 
-SOLVERS = (("ddpm", "250"), ("ddim", "50"), ("dpm++", "20"), ("unipc", "10"))
+SOLVERS = (("ddpm", "250"), ("ddim", "50"), ("dpm++", "20"), ("sde-dpm++", "20"), ("unipc", "10"))
 GUIDANCE = {"none": Guidance(), "scale 1.5": Guidance("power-cosine", 1.5, scale_pow=1.0)}
 COLUMNS = ("solver", "steps", "guidance", "class_accuracy", "frechet_pixels", "seconds")
 SHOWN = 20  # digits of each row of the picture
