@@ -226,13 +226,13 @@ def test_a_stopped_run_draws_only_what_is_missing(checkpoint, tmp_path, monkeypa
 
 @pytest.mark.slow
 def test_a_run_of_three_ranks_killed_again_and_again_draws_the_same_images(checkpoint, tmp_path):
-    flags = {"num_samples": 150, "num_sampling_steps": 10}
+    flags = {"num_samples": 90, "num_sampling_steps": 10}
     run_script("image_sample.py", *sample_flags(checkpoint, tmp_path / "whole", batch_size=50, **flags))
     words = sample_flags(checkpoint, tmp_path / "parts", batch_size=7, **flags)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=3", "--standalone"]
     command += [REPO / "scripts" / "image_sample.py", *words]
-    shards, env = tmp_path / "parts" / "samples_150x8x8x3.shards", {**os.environ, "OMP_NUM_THREADS": "1"}
-    for kill in range(1, 4):
+    shards, env = tmp_path / "parts" / "samples_90x8x8x3.shards", {**os.environ, "OMP_NUM_THREADS": "1"}
+    for kill in (1, 2):
         run = subprocess.Popen(command, env=env, start_new_session=True, stdout=subprocess.DEVNULL)
         while len(list(shards.glob("shard_*"))) < 4 * kill:
             time.sleep(0.02)
@@ -243,7 +243,7 @@ def test_a_run_of_three_ranks_killed_again_and_again_draws_the_same_images(check
         run.wait()
     run_script("image_sample.py", *words)
     (images, labels), (other, other_labels) = (
-        read(tmp_path / folder / "samples_150x8x8x3.npz") for folder in ("whole", "parts")
+        read(tmp_path / folder / "samples_90x8x8x3.npz") for folder in ("whole", "parts")
     )
     assert np.array_equal(labels, other_labels) and (np.abs(images - other) <= 1).mean() >= 0.999
 
