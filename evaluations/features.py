@@ -71,6 +71,7 @@ class Collected:
 
     def merge(self, other):
         """Add the pass of the next rank."""
+        self.count, self.done = self.count + other.count, self.done + other.done
         self.pixels.merge(other.pixels)
         self.score.merge(other.score)
         for name, statistics in self.statistics.items():
