@@ -70,7 +70,7 @@ def draw(args, sampler, labels):
 def main():
     args = parse_args()
     check_args(args)
-    sampler, names, _ = sample_util.load_sampler(args)
+    sampler, names, *_ = sample_util.load_sampler(args)
     labels = torch.tensor([find_label(text, names, sampler.model.num_classes) for text in args.classes])
     steps, total, finish = draw(args, sampler, labels)
     predictions = []

@@ -130,6 +130,7 @@ class GuidedDenoiser:
     def __call__(self, x, t, y):
         """(n, C, H, W) noisy input, (n,) timesteps, (n,) labels -> (n, C or 2C, H, W), guided."""
         weight = self.guidance.weight(t)
+        # Which batch to run is the host's to decide: a step waits for the device here, once.
         if self.guidance.rule == "none" or (weight - 1).abs().max() <= self.guidance.skip_below:
             return self.model(x, t, y)
         if self.guide_model is not None:

@@ -1,12 +1,13 @@
 """Models from weights: a file, a training folder, an exported folder or the hub; the architecture is read off them."""
 
+import inspect
 import math
 import re
 from pathlib import Path
 
 from . import dist_util, logger
 from .checkpoint import newest_ema, read_config
-from .models import SIZES, create_model
+from .models import SIZES, DiT, create_model
 
 ARCHITECTURE_KEYS = {
     "pos_embed",
@@ -168,7 +169,7 @@ def load_model(source, device="cpu", **options):
         name, found = config["model"]["name"], config["model"]["options"]
     else:
         name, found = find_architecture(state_dict, config.get("num_heads"))
-        found |= {key: config[key] for key in ("decode_layer", "mask_ratio", "class_dropout_prob") if key in config}
+        found |= {key: config[key] for key in inspect.signature(DiT).parameters if key in config}
     options = found | {key: value for key, value in options.items() if value is not None}
     model = create_model(name, **options)
     try:

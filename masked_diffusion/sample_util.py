@@ -119,13 +119,15 @@ class Weights(NamedTuple):
     guide_model: torch.nn.Module | None
     diffusion: dict  # options of `create_diffusion` that the model was trained with
     names: list  # of the classes; [] where nobody knows them
-    settings: dict  # what images are a function of as far as weights go, as JSON values
+    files: dict  # `weights` and `guide`: the files, or None
+    settings: dict  # what else images are a function of as far as weights go, as JSON values
 
 
 class Loaded(NamedTuple):
     sampler: Sampler
     names: list  # of the classes; [] where nobody knows them
-    settings: dict  # what images are a function of, but for their classes, as JSON values
+    files: dict  # as in `Weights`
+    settings: dict  # what images are a function of, but for the files and their classes, as JSON values
 
 
 def load_sampler(args, batch_size=None):
@@ -147,24 +149,20 @@ def load_weights(args):
     check_precision(precision, dist_util.dev())
     with dist_util.main_first():
         weights = find_weights(args.model_path)
+        guide = find_weights(args.guide_path) if args.guide_path else None
         config = read_config(weights)
         vae = args.vae_decoder or config.get("vae", "ema")
         first_stage = create_first_stage(vae, dist_util.dev())
     model = load_model(weights, dist_util.dev(), decode_layer=args.decode_layer)
     check_agreement(args, model, first_stage)
-    guide_model = load_guide(args.guide_path, model) if args.guide_path else None
+    guide_model = load_guide(guide, model) if guide else None
     if args.compile:
         for network in filter(None, (model, guide_model)):
             network.compile_blocks()
-    settings = {
-        "weights": shared_hash(weights),
-        "guide": shared_hash(find_weights(args.guide_path)) if args.guide_path else None,
-        "vae": vae,
-        "precision": precision,
-    }
+    files, settings = {"weights": weights, "guide": guide}, {"vae": vae, "precision": precision}
     diffusion = config.get("diffusion", {"learn_sigma": model.learn_sigma})
     names = class_names(config.get("classes"), model.num_classes)
-    return Weights(model, first_stage, guide_model, diffusion, names, settings)
+    return Weights(model, first_stage, guide_model, diffusion, names, files, settings)
 
 
 def solver_name(args):
@@ -204,7 +202,7 @@ def make_sampler(args, weights, batch_size=None):
         "clip_denoised": args.clip_denoised,
         "guidance": guidance.describe(),
     }
-    return Loaded(sampler, weights.names, settings)
+    return Loaded(sampler, weights.names, weights.files, settings)
 
 
 def load_guide(path, model):
@@ -220,6 +218,7 @@ def load_guide(path, model):
     return guide
 
 
-def shared_hash(path):
-    """SHA-256 of a file, computed on rank 0."""
-    return dist_util.broadcast_object(file_hash(path) if dist_util.is_main() else None)
+def hash_files(files):
+    """SHA-256 of each of `Weights.files`, computed on rank 0: seconds for a large model."""
+    hashes = {key: path and file_hash(path) for key, path in files.items()} if dist_util.is_main() else None
+    return dist_util.broadcast_object(hashes)

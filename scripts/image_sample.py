@@ -31,7 +31,7 @@ def main():
     script_util.check_positive(args, "num_samples", "batch_size")
     dist_util.setup_dist()
     logger.configure(args.log_dir, quiet=not dist_util.is_main())
-    sampler, names, settings = sample_util.load_sampler(args, args.batch_size)
+    sampler, names, files, settings = sample_util.load_sampler(args, args.batch_size)
     num_classes, size = sampler.model.num_classes, sampler.model.input_size * sampler.first_stage.downsample
     classes = [find_label(text, names, num_classes) for text in args.classes]
     choose = partial(
@@ -39,7 +39,8 @@ def main():
     )
     choose([0])  # a rule that contradicts its classes ends the run before it begins
     path = Path(logger.get_dir(), f"samples_{args.num_samples}x{size}x{size}x3.npz")
-    store = ShardStore(path, settings | {"class_rule": args.class_rule, "classes": classes})
+    settings |= sample_util.hash_files(files) | {"class_rule": args.class_rule, "classes": classes}
+    store = ShardStore(path, settings)
     if store.finished():
         logger.log(f"{path} is there already: nothing to draw")
         return

@@ -95,7 +95,11 @@ def test_safetensors_hold_the_same_model(tmp_path):
 
 @pytest.mark.parametrize(
     "family, name, options",
-    [(MDTv2, "MDTv2_Nano_2", SMALL | {"mask_ratio": 0.3}), (DiT, "DiT_Nano_2", {"depth": 3, "num_heads": 2})],
+    [
+        (MDTv2, "MDTv2_Nano_2", SMALL | {"mask_ratio": 0.3}),
+        (DiT, "DiT_Nano_2", {"depth": 3, "num_heads": 2}),
+        (MDTv2, "MDTv2_Nano_4", SMALL | {"class_dropout_prob": 0.0, "mlp_ratio": 2.0}),
+    ],
 )
 def test_an_exported_folder_is_read_by_the_hub_and_by_us(family, name, options, tmp_path):
     model = fill(create_model(name, **options)).eval()
