@@ -13,7 +13,7 @@ $(VENV)/installed: setup.py
 
 # Train a small masked MDTv2 on real handwritten digits, draw and grade 1,000 of them.
 demo: $(VENV)/installed
-	$(VENV)/bin/python scripts/digits_demo.py $(DEMO_FLAGS)
+	$(VENV)/bin/python scripts/digits/demo.py $(DEMO_FLAGS)
 
 test: $(VENV)/installed
 	$(VENV)/bin/python -m pytest

@@ -4,10 +4,12 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from masked_diffusion import editing, logger, sample_util, script_util
+from masked_diffusion import logger, script_util
 from masked_diffusion.image_datasets import center_crop_arr, read_image
-from masked_diffusion.labels import find_label
-from masked_diffusion.pictures import check_picture_name, save_animation, save_grid
+from masked_diffusion.sampling import build as sample_util
+from masked_diffusion.sampling import editing
+from masked_diffusion.sampling.class_names import find_label
+from masked_diffusion.utils.pictures import check_picture_name, save_animation, save_grid
 
 CLASSES = ("19", "23", "106", "108", "278", "282")
 TRAJECTORY_FRAMES, ANIMATION_FRAMES = 10, 50

@@ -1,6 +1,6 @@
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 EVAL = ["tensorflow>=2.16", "torch-fidelity>=0.3", "scipy>=1.11", "matplotlib>=3.8"]
 MPI = ["mpi4py>=4.0", "mpich>=4.2"]
@@ -18,7 +18,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],
-    packages=["masked_diffusion"],
+    packages=find_packages(include=["masked_diffusion", "masked_diffusion.*"]),
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.6",

@@ -5,7 +5,7 @@ The three names below are loaded on first use, so that importing the package sta
 
 from importlib import import_module
 
-_HOMES = {"create_model": ".models", "create_diffusion": ".respace", "load_model": ".pretrained"}
+_HOMES = {"create_model": ".models", "create_diffusion": ".respace", "load_model": ".weights.pretrained"}
 __all__ = list(_HOMES)
 
 

@@ -16,7 +16,7 @@ from PIL import Image, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from . import dist_util
-from .random_util import fold_seed
+from .utils.random_numbers import fold_seed
 
 EXTENSIONS = ("jpg", "jpeg", "png", "gif")
 

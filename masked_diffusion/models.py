@@ -13,10 +13,10 @@ from huggingface_hub import PyTorchModelHubMixin
 from timm.layers import Mlp, PatchEmbed
 from torch.utils.checkpoint import checkpoint
 
-from .attention import Attention, gather_pairs
-from .embeddings import LabelEmbedder, TimestepEmbedder, sincos_pos_embed_2d
 from .guidance import Guidance, guide
-from .model_card import MODEL_CARD
+from .layers.attention import Attention, gather_pairs
+from .layers.embeddings import LabelEmbedder, TimestepEmbedder, sincos_pos_embed_2d
+from .utils.model_card import MODEL_CARD
 
 # ---------------------------------------------------------------- blocks
 

@@ -7,12 +7,12 @@ from diffusers import AutoencoderKL, ConfigMixin, DDPMScheduler, DiffusionPipeli
 from diffusers.configuration_utils import register_to_config
 from diffusers.utils.torch_utils import randn_tensor
 
-from .autoencoder import StableDiffusionVAE
 from .guidance import Guidance, GuidedDenoiser
-from .labels import find_label
+from .latents.autoencoder import StableDiffusionVAE
 from .models import create_model
 from .respace import create_diffusion, space_timesteps
-from .sampling import to_uint8
+from .sampling.class_names import find_label
+from .sampling.image_sampler import to_uint8
 
 LEARNED = ("learned", "learned_range")
 

@@ -3,13 +3,7 @@
 import numpy as np
 import torch
 
-from .gaussian_diffusion import (
-    GaussianDiffusion,
-    LossType,
-    ModelMeanType,
-    ModelVarType,
-    get_named_beta_schedule,
-)
+from .gaussian_diffusion import GaussianDiffusion, LossType, ModelMeanType, ModelVarType, get_named_beta_schedule
 
 
 def space_timesteps(num_timesteps, section_counts):

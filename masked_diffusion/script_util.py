@@ -7,14 +7,15 @@ from contextlib import suppress
 from pathlib import Path
 
 from . import dist_util, logger
-from .checkpoint import CONFIG_NAME, latest_step, read_config, write_json
-from .guardian import TrainingFault
 from .models import create_model
-from .optim import OPTIMIZERS
-from .parallel import SHARDS
-from .posthoc_ema import DTYPES
-from .precision import PRECISIONS
 from .respace import create_diffusion
+from .training.ema import DTYPES
+from .training.guardian import TrainingFault
+from .training.optim import OPTIMIZERS
+from .training.parallel import SHARDS
+from .utils.files import write_json
+from .utils.precision import PRECISIONS
+from .weights.checkpoint import CONFIG_NAME, latest_step, read_config
 
 
 def str2bool(text):

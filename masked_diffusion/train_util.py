@@ -12,7 +12,12 @@ import torch
 from tqdm.auto import tqdm
 
 from . import dist_util, logger
-from .checkpoint import (
+from .training.ema import PowerEMA, save_snapshots
+from .training.optim import annealed_lr, default_grad_clip, update_ema
+from .training.parallel import copy_all, like, load_optimizer_state, make_optimizer, optimizer_state, parallelize, whole
+from .utils.pictures import save_grid
+from .utils.random_numbers import GlobalBatchRandom, fold_seed
+from .weights.checkpoint import (
     ema_name,
     latest_step,
     model_name,
@@ -21,11 +26,6 @@ from .checkpoint import (
     prune_checkpoints,
     save_checkpoint,
 )
-from .optim import annealed_lr, default_grad_clip, update_ema
-from .parallel import copy_all, like, load_optimizer_state, make_optimizer, optimizer_state, parallelize, whole
-from .pictures import save_grid
-from .posthoc_ema import PowerEMA, save_snapshots
-from .random_util import GlobalBatchRandom, fold_seed
 
 NUM_QUARTILES, GRID_COLUMNS = 4, 10
 

@@ -16,13 +16,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from masked_diffusion import create_diffusion, create_model, script_util
-from masked_diffusion.attention import Attention
-from masked_diffusion.checkpoint import write_json
-from masked_diffusion.flops import forward_flops
 from masked_diffusion.guidance import Guidance, GuidedDenoiser
-from masked_diffusion.objective import TwoPassObjective
-from masked_diffusion.optim import OPTIMIZERS, create_optimizer, default_grad_clip
-from masked_diffusion.precision import PRECISIONS, autocast, check_precision
+from masked_diffusion.layers.attention import Attention
+from masked_diffusion.training.objective import TwoPassObjective
+from masked_diffusion.training.optim import OPTIMIZERS, create_optimizer, default_grad_clip
+from masked_diffusion.utils.files import write_json
+from masked_diffusion.utils.flops import forward_flops
+from masked_diffusion.utils.precision import PRECISIONS, autocast, check_precision
 
 WARMUP_STEPS = 2
 # name: precision, whether blocks are compiled, whether attention is written out as in the published code

@@ -1,8 +1,8 @@
 """Encode a folder of images for --latent_dir of training. Run the same command again to go on where it stopped."""
 
 from masked_diffusion import dist_util, logger, script_util
-from masked_diffusion.autoencoder import create_first_stage
-from masked_diffusion.latent_cache import encode_latents
+from masked_diffusion.latents.autoencoder import create_first_stage
+from masked_diffusion.latents.cache import encode_latents
 
 
 def parse_args():

@@ -4,10 +4,11 @@ import shutil
 from pathlib import Path
 
 from masked_diffusion import load_model, logger, script_util
-from masked_diffusion.autoencoder import create_first_stage
-from masked_diffusion.checkpoint import read_config, write_json
-from masked_diffusion.labels import class_names
-from masked_diffusion.pretrained import find_weights
+from masked_diffusion.latents.autoencoder import create_first_stage
+from masked_diffusion.sampling.class_names import class_names
+from masked_diffusion.utils.files import write_json
+from masked_diffusion.weights.checkpoint import read_config
+from masked_diffusion.weights.pretrained import find_weights
 
 # The file that `DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder)` looks for.
 CUSTOM_PIPELINE = "from masked_diffusion.pipeline import MDTPipeline\n\n__all__ = ['MDTPipeline']\n"

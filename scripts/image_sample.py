@@ -3,10 +3,12 @@
 from functools import partial
 from pathlib import Path
 
-from masked_diffusion import dist_util, logger, sample_util, script_util
-from masked_diffusion.labels import find_label
-from masked_diffusion.pictures import save_grid
-from masked_diffusion.sampling import CLASS_RULES, ShardStore, choose_labels, draw_samples
+from masked_diffusion import dist_util, logger, script_util
+from masked_diffusion.sampling import build as sample_util
+from masked_diffusion.sampling.class_names import find_label
+from masked_diffusion.sampling.image_sampler import CLASS_RULES, choose_labels
+from masked_diffusion.sampling.shards import ShardStore, draw_samples
+from masked_diffusion.utils.pictures import save_grid
 
 
 def parse_args():

@@ -9,20 +9,21 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from masked_diffusion import dist_util, logger, preflight, script_util
-from masked_diffusion.autoencoder import create_first_stage
-from masked_diffusion.finetune import load_pretrained
-from masked_diffusion.flops import forward_flops
-from masked_diffusion.guardian import Guardian
+from masked_diffusion import dist_util, logger, script_util
 from masked_diffusion.guidance import Guidance
 from masked_diffusion.image_datasets import StreamSampler, image_classes, list_image_files, load_data
-from masked_diffusion.latent_cache import LatentCache, load_latents
-from masked_diffusion.objective import TwoPassObjective
-from masked_diffusion.precision import check_precision
+from masked_diffusion.latents.autoencoder import create_first_stage
+from masked_diffusion.latents.cache import LatentCache, load_latents
 from masked_diffusion.resample import create_named_schedule_sampler
-from masked_diffusion.sampling import Sampler, choose_labels
-from masked_diffusion.solvers import create_solver
+from masked_diffusion.sampling.image_sampler import ImageSampler, choose_labels
+from masked_diffusion.sampling.solvers import create_solver
 from masked_diffusion.train_util import TrainLoop
+from masked_diffusion.training import preflight
+from masked_diffusion.training.finetune import load_pretrained
+from masked_diffusion.training.guardian import Guardian
+from masked_diffusion.training.objective import TwoPassObjective
+from masked_diffusion.utils.flops import forward_flops
+from masked_diffusion.utils.precision import check_precision
 
 GRID_IMAGES, GRID_STEPS, GRID_SCALE = 40, "50", 1.5
 
@@ -79,7 +80,7 @@ def grid_drawer(model, config, first_stage, precision, seed):
     solver = create_solver("ddpm", GRID_STEPS, config["diffusion"])
     rule = "none" if model.null_label is None or not model.num_classes else model.guidance_rule
     guidance = Guidance(rule, GRID_SCALE, scale_pow=1.0, diffusion_steps=solver.original_num_steps)
-    sampler = Sampler(model, solver, first_stage, guidance=guidance, precision=precision, seed=seed)
+    sampler = ImageSampler(model, solver, first_stage, guidance=guidance, precision=precision, seed=seed)
     labels = choose_labels(range(GRID_IMAGES), "balanced", model.num_classes, seed)
     return partial(sampler, range(GRID_IMAGES), labels)
 
@@ -102,7 +103,7 @@ def create_evaluation(args, model, config, first_stage, precision):
 
     compare = LiveEvaluation(args.eval_reference, (args.image_size, args.image_size), dist_util.dev())
     solver = create_solver("ddpm", GRID_STEPS, config["diffusion"])
-    sampler = Sampler(model, solver, first_stage, precision=precision, seed=args.seed)
+    sampler = ImageSampler(model, solver, first_stage, precision=precision, seed=args.seed)
     return lambda: compare(draw_own_part(sampler, args.eval_samples, args.batch_size))
 
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import torch
 
 from masked_diffusion import logger, script_util
-from masked_diffusion.checkpoint import atomic_write
-from masked_diffusion.posthoc_ema import mix_snapshots, plan_reconstruction, posthoc_name
+from masked_diffusion.training.ema import mix_snapshots, plan_reconstruction, posthoc_name
+from masked_diffusion.utils.files import atomic_write
 
 
 def parse_args():

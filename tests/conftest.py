@@ -10,7 +10,7 @@ import torch
 from fill import fill, tensor
 
 from masked_diffusion import create_model
-from masked_diffusion.checkpoint import save_checkpoint
+from masked_diffusion.weights.checkpoint import save_checkpoint
 
 DATA = Path(__file__).parent / "data"
 REPO = Path(__file__).parent.parent

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from masked_diffusion.autoencoder import StableDiffusionVAE, create_first_stage
+from masked_diffusion.latents.autoencoder import StableDiffusionVAE, create_first_stage
 
 
 def test_pixels_pass_unchanged():

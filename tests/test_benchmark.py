@@ -11,10 +11,10 @@ import torch
 from fill import fill, tensor
 
 from masked_diffusion import create_diffusion, create_model
-from masked_diffusion.flops import forward_flops
 from masked_diffusion.models import MDT
-from masked_diffusion.objective import TwoPassObjective
-from masked_diffusion.precision import autocast
+from masked_diffusion.training.objective import TwoPassObjective
+from masked_diffusion.utils.flops import forward_flops
+from masked_diffusion.utils.precision import autocast
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="compiling needs g++")
 NANO = ["--model", "MDTv2_Nano_2", "--input_size", "8", "--batch_size", "4", "--steps", "2", "--device", "cpu"]

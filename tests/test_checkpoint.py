@@ -3,7 +3,8 @@
 import pytest
 
 from masked_diffusion import create_model, load_model
-from masked_diffusion.checkpoint import atomic_write, latest_step, newest_ema, parse_step, save_checkpoint
+from masked_diffusion.utils.files import atomic_write
+from masked_diffusion.weights.checkpoint import latest_step, newest_ema, parse_step, save_checkpoint
 
 
 def test_a_folder_gives_its_newest_slowest_ema(tmp_path):

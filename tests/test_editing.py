@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from test_sampling import make_sampler, small_model
 
-from masked_diffusion.editing import (
+from masked_diffusion.sampling.editing import (
     count_evaluations,
     inpaint,
     inpaint_progressive,
@@ -15,7 +15,7 @@ from masked_diffusion.editing import (
     resampling_times,
     vary_progressive,
 )
-from masked_diffusion.sampling import last_sample
+from masked_diffusion.sampling.image_sampler import last_sample
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
 HOLE = np.zeros((8, 8), dtype=bool)

@@ -5,7 +5,7 @@ import torch
 from fill import fill
 
 from masked_diffusion import create_model
-from masked_diffusion.finetune import load_pretrained
+from masked_diffusion.training.finetune import load_pretrained
 
 
 def make(**options):

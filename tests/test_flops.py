@@ -6,7 +6,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from masked_diffusion import create_model
-from masked_diffusion.flops import forward_flops
+from masked_diffusion.utils.flops import forward_flops
 
 
 def counted(model, num_kept=None):

@@ -10,11 +10,11 @@ from fill import fill, tensor
 from test_train_util import make_loop, tensors, trained
 
 from masked_diffusion import create_diffusion, create_model
-from masked_diffusion.autoencoder import IdentityFirstStage
 from masked_diffusion.guidance import Guidance
-from masked_diffusion.objective import TwoPassObjective
-from masked_diffusion.sampling import Sampler, choose_labels
-from masked_diffusion.solvers import create_solver
+from masked_diffusion.latents.autoencoder import IdentityFirstStage
+from masked_diffusion.sampling.image_sampler import ImageSampler, choose_labels
+from masked_diffusion.sampling.solvers import create_solver
+from masked_diffusion.training.objective import TwoPassObjective
 
 pytestmark = [
     pytest.mark.gpu,
@@ -95,7 +95,7 @@ def test_compiled_blocks_compute_the_same(exact, tmp_path):
 def test_an_image_does_not_depend_on_its_batch(precision):
     model = fill(create_model("MDTv2_Nano_2", input_size=8, in_channels=3, num_classes=10)).eval().cuda()
     solver, guidance = create_solver("ddpm", "6", {}), Guidance("power-cosine", 2.0)
-    sampler = Sampler(model, solver, IdentityFirstStage(), guidance=guidance, seed=4, precision=precision)
+    sampler = ImageSampler(model, solver, IdentityFirstStage(), guidance=guidance, seed=4, precision=precision)
     labels = choose_labels(range(6), "random", 10, seed=4)
     whole = sampler(range(6), labels).astype(int)
     parts = np.concatenate([sampler([5, 0], labels[[5, 0]]), sampler([3], labels[[3]])]).astype(int)

@@ -8,9 +8,9 @@ import pytest
 import torch
 from test_train_util import make_loop, stream, tensors, trained
 
-from masked_diffusion import checkpoint
-from masked_diffusion.checkpoint import complete_steps, latest_step
-from masked_diffusion.guardian import Guardian, TrainingFault
+from masked_diffusion.training.guardian import Guardian, TrainingFault
+from masked_diffusion.weights import checkpoint
+from masked_diffusion.weights.checkpoint import complete_steps, latest_step
 
 
 def planted(loop, faults):

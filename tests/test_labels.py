@@ -2,7 +2,7 @@
 
 import pytest
 
-from masked_diffusion.labels import class_names, find_label
+from masked_diffusion.sampling.class_names import class_names, find_label
 
 IMAGENET = class_names(None, 1000)
 

@@ -11,11 +11,12 @@ import torch
 from test_image_datasets import write_images
 from test_train_util import run_script
 
-from masked_diffusion import latent_cache, script_util
-from masked_diffusion.autoencoder import create_first_stage
+from masked_diffusion import script_util
 from masked_diffusion.image_datasets import ImageDataset, list_image_files, load_data
-from masked_diffusion.latent_cache import LatentCache, LatentDataset, encode_latents, fingerprint, load_latents
-from masked_diffusion.random_util import GlobalBatchRandom
+from masked_diffusion.latents import cache as latent_cache
+from masked_diffusion.latents.autoencoder import create_first_stage
+from masked_diffusion.latents.cache import LatentCache, LatentDataset, encode_latents, fingerprint, load_latents
+from masked_diffusion.utils.random_numbers import GlobalBatchRandom
 
 NUM_IMAGES, SIZE = 13, 32
 

@@ -12,7 +12,7 @@ import pytest
 from conftest import REPO
 from test_train_util import images, train_flags  # noqa: F401 (a fixture)
 
-from masked_diffusion.checkpoint import complete_steps
+from masked_diffusion.weights.checkpoint import complete_steps
 
 
 def environment(folder, data, **settings):

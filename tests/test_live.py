@@ -15,9 +15,9 @@ from test_resume_and_ranks import fork
 from test_train_util import assert_same, images, run_train, tensors, train_flags  # noqa: F401 (a fixture among them)
 
 from masked_diffusion import load_model
-from masked_diffusion.autoencoder import IdentityFirstStage
-from masked_diffusion.sampling import Sampler, choose_labels
-from masked_diffusion.solvers import create_solver
+from masked_diffusion.latents.autoencoder import IdentityFirstStage
+from masked_diffusion.sampling.image_sampler import ImageSampler, choose_labels
+from masked_diffusion.sampling.solvers import create_solver
 
 OPTIONS = {"max_steps": 4, "save_interval": 2, "optimizer": "adan", "log_interval": 2}
 
@@ -70,7 +70,7 @@ def test_evaluation_changes_nothing_and_resumes_bitwise(images, reference, tmp_p
 def distance_of_the_ema(folder, reference):
     """What the evaluation of step 4 should have found, from the checkpoint."""
     model = load_model(folder / "ema_0.9_000004.pt")
-    sampler = Sampler(model, create_solver("ddpm", "4", {"snr_gamma": 5.0}), IdentityFirstStage(), seed=0)
+    sampler = ImageSampler(model, create_solver("ddpm", "4", {"snr_gamma": 5.0}), IdentityFirstStage(), seed=0)
     drawn = sampler(range(11), choose_labels(range(11), "balanced", 3, 0))
     with np.load(reference) as arrays:
         return frechet_distance(*gaussian_statistics(pixels(drawn)), *gaussian_statistics(pixels(arrays["arr_0"])))

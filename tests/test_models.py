@@ -9,8 +9,8 @@ from conftest import DATA
 from fill import fill, tensor
 
 from masked_diffusion import create_diffusion, create_model
-from masked_diffusion.attention import gather_pairs, relative_position_index
-from masked_diffusion.embeddings import sincos_pos_embed_2d, timestep_embedding
+from masked_diffusion.layers.attention import gather_pairs, relative_position_index
+from masked_diffusion.layers.embeddings import sincos_pos_embed_2d, timestep_embedding
 from masked_diffusion.models import MODELS, MDTv2_S_2
 
 T, Y = torch.tensor([730, 10]), torch.tensor([3, 999])

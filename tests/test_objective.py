@@ -2,8 +2,8 @@ import torch
 from fill import fill, tensor
 
 from masked_diffusion import create_diffusion, create_model
-from masked_diffusion.objective import TwoPassObjective
-from masked_diffusion.random_util import GlobalBatchRandom
+from masked_diffusion.training.objective import TwoPassObjective
+from masked_diffusion.utils.random_numbers import GlobalBatchRandom
 
 X, T, Y = tensor("pixels", (4, 3, 8, 8)), torch.tensor([3, 300, 600, 999]), torch.tensor([0, 1, 2, 3])
 

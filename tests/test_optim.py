@@ -3,7 +3,7 @@ import pytest
 import torch
 from fill import tensor
 
-from masked_diffusion.optim import annealed_lr, create_optimizer, update_ema
+from masked_diffusion.training.optim import annealed_lr, create_optimizer, update_ema
 
 SHAPES = [(4, 5), (7,), (2, 3, 3)]
 

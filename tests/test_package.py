@@ -35,8 +35,8 @@ def test_import_is_quick_and_loads_nothing_heavy():
 
 def test_heavy_packages_wait_until_they_are_needed():
     loaded = python(
-        "import sys, masked_diffusion.script_util, masked_diffusion.train_util, masked_diffusion.sampling\n"
-        "import masked_diffusion.autoencoder, masked_diffusion.image_datasets, masked_diffusion.objective\n"
+        "import sys, masked_diffusion.script_util, masked_diffusion.train_util\n"
+        "import masked_diffusion.sampling.build, masked_diffusion.latents.cache, masked_diffusion.training.objective\n"
         "print([m for m in ('tensorflow', 'mpi4py', 'diffusers') if m in sys.modules])"
     )
     assert loaded == "[]"
@@ -69,76 +69,83 @@ def test_the_wheel_holds_the_package_and_nothing_else(tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"masked_diffusion"}
-    modules = {path.name for path in (REPO / "masked_diffusion").glob("*.py")}
-    assert {name.split("/")[1] for name in names if name.startswith("masked_diffusion/")} == modules
+    files = {str(path.relative_to(REPO)) for path in (REPO / "masked_diffusion").rglob("*.py")}
+    assert {name for name in names if name.startswith("masked_diffusion/")} == files
     assert any(name.endswith("LICENSE") for name in names)
 
 
 # ---------------------------------------------------------------- the direction of imports
 
-TIERS = [
-    {
-        "attention",
-        "diffusion_utils",
-        "dist_util",
-        "embeddings",
-        "flops",
-        "guardian",
-        "guidance",
-        "labels",
-        "model_card",
-        "models",
-        "precision",
-        "random_util",
-    },
-    {"gaussian_diffusion", "resample", "autoencoder", "image_datasets", "optim", "logger"},
-    {
-        "respace",
-        "checkpoint",
-        "sampling",
-        "objective",
-        "parallel",
-        "preflight",
-        "finetune",
-        "latent_cache",
-        "pictures",
-        "posthoc_ema",
-        "pretrained",
-        "solvers",
-    },
-    {"train_util", "script_util"},
-    {"editing", "pipeline", "sample_util"},
-    {"web_requests"},
+# From the ground up. What is called `utils` here is every module of that room.
+FLOORS = [
+    {"config", "diffusion_utils", "dist_util", "guidance", "layers", "logger", "utils"},
+    {"gaussian_diffusion", "image_datasets", "models", "resample"},
+    {"respace", "weights"},
+    {"latents", "training"},
+    {"script_util", "train_util"},
+    {"sampling"},
+    {"pipeline"},
 ]
 
 
-def package_imports(path):
-    """Names of the package's modules that a file imports, anywhere in it."""
-    found = set()
+def modules():
+    """Every module of the package, `models` or `training.optim`, with its file."""
+    package = REPO / "masked_diffusion"
+    files = {path.relative_to(package).with_suffix(""): path for path in package.rglob("*.py")}
+    return {".".join(name.parts): path for name, path in files.items() if name.name != "__init__"}
+
+
+def package_imports(path, name=""):
+    """Modules of the package that a file imports, anywhere in it.
+
+    :param name: of the module that the file is, where it is one: relative imports are read from there.
+    """
+    found, known = set(), modules()
+    rooms = name.split(".")[:-1]
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").startswith("masked_diffusion")):
-            module = (node.module or "").removeprefix("masked_diffusion").strip(".")
-            found |= {module.split(".")[0]} if module else {alias.name for alias in node.names}
+        if isinstance(node, ast.Import):
+            parts = [alias.name for alias in node.names if alias.name.split(".")[0] == "masked_diffusion"]
+        elif isinstance(node, ast.ImportFrom):
+            base = ["masked_diffusion", *rooms][: len(rooms) + 2 - node.level] if node.level else []
+            base = ".".join([*base, *([node.module] if node.module else [])])
+            parts = [f"{base}.{alias.name}" for alias in node.names if base.split(".")[0] == "masked_diffusion"]
+        else:
+            continue
+        for part in (part.removeprefix("masked_diffusion").strip(".") for part in parts):
+            found.add(next((start for start in (part, part.rpartition(".")[0]) if start in known), part.split(".")[0]))
     return found
 
 
-def test_imports_run_one_way():
-    tier = {name: i for i, names in enumerate(TIERS) for name in names}
-    modules = {path.stem: package_imports(path) for path in (REPO / "masked_diffusion").glob("*.py")}
-    modules.pop("__init__")
-    assert modules.keys() <= tier.keys()
-    wrong = [f"{name} -> {used}" for name, uses in modules.items() for used in uses if tier[used] > tier[name]]
+def test_imports_are_seen_in_every_form(tmp_path):
+    source = tmp_path / "source.py"
+    source.write_text(
+        "import masked_diffusion.models as m\nfrom masked_diffusion import logger\nfrom masked_diffusion.layers import "
+        "attention\nfrom ..guidance import guide\nfrom . import optim\nfrom .ema import update\nimport torch\n"
+    )
+    expected = {"models", "logger", "layers.attention", "guidance", "training.optim", "training.ema"}
+    assert package_imports(source, "training.source") == expected
+
+
+def test_imports_run_down_only():
+    floor = {name: i for i, names in enumerate(FLOORS) for name in names}
+    uses = {name: package_imports(path, name) for name, path in modules().items()}
+    assert {name.split(".")[0] for name in uses} <= floor.keys()
+    wrong = [
+        f"{name} -> {used}"
+        for name, imported in uses.items()
+        for used in imported
+        if floor[used.split(".")[0]] > floor[name.split(".")[0]]
+    ]
     assert wrong == []
-    assert "models" not in modules["train_util"]
+    assert "models" not in uses["train_util"]
 
 
 def test_no_circles():
-    modules = {path.stem: package_imports(path) for path in (REPO / "masked_diffusion").glob("*.py")}
-    modules.pop("__init__")
-    while modules:
-        leaves = {name for name, uses in modules.items() if not uses & modules.keys()}
-        assert leaves, f"a circle among {sorted(modules)}"
-        modules = {name: uses for name, uses in modules.items() if name not in leaves}
+    uses = {name: package_imports(path, name) for name, path in modules().items()}
+    while uses:
+        leaves = {name for name, imported in uses.items() if not imported & uses.keys()}
+        assert leaves, f"a circle among {sorted(uses)}"
+        uses = {name: imported for name, imported in uses.items() if name not in leaves}
 
 
 def test_evaluations_stand_alone():
@@ -147,7 +154,9 @@ def test_evaluations_stand_alone():
 
 
 def test_modules_stay_readable():
-    lengths = {path.name: len(path.read_text().splitlines()) for path in REPO.glob("*/*.py")}
+    lengths = {
+        path.name: len(path.read_text().splitlines()) for path in REPO.rglob("*.py") if ".venv" not in path.parts
+    }
     assert {name: length for name, length in lengths.items() if length > 500} == {}
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from masked_diffusion.pictures import check_picture_name, save_animation, save_grid
+from masked_diffusion.utils.pictures import check_picture_name, save_animation, save_grid
 
 IMAGES = np.arange(5, dtype=np.uint8)[:, None, None, None] * np.full((1, 2, 2, 3), 40, dtype=np.uint8)
 

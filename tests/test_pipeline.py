@@ -12,9 +12,9 @@ import torch
 from test_sampling import read, sample_flags, small_model
 
 from masked_diffusion import load_model, script_util
-from masked_diffusion.checkpoint import save_checkpoint
 from masked_diffusion.pipeline import MDTPipeline, build_pipeline, make_scheduler
-from masked_diffusion.random_util import fold_seed
+from masked_diffusion.utils.random_numbers import fold_seed
+from masked_diffusion.weights.checkpoint import save_checkpoint
 
 
 def run_export(monkeypatch, **flags):

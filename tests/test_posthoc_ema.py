@@ -8,8 +8,8 @@ import reconstruct_ema
 import torch
 
 from masked_diffusion import create_model, load_model, logger, script_util
-from masked_diffusion.checkpoint import newest_ema, parse_step, save_checkpoint
-from masked_diffusion.posthoc_ema import (
+from masked_diffusion.train_util import find_resume_step
+from masked_diffusion.training.ema import (
     PowerEMA,
     mix_snapshots,
     plan_reconstruction,
@@ -20,7 +20,7 @@ from masked_diffusion.posthoc_ema import (
     sigma_rel_to_gamma,
     solve_posthoc_weights,
 )
-from masked_diffusion.train_util import find_resume_step
+from masked_diffusion.weights.checkpoint import newest_ema, parse_step, save_checkpoint
 
 TRACKED = (0.05, 0.10)
 STEPS, EVERY = 400, 20

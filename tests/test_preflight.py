@@ -3,7 +3,8 @@ import pytest
 from PIL import Image
 from test_image_datasets import write_images
 
-from masked_diffusion import create_model, preflight
+from masked_diffusion import create_model
+from masked_diffusion.training import preflight
 
 
 def test_bad_images_are_listed_with_their_reason(tmp_path):

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from masked_diffusion import create_model, load_model
 from masked_diffusion.models import DiT, MDTv2
-from masked_diffusion.pretrained import find_architecture
+from masked_diffusion.weights.pretrained import find_architecture
 
 LAYOUTS = json.loads((DATA / "state_dicts.json").read_text())
 

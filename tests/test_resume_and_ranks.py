@@ -14,7 +14,7 @@ from conftest import REPO
 from PIL import Image
 from test_train_util import assert_same, images, tensors, train_flags  # noqa: F401 (a fixture among them)
 
-from masked_diffusion.checkpoint import complete_steps
+from masked_diffusion.weights.checkpoint import complete_steps
 
 
 def fork(script, flags, ranks=1, kills=0, kill_seed=0, first=0.2, last=2.0, check=True):

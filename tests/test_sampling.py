@@ -19,11 +19,12 @@ from PIL import Image
 from test_train_util import run_script
 
 from masked_diffusion import create_model, script_util
-from masked_diffusion.autoencoder import IdentityFirstStage
-from masked_diffusion.checkpoint import file_hash
 from masked_diffusion.guidance import Guidance
-from masked_diffusion.sampling import Sampler, ShardStore, choose_labels, to_uint8
-from masked_diffusion.solvers import SOLVERS, create_solver
+from masked_diffusion.latents.autoencoder import IdentityFirstStage
+from masked_diffusion.sampling.image_sampler import ImageSampler, choose_labels, to_uint8
+from masked_diffusion.sampling.shards import ShardStore
+from masked_diffusion.sampling.solvers import SOLVERS, create_solver
+from masked_diffusion.utils.files import file_hash
 
 
 def small_model(**options):
@@ -32,7 +33,7 @@ def small_model(**options):
 
 def make_sampler(model=None, solver="ddpm", **options):
     options = {"guidance": Guidance("power-cosine", 2.0), "seed": 4} | options
-    return Sampler(model or small_model(), create_solver(solver, "6", {}), IdentityFirstStage(), **options)
+    return ImageSampler(model or small_model(), create_solver(solver, "6", {}), IdentityFirstStage(), **options)
 
 
 # ---------------------------------------------------------------- images by index
@@ -205,14 +206,14 @@ def test_a_stopped_run_draws_only_what_is_missing(checkpoint, tmp_path, monkeypa
     images, _ = read(tmp_path / "whole" / "samples_11x8x8x3.npz")
     calls = []
 
-    def stop_at_the_third(self, indices, labels, draw=Sampler.__call__):
+    def stop_at_the_third(self, indices, labels, draw=ImageSampler.__call__):
         calls.append(indices)
         if len(calls) == 3:
             raise KeyboardInterrupt
         return draw(self, indices, labels)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Sampler, "__call__", stop_at_the_third)
+        patch.setattr(ImageSampler, "__call__", stop_at_the_third)
         run_sample(patch, sample_flags(checkpoint, tmp_path / "parts"))
     run_sample(monkeypatch, sample_flags(checkpoint, tmp_path / "parts", batch_size=2))
     assert "8 of 11 images are there already" in capsys.readouterr().out

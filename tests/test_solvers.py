@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from masked_diffusion import create_diffusion
-from masked_diffusion.sampling import last_sample
-from masked_diffusion.solvers import SCHEDULERS, SOLVERS, create_solver
+from masked_diffusion.sampling.image_sampler import last_sample
+from masked_diffusion.sampling.solvers import SCHEDULERS, SOLVERS, create_solver
 
 MEAN, STD = 0.7, 0.5
 FULL = create_diffusion()

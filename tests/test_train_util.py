@@ -19,12 +19,12 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from masked_diffusion import create_diffusion, create_model, logger, script_util
-from masked_diffusion.autoencoder import IdentityFirstStage
-from masked_diffusion.finetune import load_pretrained
-from masked_diffusion.guardian import Guardian
-from masked_diffusion.objective import TwoPassObjective
+from masked_diffusion.latents.autoencoder import IdentityFirstStage
 from masked_diffusion.resample import create_named_schedule_sampler
 from masked_diffusion.train_util import TrainLoop, find_resume_step
+from masked_diffusion.training.finetune import load_pretrained
+from masked_diffusion.training.guardian import Guardian
+from masked_diffusion.training.objective import TwoPassObjective
 
 
 @pytest.fixture(scope="module")

@@ -5,13 +5,15 @@ import argparse
 import numpy as np
 import pytest
 import torch
+import web_requests
 from fill import fill
 from test_editing import HOLE, IMAGE
+from web_requests import Limits, Request, check_painting, check_request, clicked, view_of
 
-from masked_diffusion import create_model, sample_util, web_requests
-from masked_diffusion.editing import inpaint
-from masked_diffusion.solvers import SOLVERS
-from masked_diffusion.web_requests import Limits, Request, check_painting, check_request, clicked, view_of
+from masked_diffusion import create_model
+from masked_diffusion.sampling import build as sample_util
+from masked_diffusion.sampling.editing import inpaint
+from masked_diffusion.sampling.solvers import SOLVERS
 
 GOOD = {"label": 2, "count": 3, "seed": 7, "solver": "ddim", "steps": 6, "cfg_scale": 2.0, "scale_pow": 1.0}
 RNG = np.random.default_rng(0)

@@ -20,11 +20,13 @@ from urllib.request import Request, urlopen
 
 import numpy as np
 import pytest
+import web_requests
 from conftest import REPO
 from PIL import Image
 from test_web_requests import HOLE, IMAGE, flags, painting
 
-from masked_diffusion import sample_util, script_util, web_requests
+from masked_diffusion import script_util
+from masked_diffusion.sampling import build as sample_util
 
 pytestmark = pytest.mark.skipif(not find_spec("gradio"), reason="the page needs gradio: pip install -e '.[web]'")
 
@@ -42,7 +44,15 @@ INITIAL = ("--seed", 7, "--num_sampling_steps", 30, "--cfg_scale", 2, "--scale_p
 
 def start(checkpoint, port, output, temporary):
     """The page in a process of its own; hostile variables in the environment change nothing."""
-    command = [sys.executable, REPO / "scripts" / "demo.py", "--model_path", checkpoint, "--port", port, *INITIAL]
+    command = [
+        sys.executable,
+        REPO / "scripts" / "web" / "page.py",
+        "--model_path",
+        checkpoint,
+        "--port",
+        port,
+        *INITIAL,
+    ]
     hostile = {"GRADIO_SHARE": "True", "GRADIO_ALLOWED_PATHS": "/", "GRADIO_SERVER_NAME": "0.0.0.0"}
     return subprocess.Popen(
         [str(word) for word in command], stdout=output, stderr=subprocess.STDOUT,
@@ -316,13 +326,13 @@ def test_a_clicked_image_goes_to_the_editor(server, drawn):
     ids=str,
 )
 def test_wrong_flags_end_in_one_sentence(named_checkpoint, others, message, monkeypatch, capsys):
-    import demo
+    import page
 
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
-    monkeypatch.setattr(demo.os, "environ", dict(os.environ))
-    monkeypatch.setattr(sys, "argv", ["demo.py", "--model_path", str(named_checkpoint), *map(str, others)])
+    monkeypatch.setattr(page.os, "environ", dict(os.environ))
+    monkeypatch.setattr(sys, "argv", ["page.py", "--model_path", str(named_checkpoint), *map(str, others)])
     with pytest.raises(SystemExit) as stop:
-        script_util.run(demo.main)
+        script_util.run(page.main)
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert stop.value.code == 2 and error.startswith("error: ") and message in error
 

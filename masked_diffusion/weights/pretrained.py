@@ -5,9 +5,9 @@ import math
 import re
 from pathlib import Path
 
-from . import dist_util, logger
+from .. import dist_util, logger
+from ..models import SIZES, DiT, create_model
 from .checkpoint import newest_ema, read_config
-from .models import SIZES, DiT, create_model
 
 ARCHITECTURE_KEYS = {
     "pos_embed",

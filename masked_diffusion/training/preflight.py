@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import blobfile as bf
 from PIL import Image
 
-from . import logger
+from .. import logger
 
 SHOWN_CLASSES, SHOWN_BAD_IMAGES, BAR = 10, 20, 40
 

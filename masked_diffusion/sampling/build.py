@@ -5,16 +5,17 @@ from typing import NamedTuple
 
 import torch
 
-from . import dist_util
-from .autoencoder import create_first_stage
-from .checkpoint import file_hash, read_config
-from .guidance import RULES, Guidance
-from .labels import class_names
-from .models import create_model
-from .precision import PRECISIONS, check_precision
-from .pretrained import find_weights, load_model
-from .sampling import Sampler
-from .script_util import optional_float, precision_of, str2bool
+from .. import dist_util
+from ..guidance import RULES, Guidance
+from ..latents.autoencoder import create_first_stage
+from ..models import create_model
+from ..script_util import optional_float, precision_of, str2bool
+from ..utils.files import file_hash
+from ..utils.precision import PRECISIONS, check_precision
+from ..weights.checkpoint import read_config
+from ..weights.pretrained import find_weights, load_model
+from .class_names import class_names
+from .image_sampler import ImageSampler
 from .solvers import SOLVERS, create_solver
 
 
@@ -124,7 +125,7 @@ class Weights(NamedTuple):
 
 
 class Loaded(NamedTuple):
-    sampler: Sampler
+    sampler: ImageSampler
     names: list  # of the classes; [] where nobody knows them
     files: dict  # as in `Weights`
     settings: dict  # what images are a function of, but for the files and their classes, as JSON values
@@ -133,7 +134,7 @@ class Loaded(NamedTuple):
 def load_sampler(args, batch_size=None):
     """Build what the flags of this module describe.
 
-    :param batch_size: see `Sampler`; of effect in a compiled model.
+    :param batch_size: see `ImageSampler`; of effect in a compiled model.
     :raises ValueError: for weights that cannot be had, and for flags that contradict them or each other.
     """
     solver_name(args)  # flags that contradict each other are refused before the weights are loaded
@@ -183,7 +184,7 @@ def make_sampler(args, weights, batch_size=None):
     """
     solver = create_solver(solver_name(args), args.num_sampling_steps, weights.diffusion)
     guidance = guidance_of(args, weights.model, solver.original_num_steps)
-    sampler = Sampler(
+    sampler = ImageSampler(
         weights.model,
         solver,
         weights.first_stage,

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from .checkpoint import atomic_write
+from .files import atomic_write
 
 FRAME_MILLISECONDS = 60
 LAST_FRAME_MILLISECONDS = 1500

@@ -8,15 +8,16 @@ import torch
 from PIL import Image
 
 from masked_diffusion import load_model, script_util
-from masked_diffusion.autoencoder import IdentityFirstStage
-from masked_diffusion.checkpoint import read_config, write_json
-from masked_diffusion.editing import inpaint
 from masked_diffusion.guidance import Guidance
-from masked_diffusion.pictures import save_grid
-from masked_diffusion.sampling import Sampler
-from masked_diffusion.solvers import create_solver
+from masked_diffusion.latents.autoencoder import IdentityFirstStage
+from masked_diffusion.sampling.editing import inpaint
+from masked_diffusion.sampling.image_sampler import ImageSampler
+from masked_diffusion.sampling.solvers import create_solver
+from masked_diffusion.utils.files import write_json
+from masked_diffusion.utils.pictures import save_grid
+from masked_diffusion.weights.checkpoint import read_config
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "evaluations"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "evaluations"))
 
 import grade_digits
 
@@ -55,7 +56,7 @@ def main():
     images, labels = read_digits(data / "test", args.num_digits)
     solver = create_solver("ddpm", args.num_sampling_steps, read_config(train)["diffusion"])
     guidance = Guidance("power-cosine", 1.5, scale_pow=1.0)
-    sampler = Sampler(load_model(train), solver, IdentityFirstStage(), guidance=guidance)
+    sampler = ImageSampler(load_model(train), solver, IdentityFirstStage(), guidance=guidance)
     rows, sheets = {"untouched": accuracy(data, images, labels)}, [images[:SHOWN]]
     for name, place in HOLES.items():
         hole = np.zeros((SIZE, SIZE), dtype=bool)

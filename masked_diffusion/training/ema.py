@@ -13,8 +13,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from . import dist_util
-from .checkpoint import atomic_write
+from .. import dist_util
+from ..utils.files import atomic_write
 from .optim import update_ema
 from .parallel import like, whole
 

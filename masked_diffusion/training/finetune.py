@@ -5,9 +5,9 @@ import math
 import torch
 import torch.nn.functional as F
 
-from . import logger
-from .checkpoint import read_config
-from .pretrained import read_weights
+from .. import logger
+from ..weights.checkpoint import read_config
+from ..weights.pretrained import read_weights
 
 POSITION_TABLES = ("pos_embed", "decoder_pos_embed")
 BIAS_TABLE = "relative_position_bias_table"

@@ -8,13 +8,14 @@ import numpy as np
 import torch
 
 from masked_diffusion import load_model, script_util
-from masked_diffusion.autoencoder import IdentityFirstStage
-from masked_diffusion.checkpoint import atomic_write, read_config, write_json
 from masked_diffusion.guidance import Guidance
-from masked_diffusion.sampling import Sampler, choose_labels
-from masked_diffusion.solvers import create_solver
+from masked_diffusion.latents.autoencoder import IdentityFirstStage
+from masked_diffusion.sampling.image_sampler import ImageSampler, choose_labels
+from masked_diffusion.sampling.solvers import create_solver
+from masked_diffusion.utils.files import atomic_write, write_json
+from masked_diffusion.weights.checkpoint import read_config
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "evaluations"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "evaluations"))
 
 import grade_digits
 
@@ -53,7 +54,7 @@ def measure(model, diffusion_config, args):
         for name, guidance in GUIDANCE.items():
             made = create_solver(solver, steps, diffusion_config)
             images, seconds = draw(
-                Sampler(model, made, IdentityFirstStage(), guidance=guidance), labels, args.batch_size
+                ImageSampler(model, made, IdentityFirstStage(), guidance=guidance), labels, args.batch_size
             )
             grades = grade_digits.grade(Path(args.demo, "data"), images, labels.numpy())
             row = {"solver": solver, "steps": int(steps), "guidance": name, "seconds": seconds} | grades

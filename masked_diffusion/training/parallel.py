@@ -10,7 +10,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from . import dist_util
+from .. import dist_util
 from .optim import create_optimizer
 
 SHARDS = ("none", "zero1", "fsdp")

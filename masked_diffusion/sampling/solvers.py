@@ -8,7 +8,7 @@ from importlib import import_module
 
 import torch
 
-from .respace import create_diffusion
+from ..respace import create_diffusion
 
 # name: scheduler of diffusers, its options
 SCHEDULERS = {

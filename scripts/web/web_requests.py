@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from . import editing
-from .image_datasets import center_crop_arr
-from .pictures import make_grid
-from .sample_util import make_sampler
-from .solvers import SOLVERS
+from masked_diffusion.image_datasets import center_crop_arr
+from masked_diffusion.sampling import editing
+from masked_diffusion.sampling.build import make_sampler
+from masked_diffusion.sampling.solvers import SOLVERS
+from masked_diffusion.utils.pictures import make_grid
 
 PREVIEWS = 12  # at most, of images as they form
 VIEW = 512  # pixels of a sheet or an image on the screen; smaller ones are enlarged to about this

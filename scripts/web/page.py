@@ -15,16 +15,18 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import gradio as gr
+import web_requests
 from gradio.utils import get_upload_folder
 from PIL import Image
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.responses import PlainTextResponse
 
-from masked_diffusion import logger, sample_util, script_util, web_requests
-from masked_diffusion.pictures import make_grid, save_grid
-from masked_diffusion.pretrained import describe
-from masked_diffusion.solvers import SOLVERS
+from masked_diffusion import logger, script_util
+from masked_diffusion.sampling import build as sample_util
+from masked_diffusion.sampling.solvers import SOLVERS
+from masked_diffusion.utils.pictures import make_grid, save_grid
+from masked_diffusion.weights.pretrained import describe
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 MAX_UPLOAD = 64 * 2**20  # bytes of one request

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .image_datasets import center_crop_arr, read_image
-from .sampling import last_sample
+from ..image_datasets import center_crop_arr, read_image
+from .image_sampler import last_sample
 from .solvers import DiffusionSolver
 
 

@@ -3,7 +3,7 @@
 import torch
 import torch.nn as nn
 
-from .precision import autocast
+from ..utils.precision import autocast
 
 
 class TwoPassObjective(nn.Module):

@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-REPO = Path(__file__).resolve().parent.parent
+REPO = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPO / "evaluations"))
 
 import grade_digits  # noqa: E402 (evaluations/ is no package: it stands alone)

@@ -18,11 +18,11 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from . import dist_util, logger
+from .. import dist_util, logger
+from ..image_datasets import ImageDataset, image_classes, list_image_files, stream
+from ..utils.files import atomic_write, file_hash, write_json
+from ..utils.random_numbers import fold_seed
 from .autoencoder import IdentityFirstStage
-from .checkpoint import atomic_write, file_hash, write_json
-from .image_datasets import ImageDataset, image_classes, list_image_files, stream
-from .random_util import fold_seed
 
 VERSION = 1
 HEADER_NAME = "latents.json"

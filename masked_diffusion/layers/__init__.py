@@ -1,0 +1,1 @@
+"""Layers of the transformers: attention with its relative position bias, and embeddings."""

@@ -1,0 +1,1 @@
+"""What a training run is made of: objective, optimizers, EMA, parallelism, and what watches it."""

@@ -1,0 +1,1 @@
+"""What every room uses: files, pictures, random numbers, number formats."""

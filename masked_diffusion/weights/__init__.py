@@ -1,0 +1,1 @@
+"""Checkpoints: writing, finding and loading them."""
