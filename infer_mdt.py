@@ -9,6 +9,7 @@ from masked_diffusion.image_datasets import center_crop_arr, read_image
 from masked_diffusion.sampling import build as sample_util
 from masked_diffusion.sampling import editing
 from masked_diffusion.sampling.class_names import find_label
+from masked_diffusion.utils.errors import UserError
 from masked_diffusion.utils.pictures import check_picture_name, save_animation, save_grid
 
 CLASSES = ("19", "23", "106", "108", "278", "282")
@@ -42,9 +43,9 @@ def check_args(args):
     """Refuse flags that contradict each other, before weights are loaded."""
     script_util.check_positive(args, "columns", "jump_length", "resamplings")
     if bool(args.inpaint) != bool(args.mask):
-        raise ValueError("--inpaint and --mask go together: give the image and the picture of what to fill")
+        raise UserError("--inpaint and --mask go together: give the image and the picture of what to fill")
     if args.inpaint and args.variations:
-        raise ValueError("--inpaint and --variations exclude each other: choose one")
+        raise UserError("--inpaint and --variations exclude each other: choose one")
     for path in filter(None, (args.out, args.trajectory, args.animate)):
         check_picture_name(path)
 

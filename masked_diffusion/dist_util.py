@@ -8,6 +8,8 @@ import blobfile as bf
 import torch
 import torch.distributed as dist
 
+from .utils.errors import UserError
+
 SHARED_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK")  # Open MPI, MPICH and Intel MPI, PMIx launchers
 
@@ -15,7 +17,7 @@ MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK")  # Open MPI, MPICH
 def setup_dist():
     """Join the process group of torchrun, torch.distributed.launch or mpiexec; alone, do nothing.
 
-    :raises ValueError: when a launcher starts more processes on a node than it has GPUs.
+    :raises UserError: when a launcher starts more processes on a node than it has GPUs.
     """
     if dist.is_initialized():
         return
@@ -28,7 +30,7 @@ def setup_dist():
         return
     local_rank, num_gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
     if local_rank >= num_gpus:
-        raise ValueError(
+        raise UserError(
             f"local rank {local_rank} has no GPU of its own: this node shows {num_gpus}; "
             f"start at most {num_gpus} processes per node (torchrun --nproc_per_node)"
         )
@@ -43,7 +45,7 @@ def _join(backend, **options):
         if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0" or SHARED_STORE in os.environ:
             raise
         # torchrun reuses its store after a restart, in which gloo then finds the addresses of the dead processes.
-        raise ValueError(
+        raise UserError(
             f"the processes do not meet after a restart: export {SHARED_STORE}=1 before torchrun"
         ) from error
 
@@ -158,7 +160,7 @@ _host_group = None
 def load_state_dict(path, map_location="cpu"):
     """Read tensors that `torch.save` wrote, from a local or remote path. Code in the file is never run.
 
-    :raises ValueError: for a file that is cut short, not a checkpoint, or holds other things than tensors.
+    :raises UserError: for a file that is cut short, not a checkpoint, or holds other things than tensors.
     """
     try:
         with bf.BlobFile(path, "rb") as file:
@@ -167,7 +169,7 @@ def load_state_dict(path, map_location="cpu"):
         raise
     except Exception as error:  # torch raises anything from EOFError to UnpicklingError
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(
+        raise UserError(
             f"{path} cannot be read as a checkpoint ({reason}): it is cut short, of another kind, or holds objects "
             "that are not tensors, which are never loaded"
         ) from error

@@ -14,6 +14,7 @@ import torch
 from tqdm.auto import tqdm
 
 from .diffusion_utils import discretized_gaussian_log_likelihood, mean_flat, normal_kl
+from .utils.errors import UserError
 
 
 class ModelMeanType(enum.Enum):
@@ -53,14 +54,14 @@ def get_named_beta_schedule(schedule_name, num_diffusion_timesteps):
 
     :param schedule_name: `linear` (1e-4 to 0.02, scaled by 1000 / steps) or `squaredcos_cap_v2`.
     :return: (num_diffusion_timesteps,) float64.
-    :raises ValueError: for any other name.
+    :raises UserError: for any other name.
     """
     if schedule_name == "linear":
         scale = 1000 / num_diffusion_timesteps
         return np.linspace(scale * 0.0001, scale * 0.02, num_diffusion_timesteps, dtype=np.float64)
     if schedule_name == "squaredcos_cap_v2":
         return betas_for_alpha_bar(num_diffusion_timesteps, lambda t: math.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2)
-    raise ValueError(f"noise_schedule is {schedule_name!r}: choose linear or squaredcos_cap_v2")
+    raise UserError(f"noise_schedule is {schedule_name!r}: choose linear or squaredcos_cap_v2")
 
 
 class GaussianDiffusion:
@@ -72,7 +73,7 @@ class GaussianDiffusion:
 
     :param betas: noise variances, in (0, 1].
     :param snr_gamma: Min-SNR's gamma, which weights the MSE term; None is no weight.
-    :raises ValueError: for betas outside (0, 1].
+    :raises UserError: for betas outside (0, 1].
     """
 
     def __init__(
@@ -86,7 +87,7 @@ class GaussianDiffusion:
     ):
         betas = np.asarray(betas, dtype=np.float64)
         if betas.ndim != 1 or not len(betas) or not ((betas > 0) & (betas <= 1)).all():
-            raise ValueError(f"betas must be one row of numbers in (0, 1], got shape {betas.shape}: {betas}")
+            raise UserError(f"betas must be one row of numbers in (0, 1], got shape {betas.shape}: {betas}")
         self.model_mean_type, self.model_var_type, self.loss_type = model_mean_type, model_var_type, loss_type
         self.snr_gamma = snr_gamma
         self.betas = betas
@@ -207,7 +208,7 @@ class GaussianDiffusion:
         factor = 2 if self.model_var_type == ModelVarType.LEARNED_RANGE else 1
         expected = (x.shape[0], factor * x.shape[1], *x.shape[2:])
         if model_output.shape != expected:
-            raise ValueError(
+            raise UserError(
                 f"the model returned {tuple(model_output.shape)} for an input of {tuple(x.shape)}, but this diffusion "
                 f"({self.model_var_type.name}) needs {expected}: give model and diffusion the same learn_sigma"
             )
@@ -331,7 +332,7 @@ class GaussianDiffusion:
     ):
         """One step of the deterministic ODE the other way, from x_t to x_{t+1} (eta must be 0)."""
         if eta != 0.0:
-            raise ValueError(f"eta is {eta}: the reverse ODE is deterministic, so eta must be 0")
+            raise UserError(f"eta is {eta}: the reverse ODE is deterministic, so eta must be 0")
         out = self.p_mean_variance(model, x, t, clip_denoised, denoised_fn, model_kwargs)
         if cond_fn is not None:
             out = self.condition_score(cond_fn, out, x, t, model_kwargs)

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
+from .utils.errors import UserError
+
 RULES = ("none", "constant", "power-cosine", "interval")
 
 # ---------------------------------------------------------------- weights
@@ -76,7 +78,7 @@ class Guidance:
     :param skip_below: where the weight is within this of 1, the guiding half is not computed; the default skips where
         the weight is 1 exactly, a negative number never skips.
     :param diffusion_steps: timesteps of the trained schedule.
-    :raises ValueError: for an unknown rule, and for an interval that is empty.
+    :raises UserError: for an unknown rule, and for an interval that is empty.
     """
 
     rule: str = "none"
@@ -89,9 +91,9 @@ class Guidance:
 
     def __post_init__(self):
         if self.rule not in RULES:
-            raise ValueError(f"guidance is {self.rule!r}: choose one of {', '.join(RULES)}")
+            raise UserError(f"guidance is {self.rule!r}: choose one of {', '.join(RULES)}")
         if self.interval[0] > self.interval[1]:
-            raise ValueError(f"the guidance interval {self.interval} is empty: its first timestep is the smaller one")
+            raise UserError(f"the guidance interval {self.interval} is empty: its first timestep is the smaller one")
 
     def weight(self, t):
         """(N,) timesteps -> (N,) weights."""
@@ -119,12 +121,12 @@ class GuidedDenoiser:
     :param null_label: of the class-free half (classifier-free guidance).
     :param guide_model: a weaker model of the same kind that guides instead of the null class: autoguidance (Karras et
         al. 2024, "Guiding a diffusion model with a bad version of itself", eq. 3).
-    :raises ValueError: when there is nothing to be guided by.
+    :raises UserError: when there is nothing to be guided by.
     """
 
     def __init__(self, model, guidance, null_label=None, guide_model=None):
         if guidance.rule != "none" and null_label is None and guide_model is None:
-            raise ValueError("guidance needs a null class, which this model was trained without: use --cfg_cond False")
+            raise UserError("guidance needs a null class, which this model was trained without: use --cfg_cond False")
         self.model, self.guidance, self.null_label, self.guide_model = model, guidance, null_label, guide_model
 
     def __call__(self, x, t, y):

@@ -16,6 +16,7 @@ from PIL import Image, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from . import dist_util
+from .utils.errors import UserError
 from .utils.random_numbers import fold_seed
 
 EXTENSIONS = ("jpg", "jpeg", "png", "gif")
@@ -51,7 +52,7 @@ def load_data(
     :param start_step: how many global batches of the stream to skip, as a resumed run does.
     :param paths: the images of `data_dir`, where they have been listed already.
     :param on_bad_image: `error`, or `skip` to take the next image in the place of one that cannot be read.
-    :raises ValueError: for a folder without images, with fewer than a global batch, with names that carry no class,
+    :raises UserError: for a folder without images, with fewer than a global batch, with names that carry no class,
         and, on the way, for an image that cannot be read.
     """
     paths = list_image_files(data_dir) if paths is None else paths
@@ -71,11 +72,11 @@ def stream(dataset, source, batch_size, num_workers, seed, start_step, shuffle=T
     """An endless iterator over this rank's batches of a dataset; see `load_data`.
 
     :param source: what an error calls the dataset.
-    :raises ValueError: for fewer items than a global batch.
+    :raises UserError: for fewer items than a global batch.
     """
     global_batch = batch_size * dist_util.get_world_size()
     if len(dataset) < global_batch:
-        raise ValueError(
+        raise UserError(
             f"{source} holds {len(dataset)} images, fewer than one global batch of {global_batch} "
             f"({batch_size} per rank): lower --batch_size"
         )
@@ -102,15 +103,15 @@ def _die_with_parent(worker_id):
 def list_image_files(data_dir):
     """Paths of all images below a folder, in ADM's order: each folder's entries sorted, subfolders in their place.
 
-    :raises ValueError: when there is no such folder or no image in it.
+    :raises UserError: when there is no such folder or no image in it.
     """
     if not data_dir:
-        raise ValueError("data_dir is empty: name a folder of images (--data_dir PATH)")
+        raise UserError("data_dir is empty: name a folder of images (--data_dir PATH)")
     if not bf.isdir(data_dir):
-        raise ValueError(f"{data_dir} is not a folder: name one that holds images")
+        raise UserError(f"{data_dir} is not a folder: name one that holds images")
     paths = _list_image_files_recursively(data_dir)
     if not paths:
-        raise ValueError(f"{data_dir} holds no image ({', '.join(EXTENSIONS)}), in no subfolder either")
+        raise UserError(f"{data_dir} holds no image ({', '.join(EXTENSIONS)}), in no subfolder either")
     return paths
 
 
@@ -129,13 +130,13 @@ def image_classes(paths):
     """Labels from file names: the class is the name up to its first underscore, the label the rank of the class.
 
     :return: (len(paths),) int64 labels, and the sorted class names.
-    :raises ValueError: for a name without an underscore.
+    :raises UserError: for a name without an underscore.
     """
     names = []
     for path in paths:
         name, underscore, _ = bf.basename(path).partition("_")
         if not underscore:
-            raise ValueError(
+            raise UserError(
                 f"{path} carries no class: name it CLASS_ANYTHING, or train without labels (--class_cond False)"
             )
         names.append(name)
@@ -222,19 +223,19 @@ class ImageDataset(Dataset):
                     raise
                 print(f"skipped: {error}", file=sys.stderr, flush=True)
                 index = (index + 1) % len(self)
-        raise ValueError(f"none of the {len(self)} images can be read")
+        raise UserError(f"none of the {len(self)} images can be read")
 
 
 def read_image(path):
     """A decoded RGB image.
 
-    :raises ValueError: for a file that is no image or is cut short; the message names it.
+    :raises UserError: for a file that is no image or is cut short; the message names it.
     """
     try:
         with bf.BlobFile(path, "rb") as file, Image.open(file) as image:
             return image.convert("RGB")
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as an image ({error}): mend or remove it") from error
+        raise UserError(f"{path} cannot be read as an image ({error}): mend or remove it") from error
 
 
 def center_crop_arr(pil_image, image_size):

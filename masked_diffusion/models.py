@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from .guidance import Guidance, guide
 from .layers.attention import Attention, gather_pairs
 from .layers.embeddings import LabelEmbedder, TimestepEmbedder, sincos_pos_embed_2d
+from .utils.errors import UserError
 from .utils.model_card import MODEL_CARD
 
 # ---------------------------------------------------------------- blocks
@@ -91,7 +92,7 @@ class DiT(
     :param class_dropout_prob: chance of replacing a label by the null class in training mode.
     :param mask_ratio: share of tokens dropped in a masked pass; None makes a model without one.
     :param decode_layer: blocks after the side-interpolater (MDT and MDTv2).
-    :raises ValueError: for sizes that do not divide each other, and for a mask ratio that leaves no token.
+    :raises UserError: for sizes that do not divide each other, and for a mask ratio that leaves no token.
     """
 
     guidance_rule = "constant"
@@ -113,11 +114,11 @@ class DiT(
     ):
         super().__init__()
         if input_size % patch_size:
-            raise ValueError(f"input_size ({input_size}) must be a multiple of patch_size ({patch_size})")
+            raise UserError(f"input_size ({input_size}) must be a multiple of patch_size ({patch_size})")
         if not 0 <= class_dropout_prob < 1:
-            raise ValueError(f"class_dropout_prob is {class_dropout_prob}: it must lie in [0, 1)")
+            raise UserError(f"class_dropout_prob is {class_dropout_prob}: it must lie in [0, 1)")
         if num_classes < 0:
-            raise ValueError(f"num_classes is {num_classes}: it must be 0 (unconditional) or positive")
+            raise UserError(f"num_classes is {num_classes}: it must be 0 (unconditional) or positive")
         self.input_size, self.patch_size, self.in_channels = input_size, patch_size, in_channels
         self.hidden_size, self.depth, self.num_heads, self.mlp_ratio = hidden_size, depth, num_heads, mlp_ratio
         self.num_classes, self.learn_sigma = num_classes, learn_sigma
@@ -141,7 +142,7 @@ class DiT(
 
     def build_blocks(self):
         if self.mask_ratio is not None or self.decode_layer is not None:
-            raise ValueError(
+            raise UserError(
                 f"DiT has no masked pass, but got mask_ratio={self.mask_ratio}, decode_layer={self.decode_layer}: "
                 "leave both unset, or choose an MDT or MDTv2 model"
             )
@@ -201,7 +202,7 @@ class DiT(
         """(N,) timesteps and (N,) labels, or None for the null class -> (N, D)."""
         if y is None:
             if self.null_label is None:
-                raise ValueError("y is None, but this model was made with class_dropout_prob=0 and has no null class")
+                raise UserError("y is None, but this model was made with class_dropout_prob=0 and has no null class")
             y = torch.full(t.shape, self.null_label, dtype=torch.long, device=t.device)
         return self.t_embedder(t) + self.y_embedder(y, drop_labels)
 
@@ -255,10 +256,10 @@ class MDT(DiT):
         if self.decode_layer is None:
             self.decode_layer = self.default_decode_layer
         if not 0 <= self.decode_layer <= self.depth:
-            raise ValueError(f"decode_layer is {self.decode_layer}: it must lie in [0, depth ({self.depth})]")
+            raise UserError(f"decode_layer is {self.decode_layer}: it must lie in [0, depth ({self.depth})]")
         largest = (self.mask_ratio or 0.0) + self.mask_ratio_spread
         if self.mask_ratio is not None and (self.mask_ratio < 0 or int(self.num_patches * (1 - largest)) < 1):
-            raise ValueError(
+            raise UserError(
                 f"mask_ratio is {self.mask_ratio}: up to {largest:.2f} of {self.num_patches} tokens would be dropped; "
                 "it must be at least 0 and leave one token"
             )
@@ -356,7 +357,7 @@ class MDTv2(MDT):
     def build_stacks(self, window_size):
         half, odd = divmod(self.depth - self.decode_layer, 2)
         if odd:
-            raise ValueError(
+            raise UserError(
                 f"depth ({self.depth}) - decode_layer ({self.decode_layer}) must be even: "
                 "the encoder is two equal halves"
             )
@@ -426,9 +427,9 @@ def create_model(name, **options):
 
     :param name: `MDTv2_XL_2`, or DiT's spelling `MDTv2-XL/2`.
     :param options: `input_size`, `in_channels`, `num_classes`, `mask_ratio`, `decode_layer` and the rest; see `DiT`.
-    :raises ValueError: for a name that is not in `MODELS`.
+    :raises UserError: for a name that is not in `MODELS`.
     """
     key = name.replace("-", "_").replace("/", "_")
     if key not in MODELS:
-        raise ValueError(f"no model is called {name!r}: choose one of {', '.join(MODELS)}")
+        raise UserError(f"no model is called {name!r}: choose one of {', '.join(MODELS)}")
     return MODELS[key](**options)

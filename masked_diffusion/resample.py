@@ -3,13 +3,14 @@
 import torch
 
 from . import dist_util
+from .utils.errors import UserError
 
 
 def create_named_schedule_sampler(name, diffusion):
     """A sampler by name: `uniform` or `loss-second-moment`."""
     samplers = {"uniform": UniformSampler, "loss-second-moment": LossSecondMomentResampler}
     if name not in samplers:
-        raise ValueError(f"schedule_sampler is {name!r}: choose one of {', '.join(samplers)}")
+        raise UserError(f"schedule_sampler is {name!r}: choose one of {', '.join(samplers)}")
     return samplers[name](diffusion)
 
 

@@ -4,6 +4,7 @@ import numpy as np
 import torch
 
 from .gaussian_diffusion import GaussianDiffusion, LossType, ModelMeanType, ModelVarType, get_named_beta_schedule
+from .utils.errors import UserError
 
 
 def space_timesteps(num_timesteps, section_counts):
@@ -13,12 +14,12 @@ def space_timesteps(num_timesteps, section_counts):
     :param section_counts: "250" evenly spread steps; "10,15,20" for so many in each of three equal sections; or
         "ddim50" for DDIM's fixed stride with exactly that many steps. A list of counts works too.
     :return: set of ints.
-    :raises ValueError: where the counts cannot be had.
+    :raises UserError: where the counts cannot be had.
     """
     if isinstance(section_counts, str):
         counts = section_counts.removeprefix("ddim").split(",")
         if not all(count.strip().isdigit() for count in counts):
-            raise ValueError(f'timestep_respacing is {section_counts!r}: write "250", "10,15,20" or "ddim50"')
+            raise UserError(f'timestep_respacing is {section_counts!r}: write "250", "10,15,20" or "ddim50"')
         if section_counts.startswith("ddim"):
             return _ddim_stride(num_timesteps, int(counts[0]))
         section_counts = [int(count) for count in counts]
@@ -27,7 +28,7 @@ def space_timesteps(num_timesteps, section_counts):
     for i, count in enumerate(section_counts):
         section_size = size + (i < extra)
         if not 1 <= count <= section_size:
-            raise ValueError(f"timestep_respacing asks for {count} of the {section_size} steps of section {i}")
+            raise UserError(f"timestep_respacing asks for {count} of the {section_size} steps of section {i}")
         stride = (section_size - 1) / (count - 1) if count > 1 else 1
         offset = 0.0
         for _ in range(count):  # added up, not multiplied: rounding picks the same steps as ADM's
@@ -42,7 +43,7 @@ def _ddim_stride(num_timesteps, count):
         steps = range(0, num_timesteps, stride)
         if len(steps) == count:
             return set(steps)
-    raise ValueError(f"no whole stride takes exactly {count} of {num_timesteps} steps: choose another ddim count")
+    raise UserError(f"no whole stride takes exactly {count} of {num_timesteps} steps: choose another ddim count")
 
 
 class SpacedDiffusion(GaussianDiffusion):
@@ -59,7 +60,7 @@ class SpacedDiffusion(GaussianDiffusion):
         self.timestep_map = sorted(self.use_timesteps)
         self.original_num_steps = len(betas)
         if not self.timestep_map or self.timestep_map[0] < 0 or self.timestep_map[-1] >= len(betas):
-            raise ValueError(f"use_timesteps must be a non-empty set of steps in [0, {len(betas)})")
+            raise UserError(f"use_timesteps must be a non-empty set of steps in [0, {len(betas)})")
         kept = np.cumprod(1.0 - np.asarray(betas, dtype=np.float64))[self.timestep_map]
         super().__init__(betas=1 - kept / np.append(1.0, kept[:-1]), **options)
         self._device_maps = {}
@@ -113,12 +114,12 @@ def create_diffusion(
     :param learn_sigma: the model's output has twice the channels, and its second half makes the variance.
     :param rescale_learned_sigmas: multiply the variational term by steps / 1000.
     :param snr_gamma: Min-SNR weight of the MSE, as MDTv2 trains; None for MDT and DiT, which use no weight.
-    :raises ValueError: for options that exclude each other or cannot be had.
+    :raises UserError: for options that exclude each other or cannot be had.
     """
     if predict_xstart and predict_v:
-        raise ValueError("predict_xstart and predict_v are both set: a model predicts one thing")
+        raise UserError("predict_xstart and predict_v are both set: a model predicts one thing")
     if snr_gamma is not None and snr_gamma <= 0:
-        raise ValueError(f"snr_gamma is {snr_gamma}: it must be positive, or None for no weight")
+        raise UserError(f"snr_gamma is {snr_gamma}: it must be positive, or None for no weight")
     if use_kl:
         loss_type = LossType.RESCALED_KL
     else:

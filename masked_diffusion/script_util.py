@@ -13,6 +13,7 @@ from .training.ema import DTYPES
 from .training.guardian import TrainingFault
 from .training.optim import OPTIMIZERS
 from .training.parallel import SHARDS
+from .utils.errors import UserError
 from .utils.files import write_json
 from .utils.precision import PRECISIONS
 from .weights.checkpoint import CONFIG_NAME, latest_step, read_config
@@ -131,7 +132,7 @@ def check_positive(args, *names):
     """Refuse flags that are not positive, before anything starts."""
     for name in names:
         if getattr(args, name) <= 0:
-            raise ValueError(f"{name} is {getattr(args, name)}: it must be positive")
+            raise UserError(f"{name} is {getattr(args, name)}: it must be positive")
 
 
 def precision_of(args):
@@ -141,10 +142,10 @@ def precision_of(args):
 def model_config(args, first_stage, num_classes):
     """Name and options of the model that flags describe.
 
-    :raises ValueError: when the first stage cannot halve image_size down to the model's input.
+    :raises UserError: when the first stage cannot halve image_size down to the model's input.
     """
     if args.image_size % first_stage.downsample:
-        raise ValueError(f"image_size ({args.image_size}) must be a multiple of {first_stage.downsample}")
+        raise UserError(f"image_size ({args.image_size}) must be a multiple of {first_stage.downsample}")
     options = {
         "input_size": args.image_size // first_stage.downsample,
         "in_channels": first_stage.channels,
@@ -183,14 +184,14 @@ RUN_FLAGS = (
 def save_config(log_dir, config, allow_change=False):
     """Leave the configuration beside the checkpoints.
 
-    :raises ValueError: when the folder holds a run with another value of a flag that matters, unless changes are
+    :raises UserError: when the folder holds a run with another value of a flag that matters, unless changes are
         allowed; names the flag and both values.
     """
     before = {} if latest_step(log_dir) is None else read_config(log_dir)
     for name in RUN_FLAGS.split():
         old, new = before.get("flags", {}).get(name), config["flags"].get(name)
         if before and old != new and not allow_change:
-            raise ValueError(
+            raise UserError(
                 f"--{name} was {old} when {log_dir} was begun, now it is {new}: repeat it, "
                 "choose another --log_dir, or say --allow_config_change True"
             )

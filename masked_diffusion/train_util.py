@@ -15,6 +15,7 @@ from . import dist_util, logger
 from .training.ema import PowerEMA, save_snapshots
 from .training.optim import annealed_lr, default_grad_clip, update_ema
 from .training.parallel import copy_all, like, load_optimizer_state, make_optimizer, optimizer_state, parallelize, whole
+from .utils.errors import UserError
 from .utils.pictures import save_grid
 from .utils.random_numbers import GlobalBatchRandom, fold_seed
 from .weights.checkpoint import (
@@ -36,7 +37,7 @@ def find_resume_step(log_dir, resume_checkpoint):
     :param resume_checkpoint: `auto` for the newest complete checkpoint of `log_dir`; a `model{step}.pt` that has its
         `opt{step}.pt` beside it; any other file of weights, from which training starts at step 0; or "" for neither.
     :return: the file to load (None for nothing), and the step (0 with a file: weights only).
-    :raises ValueError: when the named file does not exist.
+    :raises UserError: when the named file does not exist.
     """
     newest = latest_step(log_dir)
     # A run that was started from a file elsewhere and has got further goes on from its own checkpoint.
@@ -47,7 +48,7 @@ def find_resume_step(log_dir, resume_checkpoint):
         return None, 0
     path = Path(resume_checkpoint)
     if not path.exists():
-        raise ValueError(f"resume_checkpoint {path} does not exist: name a file, or auto")
+        raise UserError(f"resume_checkpoint {path} does not exist: name a file, or auto")
     try:
         step = parse_step(path)
     except ValueError:

@@ -20,6 +20,7 @@ from masked_diffusion.guidance import Guidance, GuidedDenoiser
 from masked_diffusion.layers.attention import Attention
 from masked_diffusion.training.objective import TwoPassObjective
 from masked_diffusion.training.optim import OPTIMIZERS, create_optimizer, default_grad_clip
+from masked_diffusion.utils.errors import UserError
 from masked_diffusion.utils.files import write_json
 from masked_diffusion.utils.flops import forward_flops
 from masked_diffusion.utils.precision import PRECISIONS, autocast, check_precision
@@ -195,13 +196,13 @@ def counted_flops(args, num_kept=None):
 def flops_per_image(args, model, num_kept):
     """FLOP that one image needs in a step, in closed form; activations computed twice count once.
 
-    :raises ValueError: when PyTorch's counter finds another number for a forward pass.
+    :raises UserError: when PyTorch's counter finds another number for a forward pass.
     """
     forward = 0
     for kept in (None,) if num_kept is None else (None, num_kept):
         closed, counted = forward_flops(model, kept), counted_flops(args, kept)
         if abs(closed / counted - 1) > 0.02:
-            raise ValueError(f"a forward pass has {closed} FLOP in closed form, but PyTorch counts {counted}")
+            raise UserError(f"a forward pass has {closed} FLOP in closed form, but PyTorch counts {counted}")
         forward += closed
     # A backward pass has two products for each of the forward pass's; guidance runs two rows per image.
     return forward * (3 if args.mode == "train" else 2)
@@ -332,7 +333,7 @@ def main():
     script_util.check_positive(args, "batch_size", "steps", "threads", "image_size")
     args.input_size = args.input_size or args.image_size // 8
     if args.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda, but PyTorch sees no GPU here: choose --device cpu")
+        raise UserError("--device cuda, but PyTorch sees no GPU here: choose --device cpu")
     check_precision(args.precision, torch.device(args.device))
     if args.model.startswith("DiT"):
         args.mask_ratio = None

@@ -6,6 +6,7 @@ from pathlib import Path
 from masked_diffusion import load_model, logger, script_util
 from masked_diffusion.latents.autoencoder import create_first_stage
 from masked_diffusion.sampling.class_names import class_names
+from masked_diffusion.utils.errors import UserError
 from masked_diffusion.utils.files import write_json
 from masked_diffusion.weights.checkpoint import read_config
 from masked_diffusion.weights.pretrained import find_weights
@@ -48,7 +49,7 @@ def main():
     args = parse_args()
     out = Path(args.out)
     if out.exists():
-        raise ValueError(f"{out} is there already: choose another --out, or remove it")
+        raise UserError(f"{out} is there already: choose another --out, or remove it")
     weights = find_weights(args.model_path)
     model, config = load_model(weights), read_config(weights)
     beside = out.with_name(f".{out.name}.partial")

@@ -22,6 +22,7 @@ from masked_diffusion.training import preflight
 from masked_diffusion.training.finetune import load_pretrained
 from masked_diffusion.training.guardian import Guardian
 from masked_diffusion.training.objective import TwoPassObjective
+from masked_diffusion.utils.errors import UserError
 from masked_diffusion.utils.flops import forward_flops
 from masked_diffusion.utils.precision import check_precision
 
@@ -87,11 +88,11 @@ def grid_drawer(model, config, first_stage, precision, seed):
 
 def check_evaluation_flags(args):
     if args.eval_interval and not args.eval_reference:
-        raise ValueError(
+        raise UserError(
             f"--eval_interval is {args.eval_interval}, but nothing to compare with: name an npz with --eval_reference"
         )
     if args.eval_interval and args.eval_samples < 2:
-        raise ValueError(f"--eval_samples is {args.eval_samples}: a distance needs at least two samples")
+        raise UserError(f"--eval_samples is {args.eval_samples}: a distance needs at least two samples")
 
 
 def create_evaluation(args, model, config, first_stage, precision):

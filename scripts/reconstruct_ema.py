@@ -6,6 +6,7 @@ import torch
 
 from masked_diffusion import logger, script_util
 from masked_diffusion.training.ema import mix_snapshots, plan_reconstruction, posthoc_name
+from masked_diffusion.utils.errors import UserError
 from masked_diffusion.utils.files import atomic_write
 
 
@@ -25,7 +26,7 @@ def main():
     recipe = plan_reconstruction(args.log_dir, args.sigma_rel, args.step)
     path = Path(args.out or Path(args.log_dir, posthoc_name(args.sigma_rel, recipe.step)))
     if not path.parent.is_dir():
-        raise ValueError(f"{path} cannot be written: {path.parent} is no folder; make it, or name another --out")
+        raise UserError(f"{path} cannot be written: {path.parent} is no folder; make it, or name another --out")
     logger.configure(args.log_dir)
     logger.log(
         f"sigma_rel {args.sigma_rel} at step {recipe.step} from {len(recipe.paths)} snapshots: "

@@ -2,6 +2,8 @@
 
 import torch
 
+from ..utils.errors import UserError
+
 SD_VAES = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
 
 
@@ -10,7 +12,7 @@ def create_first_stage(name, device="cpu"):
 
     :param name: `identity` for pixels; `ema` or `mse` for the Stable Diffusion VAEs of DiT and MDT; a hub id; or a
         local folder in diffusers' layout.
-    :raises ValueError: when the weights are neither here nor to be had.
+    :raises UserError: when the weights are neither here nor to be had.
     """
     if name == "identity":
         return IdentityFirstStage()
@@ -53,7 +55,7 @@ class StableDiffusionVAE:
         try:
             vae = AutoencoderKL.from_pretrained(source, low_cpu_mem_usage=False)
         except OSError as error:
-            raise ValueError(
+            raise UserError(
                 f"no VAE at {source!r}, neither a local folder nor in reach on the hub: fetch config.json and "
                 f"diffusion_pytorch_model.safetensors of {SD_VAES['ema']} into a folder and name that folder"
             ) from error

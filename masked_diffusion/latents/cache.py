@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from .. import dist_util, logger
 from ..image_datasets import ImageDataset, image_classes, list_image_files, stream
+from ..utils.errors import UserError
 from ..utils.files import atomic_write, file_hash, write_json
 from ..utils.random_numbers import fold_seed
 from .autoencoder import IdentityFirstStage
@@ -44,7 +45,7 @@ def fingerprint(first_stage):
 class LatentCache:
     """The files of a cache; shards go by their number.
 
-    :raises ValueError: when the folder holds no cache, or one of another format.
+    :raises UserError: when the folder holds no cache, or one of another format.
     """
 
     def __init__(self, folder):
@@ -53,10 +54,10 @@ class LatentCache:
         self.check(version=VERSION)
 
     def check(self, **wanted):
-        """Raise a ValueError when an item of the header is not as wanted, with both values."""
+        """Raise a UserError when an item of the header is not as wanted, with both values."""
         for key, value in wanted.items():
             if self.header.get(key) != value:
-                raise ValueError(
+                raise UserError(
                     f"{self.folder} was made with {key} {self.header.get(key)} (--vae {self.header.get('vae')}), "
                     f"now it is {value}: repeat its settings, or choose another --latent_dir"
                 )
@@ -75,23 +76,23 @@ class LatentCache:
     def describe(self, shard):
         """`sha256`, `files` and `labels` (None without classes) of a complete shard; its array is not read.
 
-        :raises ValueError: when the shard is not complete.
+        :raises UserError: when the shard is not complete.
         """
         return _read_json(self.path(shard).with_suffix(".json"))
 
     def open(self, shard):
         """A shard as a memory-mapped (n, 2, 2, C, h, w) float16 array.
 
-        :raises ValueError: for an array that is not there, cut short, or not of this shape.
+        :raises UserError: for an array that is not there, cut short, or not of this shape.
         """
         path, size = self.path(shard), self.header["latent_size"]
         shape = (len(self.rows(shard)), 2, 2, self.header["channels"], size, size)
         try:
             array = np.load(path, mmap_mode="r", allow_pickle=False)
             if (array.shape, array.dtype) != (shape, np.float16):
-                raise ValueError(f"{array.dtype} {array.shape} instead of float16 {shape}")
+                raise UserError(f"{array.dtype} {array.shape} instead of float16 {shape}")
         except (OSError, EOFError, ValueError) as error:
-            raise ValueError(f"{path} cannot be read ({error}): run scripts/encode_latents.py again") from error
+            raise UserError(f"{path} cannot be read ({error}): run scripts/encode_latents.py again") from error
         return array
 
     def is_complete(self, shard, verify=False):
@@ -106,13 +107,11 @@ class LatentCache:
     def write(self, shard, latents, files, labels):
         """Complete a shard.
 
-        :raises ValueError: for latents that float16 cannot hold.
+        :raises UserError: for latents that float16 cannot hold.
         """
         path = self.path(shard)
         if not np.isfinite(latents).all():
-            raise ValueError(
-                f"{files[0]} to {files[-1]}: a latent is infinite or NaN in float16: train without a cache"
-            )
+            raise UserError(f"{files[0]} to {files[-1]}: a latent is infinite or NaN in float16: train without a cache")
         # An old description must not vouch for the new array.
         path.with_suffix(".json").unlink(missing_ok=True)
         with atomic_write(path) as file:
@@ -124,7 +123,7 @@ def _read_json(path):
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read ({error}): run scripts/encode_latents.py") from error
+        raise UserError(f"{path} cannot be read ({error}): run scripts/encode_latents.py") from error
 
 
 # ---------------------------------------------------------------- encoding
@@ -141,11 +140,11 @@ def encode_latents(
     :param batch_size: images per rank at a time.
     :param class_cond: take labels from the file names; see `image_classes`.
     :param verify: compare complete shards with their checksums, and encode the damaged ones again.
-    :raises ValueError: for a cache that was made with other settings or files, an image size that the first stage
+    :raises UserError: for a cache that was made with other settings or files, an image size that the first stage
         cannot reduce, and bad image folders, as `load_data` does.
     """
     if image_size % first_stage.downsample:
-        raise ValueError(f"image_size ({image_size}) must be a multiple of {first_stage.downsample}")
+        raise UserError(f"image_size ({image_size}) must be a multiple of {first_stage.downsample}")
     paths = list_image_files(data_dir)
     files = [path.removeprefix(data_dir).lstrip("/") for path in paths]
     labels, classes = image_classes(paths) if class_cond else (None, [])
@@ -246,7 +245,7 @@ def load_latents(
 
     :param latent_dir: what `encode_latents` made; the images themselves are not needed.
     :param random_crop: refused, since a cache holds centre crops.
-    :raises ValueError: for a cache of another first stage, size or crop, without the labels that are asked for, with
+    :raises UserError: for a cache of another first stage, size or crop, without the labels that are asked for, with
         fewer images than a global batch, or with a shard that is missing or cut short.
     """
     dataset = LatentDataset(latent_dir, class_cond=class_cond, random_flip=random_flip, seed=seed)
@@ -261,7 +260,7 @@ class LatentDataset(Dataset):
 
     Items are asked for as of `ImageDataset`, and the same ones are mirrored. Shards are opened when they are needed.
 
-    :raises ValueError: for a cache that is not complete, or has no labels although they are asked for.
+    :raises UserError: for a cache that is not complete, or has no labels although they are asked for.
     """
 
     def __init__(self, latent_dir, class_cond=False, random_flip=True, seed=0):

@@ -4,6 +4,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from ..utils.errors import UserError
+
 
 def relative_position_index(height, width):
     """Row of the bias table for every ordered pair of tokens on a (height, width) grid.
@@ -54,7 +56,7 @@ class Attention(nn.Module):
     def __init__(self, dim, num_heads, window_size=None):
         super().__init__()
         if dim % num_heads:
-            raise ValueError(f"hidden_size ({dim}) must be a multiple of num_heads ({num_heads})")
+            raise UserError(f"hidden_size ({dim}) must be a multiple of num_heads ({num_heads})")
         self.num_heads = num_heads
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)

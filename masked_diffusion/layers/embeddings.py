@@ -5,6 +5,8 @@ import math
 import torch
 import torch.nn as nn
 
+from ..utils.errors import UserError
+
 
 def sincos_pos_embed_2d(dim, grid_size):
     """The 2-D sine-cosine position table of MAE (column coordinate first, base 10000, sine then cosine).
@@ -12,7 +14,7 @@ def sincos_pos_embed_2d(dim, grid_size):
     :return: (1, grid_size**2, dim) float32.
     """
     if dim % 4:
-        raise ValueError(f"hidden_size ({dim}) must be a multiple of 4 for a 2-D sine-cosine position table")
+        raise UserError(f"hidden_size ({dim}) must be a multiple of 4 for a 2-D sine-cosine position table")
     omega = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
     angles = torch.arange(grid_size, dtype=torch.float64)[:, None] * omega
     axis = torch.cat([angles.sin(), angles.cos()], dim=1)  # (grid_size, dim / 2)

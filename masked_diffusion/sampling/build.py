@@ -10,6 +10,7 @@ from ..guidance import RULES, Guidance
 from ..latents.autoencoder import create_first_stage
 from ..models import create_model
 from ..script_util import optional_float, precision_of, str2bool
+from ..utils.errors import UserError
 from ..utils.files import file_hash
 from ..utils.precision import PRECISIONS, check_precision
 from ..weights.checkpoint import read_config
@@ -94,7 +95,7 @@ def guidance_of(args, model, diffusion_steps):
 def check_agreement(args, model, first_stage):
     """Refuse sampling flags that describe another model than the checkpoint's.
 
-    :raises ValueError: naming the flag and both values.
+    :raises UserError: naming the flag and both values.
     """
     pairs = {
         "image_size": (args.image_size, model.input_size * first_stage.downsample),
@@ -105,7 +106,7 @@ def check_agreement(args, model, first_stage):
             pairs["model"] = size_of(create_model(args.model)), size_of(model)
     for name, (asked, found) in pairs.items():
         if asked not in (None, found):
-            raise ValueError(f"--{name} asks for {asked}, but the checkpoint has {found}: leave the flag out")
+            raise UserError(f"--{name} asks for {asked}, but the checkpoint has {found}: leave the flag out")
 
 
 def size_of(model):
@@ -135,7 +136,7 @@ def load_sampler(args, batch_size=None):
     """Build what the flags of this module describe.
 
     :param batch_size: see `ImageSampler`; of effect in a compiled model.
-    :raises ValueError: for weights that cannot be had, and for flags that contradict them or each other.
+    :raises UserError: for weights that cannot be had, and for flags that contradict them or each other.
     """
     solver_name(args)  # flags that contradict each other are refused before the weights are loaded
     return make_sampler(args, load_weights(args), batch_size)
@@ -144,7 +145,7 @@ def load_sampler(args, batch_size=None):
 def load_weights(args):
     """Load what `add_weights_flags` and `--guide_path` describe.
 
-    :raises ValueError: for weights that cannot be had, and for flags that contradict them.
+    :raises UserError: for weights that cannot be had, and for flags that contradict them.
     """
     precision = precision_of(args)
     check_precision(precision, dist_util.dev())
@@ -169,10 +170,10 @@ def load_weights(args):
 def solver_name(args):
     """The solver that flags ask for.
 
-    :raises ValueError: where two flags ask for two.
+    :raises UserError: where two flags ask for two.
     """
     if args.use_ddim and args.solver not in (None, "ddim"):
-        raise ValueError(f"--use_ddim True and --solver {args.solver} contradict each other: leave one out")
+        raise UserError(f"--use_ddim True and --solver {args.solver} contradict each other: leave one out")
     return args.solver or ("ddim" if args.use_ddim else "ddpm")
 
 
@@ -180,7 +181,7 @@ def make_sampler(args, weights, batch_size=None):
     """Put solver and guidance of the flags around loaded weights; this takes milliseconds.
 
     :param weights: from `load_weights`. :param batch_size: as in `load_sampler`.
-    :raises ValueError: for steps that the solver cannot take, and for guidance that the model cannot have.
+    :raises UserError: for steps that the solver cannot take, and for guidance that the model cannot have.
     """
     solver = create_solver(solver_name(args), args.num_sampling_steps, weights.diffusion)
     guidance = guidance_of(args, weights.model, solver.original_num_steps)
@@ -209,13 +210,13 @@ def make_sampler(args, weights, batch_size=None):
 def load_guide(path, model):
     """The weaker model of autoguidance.
 
-    :raises ValueError: when it denoises other things than `model`.
+    :raises UserError: when it denoises other things than `model`.
     """
     guide = load_model(path, dist_util.dev())
     for name in ("input_size", "in_channels", "out_channels", "num_classes"):
         own, other = getattr(model, name), getattr(guide, name)
         if own != other:
-            raise ValueError(f"the guide {path} has {name} {other}, but the model has {own}: they must be the same")
+            raise UserError(f"the guide {path} has {name} {other}, but the model has {own}: they must be the same")
     return guide
 
 

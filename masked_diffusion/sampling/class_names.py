@@ -2,6 +2,8 @@
 
 import re
 
+from ..utils.errors import UserError
+
 IMAGENET_CLASSES = 1000
 
 
@@ -30,12 +32,12 @@ def find_label(text, names, num_classes):
     :param text: `207`, or a name out of `names`: the whole of it, one of its synonyms ("Arctic fox"), or a part that
         occurs in one name alone.
     :param names: see `class_names`. A name that is a number is read as the label.
-    :raises ValueError: for a number that is no label, and for a name that means no class or several.
+    :raises UserError: for a number that is no label, and for a name that means no class or several.
     """
     text = str(text).strip()
     if text.isdecimal():
         if int(text) >= max(num_classes, 1):
-            raise ValueError(f"class {text} does not exist: the model has {num_classes} classes, from 0 on")
+            raise UserError(f"class {text} does not exist: the model has {num_classes} classes, from 0 on")
         return int(text)
     wanted, folded = text.casefold(), [name.casefold() for name in names]
     whole = [i for i, name in enumerate(folded) if name == wanted]
@@ -44,8 +46,8 @@ def find_label(text, names, num_classes):
     if len(found) == 1:
         return found[0]
     if not names:
-        raise ValueError(f"class {text!r} is a name, but the classes of this model have none: give its number")
+        raise UserError(f"class {text!r} is a name, but the classes of this model have none: give its number")
     if not found:
-        raise ValueError(f"class {text!r} is none of the model's {len(names)} classes: try a part of its name")
+        raise UserError(f"class {text!r} is none of the model's {len(names)} classes: try a part of its name")
     some = ", ".join(f"{i} ({names[i]})" for i in found[:8])
-    raise ValueError(f"class {text!r} may be any of {len(found)} classes: give the number of one, {some}")
+    raise UserError(f"class {text!r} may be any of {len(found)} classes: give the number of one, {some}")

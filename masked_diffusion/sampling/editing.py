@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from ..image_datasets import center_crop_arr, read_image
+from ..utils.errors import UserError
 from .image_sampler import last_sample
 from .solvers import DiffusionSolver
 
@@ -16,25 +17,25 @@ def read_image_and_hole(image_path, hole_path, size):
 
     :param hole_path: a picture that is white where the image is to be filled, of the image's own size.
     :return: (size, size, 3) uint8 and (size, size) bool, True = hole.
-    :raises ValueError: for pictures that cannot be read or differ in size, and for a hole that is empty.
+    :raises UserError: for pictures that cannot be read or differ in size, and for a hole that is empty.
     """
     image, hole = read_image(image_path), read_image(hole_path)
     if image.size != hole.size:
-        raise ValueError(f"{image_path} is {image.size}, {hole_path} is {hole.size}: mask and image must have one size")
+        raise UserError(f"{image_path} is {image.size}, {hole_path} is {hole.size}: mask and image must have one size")
     hole = center_crop_arr(hole, size).mean(axis=2) > 127
     if not hole.any():
-        raise ValueError(f"{hole_path} has nothing white in its centre: paint what is to be filled white")
+        raise UserError(f"{hole_path} has nothing white in its centre: paint what is to be filled white")
     return center_crop_arr(image, size), hole
 
 
 def encode(sampler, image):
     """One (H, W, 3) or n (n, H, W, 3) uint8 images -> (1 or n, C, h, w) latents: the mean of the posterior.
 
-    :raises ValueError: for an image of another size than the model's.
+    :raises UserError: for an image of another size than the model's.
     """
     size = sampler.model.input_size * sampler.first_stage.downsample
     if image.shape[-3:] != (size, size, 3) or image.dtype != np.uint8:
-        raise ValueError(f"the image is {image.shape} {image.dtype}: it must be ({size}, {size}, 3) uint8")
+        raise UserError(f"the image is {image.shape} {image.dtype}: it must be ({size}, {size}, 3) uint8")
     pixels = torch.from_numpy(image.reshape(-1, size, size, 3)).to(sampler.device)
     pixels = pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
     mean, _ = sampler.first_stage.moments(pixels)
@@ -44,10 +45,10 @@ def encode(sampler, image):
 def _stepper(sampler):
     """The sampler's one-step function and diffusion.
 
-    :raises ValueError: for a solver that takes no single steps.
+    :raises UserError: for a solver that takes no single steps.
     """
     if not isinstance(sampler.solver, DiffusionSolver):
-        raise ValueError(f"solver {sampler.solver.name} cannot start from an image: choose ddpm or ddim")
+        raise UserError(f"solver {sampler.solver.name} cannot start from an image: choose ddpm or ddim")
     return sampler.solver.step, sampler.solver.diffusion
 
 
@@ -129,10 +130,10 @@ def vary_progressive(sampler, indices, labels, image, strength):
     :param indices, labels: as in `inpaint_progressive`. :param image: (H, W, 3) uint8.
     :param strength: share of the steps that are run, in (0, 1]; 1 keeps next to nothing.
     :return: a generator of dicts of `sample` and `pred_xstart`, (n, C, h, w) latents.
-    :raises ValueError: for a strength outside (0, 1].
+    :raises UserError: for a strength outside (0, 1].
     """
     if not 0 < strength <= 1:
-        raise ValueError(f"strength is {strength}: it must lie in (0, 1]")
+        raise UserError(f"strength is {strength}: it must lie in (0, 1]")
     step, diffusion = _stepper(sampler)
     noise, options = sampler.start(indices, labels)
     first = max(round(strength * diffusion.num_timesteps), 1) - 1

@@ -4,6 +4,7 @@ import numpy as np
 import torch
 
 from ..guidance import Guidance, GuidedDenoiser
+from ..utils.errors import UserError
 from ..utils.precision import autocast
 from ..utils.random_numbers import PerSampleRandom, fold_seed
 
@@ -17,12 +18,12 @@ def choose_labels(indices, class_rule, num_classes, seed, classes=()):
 
     :param class_rule: `random`, a function of (seed, index); `balanced`, the index modulo the number of classes; or
         `list`, `classes` in their order, over and over.
-    :raises ValueError: for another rule, and for a list that is empty or not asked for.
+    :raises UserError: for another rule, and for a list that is empty or not asked for.
     """
     if class_rule not in CLASS_RULES:
-        raise ValueError(f"class_rule is {class_rule!r}: choose one of {', '.join(CLASS_RULES)}")
+        raise UserError(f"class_rule is {class_rule!r}: choose one of {', '.join(CLASS_RULES)}")
     if (class_rule == "list") != bool(classes):
-        raise ValueError(f"class_rule is {class_rule!r} with {len(classes)} classes: --classes go with class_rule list")
+        raise UserError(f"class_rule is {class_rule!r} with {len(classes)} classes: --classes go with class_rule list")
     if class_rule == "list":
         return torch.tensor([classes[int(i) % len(classes)] for i in indices])
     if class_rule == "balanced":
@@ -37,7 +38,7 @@ class ImageSampler:
     :param guidance, guide_model: see `GuidedDenoiser`.
     :param decode_batch: images that are decoded at a time; None: all.
     :param batch_size: smaller batches are filled up to it, so that a compiled model sees one shape; None: they are not.
-    :raises ValueError: when guidance is asked of a model without a null class.
+    :raises UserError: when guidance is asked of a model without a null class.
     """
 
     def __init__(

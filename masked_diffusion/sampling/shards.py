@@ -14,6 +14,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from .. import dist_util, logger
+from ..utils.errors import UserError
 from ..utils.files import atomic_write, write_json
 
 
@@ -22,7 +23,7 @@ class ShardStore:
 
     :param path: the npz that they will be merged into; the shards lie in a folder beside it. All ranks share it.
     :param settings: what the images are a function of, as JSON values. They go into the npz.
-    :raises ValueError: when shards or npz are there and were made with other settings.
+    :raises UserError: when shards or npz are there and were made with other settings.
     """
 
     def __init__(self, path, settings):
@@ -44,7 +45,7 @@ class ShardStore:
         different = [key for key, value in self.settings.items() if found.get(key) != value]
         if different:
             key = different[0]
-            raise ValueError(
+            raise UserError(
                 f"{place} was made with {key} {found.get(key)}, now it is {self.settings[key]}: "
                 "choose another --log_dir, or remove it"
             )
@@ -58,7 +59,7 @@ class ShardStore:
     def missing(self, num_samples):
         """The indices below `num_samples` that no shard holds, ascending.
 
-        :raises ValueError: for a shard that cannot be read.
+        :raises UserError: for a shard that cannot be read.
         """
         held = np.zeros(num_samples, dtype=bool)
         for shard in self.shards():
@@ -66,7 +67,7 @@ class ShardStore:
                 with np.load(shard, allow_pickle=False) as arrays:
                     held[arrays["indices"]] = True
             except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-                raise ValueError(
+                raise UserError(
                     f"{shard} cannot be read ({error}): remove it, and its images are drawn again"
                 ) from error
         return np.flatnonzero(~held).tolist()

@@ -9,6 +9,7 @@ from importlib import import_module
 import torch
 
 from ..respace import create_diffusion
+from ..utils.errors import UserError
 
 # name: scheduler of diffusers, its options
 SCHEDULERS = {
@@ -33,10 +34,10 @@ def create_solver(name, num_sampling_steps, diffusion_config):
     :param num_sampling_steps: `250`; for ddpm and ddim also `10,15,20` and `ddim50`.
     :param diffusion_config: options of `create_diffusion` that the model was trained with.
     :return: an object with `progressive(denoise, noise, ...)`, see `DiffusionSolver`, and `original_num_steps`.
-    :raises ValueError: for an unknown name, and for steps that the solver cannot take.
+    :raises UserError: for an unknown name, and for steps that the solver cannot take.
     """
     if name not in SOLVERS:
-        raise ValueError(f"solver is {name!r}: choose one of {', '.join(SOLVERS)}")
+        raise UserError(f"solver is {name!r}: choose one of {', '.join(SOLVERS)}")
     if name in SCHEDULERS:
         return SchedulerSolver(name, num_sampling_steps, create_diffusion(**diffusion_config))
     diffusion = create_diffusion(**diffusion_config, timestep_respacing=str(num_sampling_steps))
@@ -76,7 +77,7 @@ class SchedulerSolver:
         text = str(num_sampling_steps)
         if not text.isdecimal() or not 1 <= int(text) < self.original_num_steps:
             last = self.original_num_steps - 1
-            raise ValueError(f"num_sampling_steps is {text!r}: solver {name} takes one number from 1 to {last}")
+            raise UserError(f"num_sampling_steps is {text!r}: solver {name} takes one number from 1 to {last}")
         self.num_steps = int(text)
         self.num_evaluations = 2 * self.num_steps - 1 if name == "heun" else self.num_steps
 

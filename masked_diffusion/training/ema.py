@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from .. import dist_util
+from ..utils.errors import UserError
 from ..utils.files import atomic_write
 from .optim import update_ema
 from .parallel import like, whole
@@ -32,10 +33,10 @@ def posthoc_name(sigma_rel, step):
 def sigma_rel_to_gamma(sigma_rel):
     """The exponent gamma > 0 of the profile whose width is `sigma_rel`.
 
-    :raises ValueError: outside of 0 < sigma_rel < 1 / sqrt(12).
+    :raises UserError: outside of 0 < sigma_rel < 1 / sqrt(12).
     """
     if not 0 < sigma_rel < MAX_SIGMA_REL:
-        raise ValueError(f"sigma_rel is {sigma_rel}: it must be above 0 and below 12^-1/2 = {MAX_SIGMA_REL:.4f}")
+        raise UserError(f"sigma_rel is {sigma_rel}: it must be above 0 and below 12^-1/2 = {MAX_SIGMA_REL:.4f}")
     # Eq. 123: sigma_rel^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)). Its cubic (Algorithm 2) has one positive root.
     t = sigma_rel**-2
     return float(np.roots([1, 7, 16 - t, 12 - t]).real.max())
@@ -93,14 +94,14 @@ class PowerEMA:
     """Power-function averages of a list of parameters.
 
     :param sigma_rels: widths, one average each, with no more decimals than the file names carry: three.
-    :raises ValueError: for a width that cannot be.
+    :raises UserError: for a width that cannot be.
     """
 
     def __init__(self, params, sigma_rels=(0.05, 0.10)):
         params = list(params)
         for sigma_rel in sigma_rels:
             if round(sigma_rel, 3) != sigma_rel:
-                raise ValueError(f"sigma_rel is {sigma_rel}: give three decimals at most, as file names carry no more")
+                raise UserError(f"sigma_rel is {sigma_rel}: give three decimals at most, as file names carry no more")
         self.gammas = {f"{sigma_rel:.3f}": sigma_rel_to_gamma(sigma_rel) for sigma_rel in sigma_rels}
         self.averages = {width: [p.detach().clone() for p in params] for width in self.gammas}
 
@@ -117,10 +118,10 @@ class PowerEMA:
     def load_state_dict(self, state):
         """Go on from a state dict of whole tensors.
 
-        :raises ValueError: when it is of other widths.
+        :raises UserError: when it is of other widths.
         """
         if state.keys() != self.averages.keys():
-            raise ValueError(
+            raise UserError(
                 f"the checkpoint has averages of sigma_rel {', '.join(state) or '(none)'}, but this run tracks "
                 f"{', '.join(self.averages) or '(none)'}: repeat the widths, as an average cannot begin half-way"
             )
@@ -158,19 +159,19 @@ class Recipe(NamedTuple):
 def plan_reconstruction(folder, sigma_rel, step=None):
     """The recipe of the average of width `sigma_rel` that ends at `step`; None is the newest snapshot's.
 
-    :raises ValueError: for a width that cannot be, a folder without snapshots, or a step that they do not enclose.
+    :raises UserError: for a width that cannot be, a folder without snapshots, or a step that they do not enclose.
     """
     gamma = sigma_rel_to_gamma(sigma_rel)
     names = (re.fullmatch(r"phema_(0\.\d{3})_(\d{6,})\.pt", path.name) for path in Path(folder).glob("phema_*.pt"))
     found = sorted((int(name[2]), name[1], name[0]) for name in names if name)
     if not found:
-        raise ValueError(
+        raise UserError(
             f"{folder} holds no snapshots (no phema_SIGMA_STEP.pt): name a folder whose training saved some"
         )
     steps = [snapshot_step for snapshot_step, _, _ in found]
     step = steps[-1] if step is None else step
     if not steps[0] <= step <= steps[-1]:
-        raise ValueError(f"step is {step}: the snapshots of {folder} reach from step {steps[0]} to {steps[-1]}")
+        raise UserError(f"step is {step}: the snapshots of {folder} reach from step {steps[0]} to {steps[-1]}")
     gammas = [sigma_rel_to_gamma(float(width)) for _, width, _ in found]
     weights, residuals = solve_posthoc_weights(steps, gammas, step, gamma)
     return Recipe(step, [Path(folder, name) for _, _, name in found], weights[:, 0].tolist(), float(residuals[0]))
@@ -181,13 +182,13 @@ def mix_snapshots(recipe):
 
     What is no float is taken from the newest snapshot.
 
-    :raises ValueError: when a snapshot cannot be read, or is of another model than the ones before it.
+    :raises UserError: when a snapshot cannot be read, or is of another model than the ones before it.
     """
     mixed = {}
     for path, weight in zip(recipe.paths, recipe.weights, strict=True):
         state = dist_util.load_state_dict(str(path))
         if mixed and {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in mixed.items()}:
-            raise ValueError(f"{path} is of another model than the snapshots before it: keep one run in a folder")
+            raise UserError(f"{path} is of another model than the snapshots before it: keep one run in a folder")
         for key in list(state):
             value = state.pop(key)  # what is added leaves memory before the next file comes
             mixed[key] = mixed.get(key, 0) + weight * value.double() if value.is_floating_point() else value

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from .. import logger
+from ..utils.errors import UserError
 from ..weights.checkpoint import read_config
 from ..weights.pretrained import read_weights
 
@@ -24,12 +25,12 @@ def load_pretrained(model, path, class_names=()):
 
     :param path: a state dict of the same family, depth and width.
     :param class_names: of the model's classes, in the order of their labels.
-    :raises ValueError: when something other than these tables differs.
+    :raises UserError: when something other than these tables differs.
     """
     state, own = read_weights(path), model.state_dict()
     missing, unknown = own.keys() - state.keys(), state.keys() - own.keys()
     if missing or unknown:
-        raise ValueError(
+        raise UserError(
             f"{path} is of another model: it lacks {sorted(missing)[:3]} and has {sorted(unknown)[:3]} beyond; "
             "choose the --model and --decode_layer that it was trained with"
         )
@@ -55,7 +56,7 @@ def _interpolate(name, value, shape):
         grid = value[:-UNREAD_ROWS].t().reshape(1, -1, old, old)
         resized = _resize(grid, new).reshape(shape[1], -1).t()
         return torch.cat([resized, value[-UNREAD_ROWS:]])
-    raise ValueError(
+    raise UserError(
         f"{name} has shape {tuple(value.shape)}, but the model needs {tuple(shape)}: choose its own --model"
     )
 
@@ -67,7 +68,7 @@ def _resize(grid, size):
 def _move_labels(old, own, old_names, names):
     """The label table of the model, with every row that has a counterpart in the old one."""
     if old.shape[1] != own.shape[1]:
-        raise ValueError(
+        raise UserError(
             f"the label table is {old.shape[1]} wide, but the model's {own.shape[1]}: choose its own --model"
         )
     if len(old_names) == len(old) - 1 and len(names) == len(own) - 1:

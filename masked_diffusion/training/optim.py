@@ -2,6 +2,8 @@
 
 import torch
 
+from ..utils.errors import UserError
+
 OPTIMIZERS = ("adan", "adan-pytorch", "adamw")
 
 
@@ -10,7 +12,7 @@ def create_optimizer(name, params, lr, weight_decay=0.0):
 
     :param name: `adan` (timm's, which steps as the authors' does; betas .98 .92 .99, eps 1e-8), `adan-pytorch` (the
         package of that name, whose first step differs), or `adamw` (for MDT and DiT).
-    :raises ValueError: for any other name.
+    :raises UserError: for any other name.
     """
     if name == "adan":
         from timm.optim import Adan
@@ -23,7 +25,7 @@ def create_optimizer(name, params, lr, weight_decay=0.0):
         return Adan(params, lr=lr, betas=(0.02, 0.08, 0.01), eps=1e-8, weight_decay=weight_decay)
     if name == "adamw":
         return torch.optim.AdamW(params, lr=lr, weight_decay=weight_decay)
-    raise ValueError(f"optimizer is {name!r}: choose one of {', '.join(OPTIMIZERS)}")
+    raise UserError(f"optimizer is {name!r}: choose one of {', '.join(OPTIMIZERS)}")
 
 
 def default_grad_clip(name):

@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from .. import dist_util
+from ..utils.errors import UserError
 from .optim import create_optimizer
 
 SHARDS = ("none", "zero1", "fsdp")
@@ -19,10 +20,10 @@ SHARDS = ("none", "zero1", "fsdp")
 def parallelize(objective, shard):
     """The module to call in training; `fsdp` replaces the parameters of `objective.model` by shards in place.
 
-    :raises ValueError: for `fsdp` outside a process group.
+    :raises UserError: for `fsdp` outside a process group.
     """
     if shard not in SHARDS:
-        raise ValueError(f"shard is {shard!r}: choose one of {', '.join(SHARDS)}")
+        raise UserError(f"shard is {shard!r}: choose one of {', '.join(SHARDS)}")
     if shard == "fsdp":
         return _fully_shard(objective)
     if dist_util.get_world_size() == 1:
@@ -35,7 +36,7 @@ def _fully_shard(objective):
     from torch.distributed.fsdp import fully_shard
 
     if not torch.distributed.is_initialized():
-        raise ValueError("--shard fsdp needs a process group: start the script with torchrun")
+        raise UserError("--shard fsdp needs a process group: start the script with torchrun")
     mesh = torch.distributed.init_device_mesh(dist_util.dev().type, (dist_util.get_world_size(),))
     for block in objective.model.all_blocks():
         fully_shard(block, mesh=mesh)

@@ -7,6 +7,7 @@ import blobfile as bf
 from PIL import Image
 
 from .. import logger
+from ..utils.errors import UserError
 
 SHOWN_CLASSES, SHOWN_BAD_IMAGES, BAR = 10, 20, 40
 
@@ -35,7 +36,7 @@ def check_images(paths, image_size, on_bad_image):
     """The paths to train on.
 
     :param on_bad_image: `error`, or `skip` to leave bad images out; each is listed either way.
-    :raises ValueError: with `error` and a bad image.
+    :raises UserError: with `error` and a bad image.
     """
     bad = find_bad_images(paths, image_size)
     for path, reason in bad[:SHOWN_BAD_IMAGES]:
@@ -44,7 +45,7 @@ def check_images(paths, image_size, on_bad_image):
         logger.log(f"... and {len(bad) - SHOWN_BAD_IMAGES} more")
     if bad and on_bad_image == "error":
         path, reason = bad[0]
-        raise ValueError(f"{len(bad)} bad images, the first: {path} {reason}; mend them, or use --on_bad_image skip")
+        raise UserError(f"{len(bad)} bad images, the first: {path} {reason}; mend them, or use --on_bad_image skip")
     skipped = {path for path, _ in bad}
     return [path for path in paths if path not in skipped]
 
@@ -72,15 +73,15 @@ def _bar(count, largest):
 def check_classes(data_dir, names, num_classes):
     """Refuse names that cannot be meant.
 
-    :raises ValueError: for one class only, or more than the model has.
+    :raises UserError: for one class only, or more than the model has.
     """
     if len(names) == 1:
-        raise ValueError(
+        raise UserError(
             f"all images of {data_dir} are of one class, {names[0]!r}: the class is the file name up to its first "
             "underscore; rename the files, or train without labels (--class_cond False)"
         )
     if len(names) > num_classes:
-        raise ValueError(
+        raise UserError(
             f"{data_dir} has {len(names)} classes ({', '.join(names[:5])}, ...), more than --num_classes {num_classes}"
         )
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from .errors import UserError
 from .files import atomic_write
 
 FRAME_MILLISECONDS = 60
@@ -24,13 +25,13 @@ def make_grid(images, columns=8, scale=1):
 def check_picture_name(path):
     """Refuse a file name that a picture cannot have, before it is drawn.
 
-    :raises ValueError: for a folder that is not there, and for an ending that means no kind of picture.
+    :raises UserError: for a folder that is not there, and for an ending that means no kind of picture.
     """
     path = Path(path).absolute()
     if not path.parent.is_dir():
-        raise ValueError(f"{path.parent} is no folder: make it, or choose another place for {path.name}")
+        raise UserError(f"{path.parent} is no folder: make it, or choose another place for {path.name}")
     if path.suffix.lower() not in Image.registered_extensions():
-        raise ValueError(f"{path.name} names no kind of picture: let it end in .png, .jpg or .gif")
+        raise UserError(f"{path.name} names no kind of picture: let it end in .png, .jpg or .gif")
 
 
 def save_picture(path, pixels, **options):

@@ -2,18 +2,20 @@
 
 import torch
 
+from .errors import UserError
+
 PRECISIONS = {"fp32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def check_precision(precision, device):
     """Refuse a format that the device does not train or sample in, and let `tf32` take effect.
 
-    :raises ValueError: for a format that is unknown, or not to be had on the device.
+    :raises UserError: for a format that is unknown, or not to be had on the device.
     """
     if precision not in PRECISIONS:
-        raise ValueError(f"precision is {precision!r}: choose one of {', '.join(PRECISIONS)}")
+        raise UserError(f"precision is {precision!r}: choose one of {', '.join(PRECISIONS)}")
     if precision in ("fp16", "tf32") and device.type != "cuda":
-        raise ValueError(f"precision {precision} needs a GPU: on a {device.type.upper()} choose fp32 or bf16")
+        raise UserError(f"precision {precision} needs a GPU: on a {device.type.upper()} choose fp32 or bf16")
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from ..utils.errors import UserError
 from ..utils.files import atomic_write
 
 CONFIG_NAME = "config.json"
@@ -75,11 +76,11 @@ def prune_checkpoints(folder, keep):
 def parse_step(path):
     """The step in a checkpoint's file name.
 
-    :raises ValueError: for a name that carries none.
+    :raises UserError: for a name that carries none.
     """
     match = re.fullmatch(r"(?:model|opt|ema_[^/]*_)(\d{6,})\.pt", Path(path).name)
     if not match:
-        raise ValueError(f"{path} names no step: it should be called like {model_name(1000)}")
+        raise UserError(f"{path} names no step: it should be called like {model_name(1000)}")
     return int(match.group(1))
 
 
@@ -97,11 +98,11 @@ def latest_step(folder):
 def newest_ema(folder):
     """The newest EMA of a training folder, of the slowest rate where there are several.
 
-    :raises ValueError: when the folder has no checkpoint.
+    :raises UserError: when the folder has no checkpoint.
     """
     emas = [path for path in Path(folder).glob("ema_*.pt") if re.fullmatch(r"ema_.+_\d{6,}\.pt", path.name)]
     if not emas:
-        raise ValueError(f"{folder} holds no checkpoint (no ema_RATE_STEP.pt): name a file, or train first")
+        raise UserError(f"{folder} holds no checkpoint (no ema_RATE_STEP.pt): name a file, or train first")
     return max(emas, key=lambda path: (parse_step(path), float(path.name.split("_")[1])))
 
 

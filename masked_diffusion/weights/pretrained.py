@@ -7,6 +7,7 @@ from pathlib import Path
 
 from .. import dist_util, logger
 from ..models import SIZES, DiT, create_model
+from ..utils.errors import UserError
 from .checkpoint import newest_ema, read_config
 
 ARCHITECTURE_KEYS = {
@@ -27,7 +28,7 @@ def find_weights(source):
 
     :param source: a file (`.pt`, `.safetensors`); a training folder, of which the newest EMA is taken; an exported
         folder; or a hub id such as `shgao/MDT-XL2`, or `shgao/MDT-XL2/mdt_xl2_v1_ckpt.pt` for one of its files.
-    :raises ValueError: when there is no such file.
+    :raises UserError: when there is no such file.
     """
     path = Path(source)
     if path.is_dir():
@@ -37,7 +38,7 @@ def find_weights(source):
     hub = re.fullmatch(r"([\w-][\w.-]*/[\w.-]+)(?:/([\w./-]+))?", str(source))
     if hub and not (hub[2] is None and path.suffix in (".pt", ".safetensors")):
         return _fetch(hub[1], (hub[2],) if hub[2] else HUB_NAMES)
-    raise ValueError(f"{path} does not exist: name a checkpoint (.pt, .safetensors), a training folder or a hub id")
+    raise UserError(f"{path} does not exist: name a checkpoint (.pt, .safetensors), a training folder or a hub id")
 
 
 def _fetch(repository, names):
@@ -60,7 +61,7 @@ def _fetch(repository, names):
             reason = error
             break
     sentence = " ".join(str(reason).split()).split(". ")[0]
-    raise ValueError(
+    raise UserError(
         f"{repository} is neither a local path nor in reach on the hub ({sentence}): fetch "
         f"{' or '.join(names)} of it (the published weights: {PUBLISHED}) and give the file's path"
     ) from reason
@@ -72,7 +73,7 @@ def _fetch(repository, names):
 def read_weights(path):
     """The state dict of a file: the file's own, or the EMA or model in the checkpoint of another code.
 
-    :raises ValueError: for a file that cannot be read, or holds no state dict.
+    :raises UserError: for a file that cannot be read, or holds no state dict.
     """
     state = read_safetensors(path) if Path(path).suffix == ".safetensors" else dist_util.load_state_dict(str(path))
     for key in ("ema", "model", "state_dict"):
@@ -80,14 +81,14 @@ def read_weights(path):
             state = state[key]
     if not isinstance(state, dict) or not {key.removeprefix("module.") for key in state} >= ARCHITECTURE_KEYS:
         keys = list(state)[:3] if isinstance(state, dict) else type(state).__name__
-        raise ValueError(f"{path} holds no state dict of DiT, MDT or MDTv2 (it begins with {keys})")
+        raise UserError(f"{path} holds no state dict of DiT, MDT or MDTv2 (it begins with {keys})")
     return {key.removeprefix("module."): value for key, value in state.items()}
 
 
 def read_safetensors(path):
     """The tensors of a safetensors file.
 
-    :raises ValueError: for a file that is cut short or none.
+    :raises UserError: for a file that is cut short or none.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -95,7 +96,7 @@ def read_safetensors(path):
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise ValueError(
+        raise UserError(
             f"{path} cannot be read as safetensors ({error}): it is cut short or of another kind"
         ) from error
 
@@ -108,7 +109,7 @@ def find_architecture(state_dict, num_heads=None):
 
     :param num_heads: of a DiT of no named size.
     :return: name and options for `create_model`.
-    :raises ValueError: for a DiT of no named size, whose heads cannot be known.
+    :raises UserError: for a DiT of no named size, whose heads cannot be known.
     """
 
     def count(stack):
@@ -136,7 +137,7 @@ def find_architecture(state_dict, num_heads=None):
     if not sizes:
         options |= {"depth": depth, "hidden_size": hidden_size}
         if "num_heads" not in options:
-            raise ValueError(
+            raise UserError(
                 f"a DiT of depth {depth} and width {hidden_size} has no name, and its weights do not tell its heads: "
                 "keep the config.json of its training beside it"
             )
@@ -161,7 +162,7 @@ def load_model(source, device="cpu", **options):
 
     :param source: see `find_weights`. Nothing but tensors is ever loaded from it.
     :param options: for `create_model`, where the file leaves them open: `decode_layer` of MDT, say. None is not given.
-    :raises ValueError: for a file that is no checkpoint of these models, and for a folder without one.
+    :raises UserError: for a file that is no checkpoint of these models, and for a folder without one.
     """
     path = find_weights(source)
     state_dict, config = read_weights(path), read_config(path)
@@ -175,6 +176,6 @@ def load_model(source, device="cpu", **options):
     try:
         model.load_state_dict(state_dict)
     except RuntimeError as error:
-        raise ValueError(f"{path} does not fit {name} {options}: {' '.join(str(error).split())}") from error
+        raise UserError(f"{path} does not fit {name} {options}: {' '.join(str(error).split())}") from error
     logger.log(f"{path}: {describe(model)}")
     return model.to(device).eval()

@@ -21,6 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "evaluations"))
 
 import grade_digits
 
+from masked_diffusion.utils.errors import UserError
+
 SIZE = 8
 HOLES = {"lower half": np.s_[4:, :], "right half": np.s_[:, 4:], "all but a frame": np.s_[1:7, 1:7]}
 SHOWN, SCALE = 20, 6
@@ -52,7 +54,7 @@ def main():
     script_util.check_positive(args, "resamplings", "num_digits")
     train, data = Path(args.demo, "train"), Path(args.demo, "data")
     if not train.is_dir():
-        raise ValueError(f"{train} is not there: run `make demo` first, or name its folder with --demo")
+        raise UserError(f"{train} is not there: run `make demo` first, or name its folder with --demo")
     images, labels = read_digits(data / "test", args.num_digits)
     solver = create_solver("ddpm", args.num_sampling_steps, read_config(train)["diffusion"])
     guidance = Guidance("power-cosine", 1.5, scale_pow=1.0)

@@ -19,6 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "evaluations"))
 
 import grade_digits
 
+from masked_diffusion.utils.errors import UserError
+
 SOLVERS = (("ddpm", "250"), ("ddim", "50"), ("dpm++", "20"), ("sde-dpm++", "20"), ("unipc", "10"))
 GUIDANCE = {"none": Guidance(), "scale 1.5": Guidance("power-cosine", 1.5, scale_pow=1.0)}
 COLUMNS = ("solver", "steps", "guidance", "class_accuracy", "frechet_pixels", "seconds")
@@ -102,7 +104,7 @@ def main():
     script_util.check_positive(args, "num_samples", "batch_size")
     folder = Path(args.demo, "train")
     if not folder.is_dir():
-        raise ValueError(f"{folder} is not there: run `make demo` first, or name its folder with --demo")
+        raise UserError(f"{folder} is not there: run `make demo` first, or name its folder with --demo")
     model = load_model(folder)
     rows, shown = measure(model, read_config(folder)["diffusion"], args)
     table = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|", *map(format_row, rows)]

@@ -13,6 +13,7 @@ from masked_diffusion.image_datasets import center_crop_arr
 from masked_diffusion.sampling import editing
 from masked_diffusion.sampling.build import make_sampler
 from masked_diffusion.sampling.solvers import SOLVERS
+from masked_diffusion.utils.errors import UserError
 from masked_diffusion.utils.pictures import make_grid
 
 PREVIEWS = 12  # at most, of images as they form
@@ -54,20 +55,20 @@ class Request:
 def whole_number(name, value, first, last):
     """An int in [first, last]; browsers send 3 and 3.0 alike.
 
-    :raises ValueError: for anything else.
+    :raises UserError: for anything else.
     """
     if type(value) not in (int, float) or value != value // 1 or not first <= value <= last:
-        raise ValueError(f"{name} is {shorten(value)}: it must be a whole number from {first} to {last}")
+        raise UserError(f"{name} is {shorten(value)}: it must be a whole number from {first} to {last}")
     return int(value)
 
 
 def number(name, value, first, last):
     """A float in [first, last].
 
-    :raises ValueError: for anything else.
+    :raises UserError: for anything else.
     """
     if type(value) not in (int, float) or not first <= value <= last:
-        raise ValueError(f"{name} is {shorten(value)}: it must be a number from {first} to {last}")
+        raise UserError(f"{name} is {shorten(value)}: it must be a number from {first} to {last}")
     return float(value)
 
 
@@ -80,10 +81,10 @@ def shorten(value):
 def check_request(limits, num_classes, label, count, seed, solver, steps, cfg_scale, scale_pow):
     """A `Request` of values as they came, of any type.
 
-    :raises ValueError: for the first value that is of another type or out of its range.
+    :raises UserError: for the first value that is of another type or out of its range.
     """
     if not isinstance(solver, str) or solver not in SOLVERS:
-        raise ValueError(f"solver is {shorten(solver)}: choose one of {', '.join(SOLVERS)}")
+        raise UserError(f"solver is {shorten(solver)}: choose one of {', '.join(SOLVERS)}")
     return Request(
         whole_number("class", label, 0, max(num_classes, 1) - 1),
         whole_number("images", count, 1, limits.images),
@@ -101,25 +102,25 @@ def check_painting(painting, size):
     :param painting: None, or a dict of `background`, an (H, W, 3 or 4) uint8 array or None, and `layers`, a list of
         (H, W, 4) uint8 arrays whose alpha is the paint.
     :return: (size, size, 3) uint8 and (size, size) bool, True = painted over.
-    :raises ValueError: when image or paint are missing, and for an image that is too large or too long.
+    :raises UserError: when image or paint are missing, and for an image that is too large or too long.
     """
     background = (painting or {}).get("background")
     if background is None or (background.shape[2] == 4 and not background[:, :, 3].any()):
-        raise ValueError("there is no image: upload one, or draw some and click one of them")
+        raise UserError("there is no image: upload one, or draw some and click one of them")
     height, width = background.shape[:2]
     if max(height, width) > LONGEST_SIDE or max(height, width) > LONGEST_RATIO * min(height, width):
-        raise ValueError(
+        raise UserError(
             f"the image has {width} x {height} pixels: at most {LONGEST_SIDE} a side are taken, "
             f"and one side at most {LONGEST_RATIO} times the other"
         )
     paint = np.zeros((height, width), dtype=np.uint8)
     for layer in painting["layers"]:
         if layer.shape != (height, width, 4):
-            raise ValueError(f"the paint is {layer.shape}: it must be ({height}, {width}, 4), as the image")
+            raise UserError(f"the paint is {layer.shape}: it must be ({height}, {width}, 4), as the image")
         paint = np.maximum(paint, layer[:, :, 3])
     hole = center_crop_arr(Image.fromarray(paint).convert("RGB"), size)[:, :, 0] >= PAINTED
     if not hole.any():
-        raise ValueError("nothing is painted: paint over what is to be drawn anew, not too thinly")
+        raise UserError("nothing is painted: paint over what is to be drawn anew, not too thinly")
     return center_crop_arr(Image.fromarray(background).convert("RGB"), size), hole
 
 
@@ -153,7 +154,7 @@ def fill(weights, args, request, image, hole, resamplings):
     """Fill the hole of an image `request.count` times, step by step: a generator of `Progress`.
 
     :param image, hole: from `check_painting`. :param resamplings: as it came, see `editing.inpaint_progressive`.
-    :raises ValueError: for resamplings out of range, and for a solver that cannot start from an image.
+    :raises UserError: for resamplings out of range, and for a solver that cannot start from an image.
     """
     resamplings = whole_number("resamplings", resamplings, 1, MOST_RESAMPLINGS)
     sampler = request_sampler(weights, args, request)
@@ -202,17 +203,17 @@ def clicked(images, place):
     :param images: (N, H, W, 3) uint8, as `view_of` shows them, or None. :param place: x and y in that view, as they
         came.
     :return: (H, W, 3) uint8.
-    :raises ValueError: where no image is.
+    :raises UserError: where no image is.
     """
     if images is None:
-        raise ValueError("there are no images yet: draw some")
+        raise UserError("there are no images yet: draw some")
     height, width = view_of(images).shape[:2]
     if not isinstance(place, list | tuple) or len(place) != 2:
-        raise ValueError(f"the click is {shorten(place)}: it must be x and y")
+        raise UserError(f"the click is {shorten(place)}: it must be x and y")
     x, y = (number("the click", value, 0, limit) for value, limit in zip(place, (width, height), strict=True))
     columns = columns_of(len(images))
     side = width // columns
     index = min(int(y) // side, -(-len(images) // columns) - 1) * columns + min(int(x) // side, columns - 1)
     if index >= len(images):
-        raise ValueError("there is no image at this place: click one")
+        raise UserError("there is no image at this place: click one")
     return images[index]
