@@ -24,7 +24,7 @@ from masked_diffusion.training.guardian import Guardian
 from masked_diffusion.training.objective import TwoPassObjective
 from masked_diffusion.utils.errors import UserError
 from masked_diffusion.utils.flops import forward_flops
-from masked_diffusion.utils.precision import check_precision
+from masked_diffusion.utils.precision import check_precision, set_matmul_precision
 
 GRID_IMAGES, GRID_STEPS, GRID_SCALE = 40, "50", 1.5
 
@@ -128,6 +128,7 @@ def main():
     logger.configure(args.log_dir, quiet=not dist_util.is_main())
     precision = script_util.precision_of(args)
     check_precision(precision, dist_util.dev())
+    set_matmul_precision(precision)
     with dist_util.main_first():
         first_stage = create_first_stage(args.vae, dist_util.dev())
     data = find_latents(args, first_stage) if args.latent_dir else find_images(args)
