@@ -1,9 +1,7 @@
 """Train MDTv2, MDT or DiT on a folder of images. Run the same command again to go on where it stopped."""
 
-import sys
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -23,7 +21,9 @@ from masked_diffusion.training.finetune import load_pretrained
 from masked_diffusion.training.guardian import Guardian
 from masked_diffusion.training.objective import TwoPassObjective
 from masked_diffusion.utils.errors import UserError
-from masked_diffusion.utils.precision import check_precision, set_matmul_precision
+from masked_diffusion.utils.evaluations import load_evaluations
+from masked_diffusion.utils.flops import forward_flops
+from masked_diffusion.utils.precision import check_precision
 
 GRID_IMAGES, GRID_STEPS, GRID_SCALE = 40, "50", 1.5
 
@@ -47,7 +47,7 @@ def find_images(args):
     """Training from images; rank 0 looks at the files for all."""
     paths = list_image_files(args.data_dir)
     if dist_util.is_main():
-        paths = preflight.check_images(paths, args.image_size, args.on_bad_image, args.data_dir)
+        paths = preflight.check_images(paths, args.image_size, args.on_bad_image)
     paths = dist_util.broadcast_object(paths)
     labels, class_names = image_classes(paths) if args.class_cond else (None, [])
     load = partial(load_data, data_dir=args.data_dir, paths=paths, on_bad_image=args.on_bad_image)
@@ -98,10 +98,11 @@ def create_evaluation(args, model, config, first_stage, precision):
     """A function without arguments that draws fixed noise and labels, without guidance, and compares the images."""
     if not args.eval_interval:
         return None
-    sys.path.append(str(Path(__file__).resolve().parents[1] / "evaluations"))  # scripts too, and in no package
-    from live import LiveEvaluation
-
-    compare = LiveEvaluation(args.eval_reference, (args.image_size, args.image_size), dist_util.dev())
+    live = load_evaluations("live")
+    try:
+        compare = live.LiveEvaluation(args.eval_reference, (args.image_size, args.image_size), dist_util.dev())
+    except live.UserError as error:
+        raise UserError(f"--eval_reference: {error}") from error
     solver = create_solver("ddpm", GRID_STEPS, config["diffusion"])
     sampler = ImageSampler(model, solver, first_stage, precision=precision, seed=args.seed)
     return lambda: compare(draw_own_part(sampler, args.eval_samples, args.batch_size))
@@ -127,7 +128,6 @@ def main():
     logger.configure(args.log_dir, quiet=not dist_util.is_main())
     precision = script_util.precision_of(args)
     check_precision(precision, dist_util.dev())
-    set_matmul_precision(precision)
     with dist_util.main_first():
         first_stage = create_first_stage(args.vae, dist_util.dev())
     data = find_latents(args, first_stage) if args.latent_dir else find_images(args)
@@ -146,26 +146,17 @@ def main():
     optimizer = args.optimizer or ("adan" if args.model.startswith("MDTv2") else "adamw")
     script_util.save_config(logger.get_dir(), config, args.allow_config_change)
 
+    num_params = sum(p.numel() for p in model.parameters())
+    num_emas = len(args.ema_rate.split(",")) + len(args.phema.split(",")) * bool(args.phema)
     preflight.report(
-        model=model,
-        model_name=args.model,
-        first_stage=first_stage,
-        vae=args.vae,
-        num_images=len(data.names),
         labels=data.labels,
-        class_names=data.class_names,
-        batch_size=args.batch_size,
-        microbatch=args.microbatch,
-        world_size=dist_util.get_world_size(),
-        optimizer=optimizer,
-        lr=args.lr,
-        lr_anneal_steps=args.lr_anneal_steps,
-        weight_decay=args.weight_decay,
-        grad_clip=args.grad_clip,
-        precision=precision,
-        compiled=args.compile,
-        num_emas=len(args.ema_rate.split(",")) + len(args.phema.split(",")) * bool(args.phema),
-        shard=args.shard,
+        names=data.class_names,
+        num_images=len(data.names),
+        model_name=args.model,
+        num_params=num_params,
+        gflop=forward_flops(model) / 1e9,
+        global_batch=global_batch,
+        memory=preflight.memory_estimate(num_params, num_emas, optimizer, dist_util.get_world_size(), args.shard),
     )
     kept_multiple = max(1, model.num_patches // 16) if args.compile and not args.exact_lengths else 1
     TrainLoop(
