@@ -4,6 +4,7 @@ import signal
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -111,7 +112,7 @@ class TrainLoop:
         """Data and noise of the present step: after a rollback they come from another seed."""
         seed, rollbacks = self.config.train.seed, self.state.rollbacks
         self.run_seed = fold_seed(seed, rollbacks) if rollbacks else seed
-        self.data = self.source.stream(self.step, self.run_seed)
+        self.data = self.source.stream(self.step, self.run_seed, self.first_stage)
         self.metrics.clear()
 
     def save(self) -> None:
@@ -163,13 +164,13 @@ class TrainLoop:
                 batch, cond = next(self.data)
             except LoaderWorkerDied as error:
                 failure = error
-            # A rank that cannot go on, or was told to stop, says so before a step in which the others would wait for it.
+            # A rank that cannot go on, or was told to stop, says so before a step in which the others wait for it.
             if dist_util.any_rank(failure is not None or self._stop_signal is not None):
                 break
             self.run_step(batch, cond)
             bar.update(self.step - bar.n)
-            row_wanted = any([hook.after_step(self) for hook in self.hooks])
-            if row_wanted or self.step % log.log_interval == 0 or self.step == self.last_step:
+            wants_row = [hook.after_step(self) for hook in self.hooks]
+            if any(wants_row) or self.step % log.log_interval == 0 or self.step == self.last_step:
                 bar.set_postfix_str(self._log_row())
             if self.step % log.save_interval == 0:
                 self.save()
@@ -297,7 +298,7 @@ class TrainLoop:
             )
             for i in worst
         ]
-        found = sorted(sum(dist_util.gather_objects(own), []), key=lambda sample: -sample[0])
+        found = sorted(chain.from_iterable(dist_util.gather_objects(own)), key=lambda sample: -sample[0])
         logger.log(f"step {self.step}: the loss {loss:.4f} is a spike, {zscore:.1f} standard deviations above its mean")
         for sample_loss, t, label, file in found[:SHOWN_SPIKE_SAMPLES]:
             logger.log(f"  loss {sample_loss:.4f}  t {t}  label {label}" + (f"  {file}" if file else ""))

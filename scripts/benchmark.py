@@ -16,10 +16,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from masked_diffusion import create_diffusion, create_model, script_util
+from masked_diffusion.config import OPTIMIZERS
 from masked_diffusion.guidance import Guidance, GuidedDenoiser
 from masked_diffusion.layers.attention import Attention
 from masked_diffusion.training.objective import TwoPassObjective
-from masked_diffusion.training.optim import OPTIMIZERS, create_optimizer, default_grad_clip
+from masked_diffusion.training.optim import create_optimizer, default_grad_clip
 from masked_diffusion.utils.errors import UserError
 from masked_diffusion.utils.files import write_json
 from masked_diffusion.utils.flops import forward_flops

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import blobfile as bf
 import numpy as np
@@ -10,9 +11,9 @@ import torch.nn as nn
 from PIL import ExifTags, Image
 
 from .. import logger
+from ..config import RunConfig, TrainConfig, split_numbers
 from ..utils.errors import UserError
 from ..utils.flops import forward_flops
-from .optim import default_grad_clip
 
 SHOWN_CLASSES, SHOWN_BAD_IMAGES, BAR = 10, 20, 40
 PAPER_MASK_RATIO = 0.3
@@ -139,54 +140,33 @@ def memory_estimate(num_params: int, num_emas: int, optimizer: str, world_size: 
 
 
 def report(
-    *,
-    model: nn.Module,
-    model_name: str,
-    first_stage,
-    vae: str,
-    num_images: int,
-    labels: np.ndarray | None,
-    class_names: Sequence[str],
-    batch_size: int,
-    microbatch: int,
-    world_size: int,
-    optimizer: str,
-    lr: float,
-    lr_anneal_steps: int,
-    weight_decay: float,
-    grad_clip: float | None,
-    precision: str,
-    compiled: bool,
-    num_emas: int,
-    shard: str,
+    config: RunConfig, model: nn.Module, first_stage: Any, *, num_images: int, labels: np.ndarray | None
 ) -> None:
     """Log the screen.
 
-    :param first_stage, vae: what `create_first_stage` made, and the name that it was made by.
-    :param labels: (num_images,) integers, or None without classes; `class_names` are in their order.
-    :param batch_size: images per rank; `microbatch` of them at a time, all at once if it is not positive.
-    :param grad_clip: global gradient norm; None for the optimizer's default, 0 for no clipping.
-    :param num_emas, shard: for the estimate of memory; see `memory_estimate`.
+    :param config: resolved, with its facts. :param labels: (num_images,) integers, or None without classes.
     """
+    train, class_names = config.train, config.classes
     logger.log(f"{num_images} images" + (f" of {len(class_names)} classes" if class_names else ", no labels"))
     for line in describe_classes(labels, class_names) if class_names else ():
         logger.log(line)
     num_params = sum(p.numel() for p in model.parameters())
     logger.log(
-        f"{model_name}: {num_params / 1e6:.3f} M parameters, {forward_flops(model) / 1e9:.2f} GFLOP per image and full "
-        "forward pass"
+        f"{config.model.model}: {num_params / 1e6:.3f} M parameters, {forward_flops(model) / 1e9:.2f} GFLOP per image "
+        "and full forward pass"
     )
-    logger.log(_describe_masking(model, model_name))
-    logger.log(_describe_first_stage(model, first_stage, vae))
-    logger.log(f"precision: {precision}, {'compiled blocks' if compiled else 'not compiled'}")
-    logger.log(f"optimizer: {', '.join(_describe_optimizer(optimizer, lr, lr_anneal_steps, weight_decay, grad_clip))}")
-    global_batch = batch_size * world_size
-    micro = microbatch if 0 < microbatch < batch_size else batch_size
+    logger.log(_describe_masking(model, config.model.model))
+    logger.log(_describe_first_stage(model, first_stage, config.model.vae))
+    logger.log(f"precision: {config.precision}, {'compiled blocks' if train.compile else 'not compiled'}")
+    logger.log(f"optimizer: {', '.join(_describe_optimizer(train))}")
+    world_size = config.global_batch // train.batch_size
+    micro = train.microbatch if 0 < train.microbatch < train.batch_size else train.batch_size
     logger.log(
-        f"batch: {batch_size} images x {world_size} ranks = global batch {global_batch} per step, in microbatches of "
-        f"{micro}; {num_images / global_batch:.1f} steps per epoch"
+        f"batch: {train.batch_size} images x {world_size} ranks = global batch {config.global_batch} per step, in "
+        f"microbatches of {micro}; {num_images / config.global_batch:.1f} steps per epoch"
     )
-    memory = memory_estimate(num_params, num_emas, optimizer, world_size, shard)
+    num_emas = len(train.ema_rate.split(",")) + len(split_numbers(train.phema))
+    memory = memory_estimate(num_params, num_emas, train.optimizer, world_size, train.shard)
     logger.log(f"about {memory / 2**30:.2f} GiB per rank for weights, gradients, optimizer and EMA, before activations")
 
 
@@ -210,11 +190,9 @@ def _describe_first_stage(model: nn.Module, first_stage, vae: str) -> str:
     return f"first stage: {vae}, latents of {shape}, {first_stage.downsample} times smaller than the images"
 
 
-def _describe_optimizer(
-    optimizer: str, lr: float, lr_anneal_steps: int, weight_decay: float, grad_clip: float | None
-) -> Iterator[str]:
-    yield f"{optimizer}, lr {lr:g}" + (f" annealed to 0 at step {lr_anneal_steps}" if lr_anneal_steps else "")
-    if weight_decay:
-        yield f"weight decay {weight_decay:g}"
-    norm = default_grad_clip(optimizer) if grad_clip is None else grad_clip
-    yield f"gradients clipped to a norm of {norm:g}" if norm else "gradients not clipped"
+def _describe_optimizer(train: TrainConfig) -> Iterator[str]:
+    annealed = f" annealed to 0 at step {train.lr_anneal_steps}" if train.lr_anneal_steps else ""
+    yield f"{train.optimizer}, lr {train.lr:g}{annealed}"
+    if train.weight_decay:
+        yield f"weight decay {train.weight_decay:g}"
+    yield f"gradients clipped to a norm of {train.grad_clip:g}" if train.grad_clip else "gradients not clipped"

@@ -5,8 +5,11 @@ import socket
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from .. import dist_util, logger
 from ..config import LogConfig, RunConfig
+from ..models import create_model
 from ..utils.errors import UserError
 from ..utils.files import write_json
 from ..weights.checkpoint import (
@@ -134,25 +137,52 @@ def agree_on_start(log_dir: str | Path, config: RunConfig, before: RunConfig | N
 # ---------------------------------------------------------------- configuration
 
 
-def resolve(config: RunConfig, model: Any) -> RunConfig:
-    """A configuration with every default of the model's family filled in, so that two of them can be compared."""
-    optimizer = config.train.optimizer or model.default_optimizer
-    clip = config.train.grad_clip
-    options = config.diffusion.options(model.default_snr_gamma)
+def describe_architecture(config: RunConfig, first_stage: Any, num_classes: int) -> dict[str, Any]:
+    """Name and options for `create_model` of the model that flags describe.
+
+    :raises UserError: when the first stage cannot reduce image_size to the model's input.
+    """
+    if config.model.image_size % first_stage.downsample:
+        raise UserError(
+            f"--image_size is {config.model.image_size}: with --vae {config.model.vae} it must be a multiple of "
+            f"{first_stage.downsample}"
+        )
+    options = {
+        "input_size": config.model.image_size // first_stage.downsample,
+        "in_channels": first_stage.channels,
+        "num_classes": num_classes,
+        "learn_sigma": config.diffusion.learn_sigma,
+    }
+    given = {"mask_ratio": config.model.mask_ratio, "decode_layer": config.model.decode_layer}
+    options |= {key: value for key, value in given.items() if value is not None}
+    return {"name": config.model.model, "options": options}
+
+
+def resolve(config: RunConfig) -> RunConfig:
+    """A configuration with the defaults of the model's family and size filled in, so that two can be compared.
+
+    :raises UserError: for a model that there is not.
+    """
+    with torch.device("meta"):  # its sizes alone
+        model = create_model(config.model.model)
+    train, options = config.train, config.architecture.get("options", {})
+    optimizer = train.optimizer or model.default_optimizer
+    num_classes = options.get("num_classes") if config.model.num_classes is None else config.model.num_classes
+    decode_layer = config.model.decode_layer
     return config.replaced(
         optimizer=optimizer,
-        grad_clip=float(default_grad_clip(optimizer) or 0) if clip is None else clip,
-        snr_gamma=options["snr_gamma"],
+        grad_clip=default_grad_clip(optimizer) if train.grad_clip is None else train.grad_clip,
+        snr_gamma=config.diffusion.options(model.default_snr_gamma)["snr_gamma"],
         precision=config.precision,
         use_fp16=False,
-        decode_layer=model.decode_layer if config.model.decode_layer is None else config.model.decode_layer,
-        num_classes=model.num_classes if config.model.num_classes is None else config.model.num_classes,
+        num_classes=num_classes,
+        decode_layer=model.decode_layer if decode_layer is None else decode_layer,
     )
 
 
 def read_run_config(log_dir: str | Path) -> RunConfig | None:
     """The configuration of the run whose checkpoints a folder holds; None where there is no checkpoint."""
-    return read_config(log_dir) if latest_step(log_dir) is not None else None
+    return RunConfig.from_json(read_config(log_dir)) if latest_step(log_dir) is not None else None
 
 
 def check_same_run(log_dir: str | Path, config: RunConfig, before: RunConfig | None) -> None:
@@ -165,8 +195,8 @@ def check_same_run(log_dir: str | Path, config: RunConfig, before: RunConfig | N
         return
     for name, old, new in config.differences(before):
         raise UserError(
-            f"{name} was {old} when the run in {log_dir} began, now it is {new}: repeat the old value, choose another "
-            "--log_dir, or say --allow_config_change True"
+            f"{name} was {old} when {log_dir} was begun, now it is {new}: repeat it, choose another --log_dir, or say "
+            "--allow_config_change True"
         )
 
 

@@ -100,7 +100,7 @@ class TrainState:
             averages, dtype = train_state["phema"], self.config.train.phema_dtype
             save_snapshots(folder, self.step, averages, weights, self.names, dtype)
             save_checkpoint(folder, self.step, weights, emas, train_state)
-        except UserError:
+        except (OSError, UserError):
             remove_snapshots(folder, self.step)
             raise
 
