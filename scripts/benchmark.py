@@ -23,7 +23,7 @@ from masked_diffusion.training.optim import OPTIMIZERS, create_optimizer, defaul
 from masked_diffusion.utils.errors import UserError
 from masked_diffusion.utils.files import write_json
 from masked_diffusion.utils.flops import forward_flops
-from masked_diffusion.utils.precision import PRECISIONS, autocast, check_precision
+from masked_diffusion.utils.precision import PRECISIONS, autocast, check_precision, set_matmul_precision
 
 WARMUP_STEPS = 2
 # name: precision, whether blocks are compiled, whether attention is written out as in the published code
@@ -224,7 +224,7 @@ def timed(step, device):
 
 def matmul_peak(device, precision):
     """FLOP/s of the fastest of ten large square matrix products in `precision`."""
-    check_precision(precision, torch.device(device))
+    set_matmul_precision(precision)
     size = 8192 if device == "cuda" else 2048
     a, b = (torch.randn(size, size, device=device, dtype=PRECISIONS[precision] or torch.float32) for _ in range(2))
     return 2 * size**3 / min(timed(lambda: a @ b, device) for _ in range(10))
@@ -258,7 +258,7 @@ class Variant:
 
     def run(self, record=True):
         """One step in this variant's settings."""
-        check_precision(self.precision, torch.device(self.args.device))
+        set_matmul_precision(self.precision)
         if self.args.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
         with naive_attention() if self.naive else nullcontext():

@@ -2,9 +2,9 @@
 
 import torch
 
-from ..utils.errors import UserError
+from ..config import OPTIMIZERS
 
-OPTIMIZERS = ("adan", "adan-pytorch", "adamw")
+from ..utils.errors import UserError
 
 
 def create_optimizer(name, params, lr, weight_decay=0.0):
