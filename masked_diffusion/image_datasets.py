@@ -7,6 +7,7 @@ Which image comes when is a function of (seed, position in the stream) alone, an
 import hashlib
 import json
 import math
+import os
 import random
 import sys
 from collections import Counter
@@ -136,7 +137,8 @@ def list_image_files(data_dir: str) -> list[str]:
 
 def _list_image_files_recursively(folder, other_kinds):
     try:
-        names = sorted(bf.listdir(folder))
+        # Not blobfile's for local folders: it looks at every file, and fails at a link that leads nowhere.
+        names = sorted(bf.listdir(folder) if "://" in folder else os.listdir(folder))
     except OSError as error:
         raise UserError(f"{folder} cannot be listed ({error.strerror}): allow it to be read, or remove it") from error
     paths = []
