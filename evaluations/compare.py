@@ -44,6 +44,8 @@ def read(path):
         if not widths:
             widths = {key: (high - low) / 2 for key, (low, high) in row["runs"][0]["intervals"].items()}
         return metrics, widths, [str(warning) for warning in row["warnings"]]
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error}): name a file that evaluator.py --json wrote") from error
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise UserError(f"{path} is no result of evaluator.py --json ({error!r}): write it anew") from error
 

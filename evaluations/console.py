@@ -5,11 +5,13 @@ import sys
 from . import ranks
 from .errors import UserError
 
+INTERRUPTED = 130  # what a shell calls the exit status of a program that Ctrl-C ended
+
 
 def run(main):
     """Run an entry point and exit with the status that it returns.
 
-    A `UserError` is one sentence of rank 0, and status 2. Ctrl-C is status 130. Every other exception passes.
+    A `UserError` is one sentence of rank 0, and status 2; Ctrl-C is status 130; every other exception passes.
     """
     try:
         sys.exit(main() or 0)
@@ -18,4 +20,6 @@ def run(main):
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        sys.exit(130)
+        if ranks.rank() == 0:
+            print("interrupted", file=sys.stderr)
+        sys.exit(INTERRUPTED)

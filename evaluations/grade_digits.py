@@ -1,7 +1,4 @@
-"""Grade generated digits: an SVM fitted on real training digits, and Frechet distances of pixels.
-
-Leaves `samples.png` (a row per class), `loss.png` and `report.json`.
-"""
+"""Grade the demo's digits: an SVM fitted on real training digits, and Frechet distances of pixels."""
 
 import json
 from pathlib import Path

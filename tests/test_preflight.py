@@ -11,7 +11,9 @@ from PIL import ExifTags, Image, ImageFile
 from test_image_datasets import break_image
 
 from masked_diffusion import create_model
+from masked_diffusion.config import RunConfig
 from masked_diffusion.training import preflight
+from masked_diffusion.training.resume import resolve
 from masked_diffusion.utils.errors import UserError
 from masked_diffusion.utils.precision import check_precision, set_matmul_precision
 
@@ -95,17 +97,13 @@ def test_damaged_exif_makes_no_bad_image(tmp_path):
     assert preflight.inspect_images(paths, 16) == ([], [])
 
 
-def show(capsys, model_name="MDTv2_Nano_2", vae_factor=1, mask_ratio=None, **changes):
+def show(capsys, model_name="MDTv2_Nano_2", vae_factor=1, world_size=1, labels=None, classes=(), **flags):
     """The lines of the screen for a small model of 16 tokens."""
-    options = {} if mask_ratio is None else {"mask_ratio": mask_ratio}
-    settings = {
-        "model": create_model(model_name, input_size=8, in_channels=4, num_classes=2, **options),
-        "model_name": model_name, "first_stage": SimpleNamespace(downsample=vae_factor), "vae": "ema",
-        "num_images": 960, "labels": None, "class_names": [], "batch_size": 32, "microbatch": -1, "world_size": 1, "optimizer": "adan",
-        "lr": 3e-4, "lr_anneal_steps": 0, "weight_decay": 0.0, "grad_clip": None, "precision": "fp32",
-        "compiled": False, "num_emas": 1, "shard": "none",
-    }  # fmt: skip
-    preflight.report(**settings | changes)
+    config = resolve(RunConfig().replaced(**{"model": model_name, "optimizer": "adan"} | flags))
+    config = config.replaced(classes=classes, global_batch=config.train.batch_size * world_size)
+    options = {} if config.model.mask_ratio is None else {"mask_ratio": config.model.mask_ratio}
+    model = create_model(model_name, input_size=8, in_channels=4, num_classes=2, **options)
+    preflight.report(config, model, SimpleNamespace(downsample=vae_factor), num_images=960, labels=labels)
     return capsys.readouterr().out.splitlines()
 
 
@@ -134,8 +132,8 @@ def test_the_screen_shows_what_is_trained_how(capsys):
         "optimizer: adan, lr 0.0003, gradients clipped to a norm of 1",
         "batch: 32 images x 1 ranks = global batch 32 per step, in microbatches of 32; 30.0 steps per epoch",
     } <= set(show(capsys))
-    changes = {"world_size": 8, "microbatch": 16, "precision": "bf16", "compiled": True, "lr_anneal_steps": 70}
-    changes |= {"optimizer": "adamw", "weight_decay": 0.1, "labels": np.arange(960) % 2, "class_names": ["cat", "dog"]}
+    changes = {"world_size": 8, "microbatch": 16, "precision": "bf16", "compile": True, "lr_anneal_steps": 70}
+    changes |= {"optimizer": "adamw", "weight_decay": 0.1, "labels": np.arange(960) % 2, "classes": ("cat", "dog")}
     assert {
         "960 images of 2 classes",
         "first stage: ema, latents of 4 x 8 x 8, 8 times smaller than the images",
