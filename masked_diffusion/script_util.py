@@ -8,24 +8,26 @@ from pathlib import Path
 
 from . import dist_util, logger
 from .models import create_model
-from .respace import create_diffusion
+from .published import (  # noqa: F401  (where ADM's and MDT's scripts import them from)
+    NUM_CLASSES,
+    add_dict_to_argparser,
+    args_to_dict,
+    diffusion_defaults,
+    model_and_diffusion_defaults,
+    str2bool,
+)
+from .respace import create_diffusion, create_gaussian_diffusion  # noqa: F401
 from .training.ema import DTYPES
 from .training.guardian import TrainingFault
 from .training.optim import OPTIMIZERS
 from .training.parallel import SHARDS
 from .utils.errors import UserError
 from .utils.files import write_json
+from .utils.not_rebuilt import module_getattr
 from .utils.precision import PRECISIONS
 from .weights.checkpoint import CONFIG_NAME, latest_step, read_config
 
-
-def str2bool(text):
-    """`True` or `False` in the spellings of the published scripts."""
-    if text.lower() in ("true", "t", "yes", "y", "1"):
-        return True
-    if text.lower() in ("false", "f", "no", "n", "0"):
-        return False
-    raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
+__getattr__ = module_getattr(__name__)
 
 
 def optional_float(text):

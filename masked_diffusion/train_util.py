@@ -12,10 +12,18 @@ import torch
 from tqdm.auto import tqdm
 
 from . import dist_util, logger
+from .published import (  # noqa: F401  (where ADM's and MDT's users import them from)
+    find_ema_checkpoint,
+    find_resume_checkpoint,
+    get_blob_logdir,
+    log_loss_dict,
+    parse_resume_step_from_filename,
+)
 from .training.ema import PowerEMA, save_snapshots
 from .training.optim import annealed_lr, default_grad_clip, update_ema
 from .training.parallel import copy_all, like, load_optimizer_state, make_optimizer, optimizer_state, parallelize, whole
 from .utils.errors import UserError
+from .utils.not_rebuilt import module_getattr
 from .utils.pictures import save_grid
 from .utils.random_numbers import GlobalBatchRandom, fold_seed
 from .weights.checkpoint import (
@@ -29,6 +37,7 @@ from .weights.checkpoint import (
 )
 
 NUM_QUARTILES, GRID_COLUMNS = 4, 10
+__getattr__ = module_getattr(__name__)
 
 
 def find_resume_step(log_dir, resume_checkpoint):

@@ -29,7 +29,7 @@ def parse_args():
 def main():
     args = parse_args()
     script_util.check_positive(args, "image_size", "batch_size", "shard_size")
-    dist_util.setup_dist()
+    dist_util.join_process_group()
     logger.configure(args.latent_dir, quiet=not dist_util.is_main())
     with dist_util.main_first():
         first_stage = create_first_stage(args.vae, dist_util.dev())

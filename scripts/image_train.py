@@ -124,7 +124,7 @@ def main():
     args = parse_args()
     script_util.check_positive(args, "batch_size", "log_interval", "save_interval", "lr", "image_size", "max_bad_steps")
     check_evaluation_flags(args)
-    dist_util.setup_dist()
+    dist_util.join_process_group()
     logger.configure(args.log_dir, quiet=not dist_util.is_main())
     precision = script_util.precision_of(args)
     check_precision(precision, dist_util.dev())
