@@ -1,8 +1,10 @@
 """Process groups of torchrun, torch.distributed.launch or mpiexec, on GPUs (nccl) or CPUs (gloo); or none at all."""
 
 import os
+import signal
 import socket
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import blobfile as bf
 import torch
@@ -37,7 +39,7 @@ def setup_dist_multinode(args):
     """
     setup_dist()
     args.rank, args.world_size, args.distributed = get_rank(), get_world_size(), True
-    args.local_rank = args.gpu = int(os.environ.get("LOCAL_RANK", 0))
+    args.local_rank = args.gpu = get_local_rank()
 
 
 def join_process_group():
@@ -130,6 +132,11 @@ def synchronize():
     barrier()
 
 
+def get_local_rank() -> int:
+    """The number of this process on its node, 0 without a launcher."""
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
 def barrier():
     if dist.is_initialized():
         dist.barrier()
@@ -143,6 +150,27 @@ def main_first():
     yield
     if is_main():
         barrier()
+
+
+def is_first(key: str) -> bool:
+    """Whether this is the first process of the job to ask with this key. Before the ranks have met, rank 0 is."""
+    if not dist.is_initialized():
+        ranks = (os.environ.get(name) for name in ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK"))
+        return next((int(rank) for rank in ranks if rank), 0) == 0
+    try:
+        return dist.distributed_c10d._get_default_store().add(key, 1) == 1
+    except RuntimeError:  # the process that held the store has ended
+        return is_main()
+
+
+def end_restarts() -> None:
+    """Let torchrun end the job, where it would start it again: for an error that would only come back."""
+    left = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) - int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    if left <= 0:
+        return
+    with suppress(OSError):  # no /proc on this system
+        if b"torch" in Path(f"/proc/{os.getppid()}/cmdline").read_bytes():
+            os.kill(os.getppid(), signal.SIGTERM)
 
 
 def sync_params(params):

@@ -1,10 +1,17 @@
-"""What the scripts share: flags, and the objects that flags describe."""
+"""What the scripts share: flags made of configurations, and how a script ends."""
 
 import argparse
+import difflib
+import hashlib
+import re
 import sys
 import traceback
+import typing
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import Field
 from pathlib import Path
+from typing import Any, TypeVar
 
 from . import dist_util, logger
 from .models import create_model
@@ -18,16 +25,96 @@ from .published import (  # noqa: F401  (where ADM's and MDT's scripts import th
 )
 from .respace import create_diffusion, create_gaussian_diffusion  # noqa: F401
 from .training.ema import DTYPES
-from .training.guardian import TrainingFault
 from .training.optim import OPTIMIZERS
 from .training.parallel import SHARDS
 from .utils.errors import UserError
 from .utils.files import write_json
 from .utils.not_rebuilt import module_getattr
+from .utils.options import Config, is_optional
 from .utils.precision import PRECISIONS
 from .weights.checkpoint import CONFIG_NAME, latest_step, read_config
 
 __getattr__ = module_getattr(__name__)
+C = TypeVar("C", bound=Config)
+INTERRUPTED = 130  # what a shell calls the exit code of a program that Ctrl-C ended
+
+# ---------------------------------------------------------------- flags
+
+
+class Parser(argparse.ArgumentParser):
+    """Shows defaults, takes no abbreviations, and refuses with a `UserError` that names what may have been meant."""
+
+    def __init__(self, **options):
+        super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, **options)
+
+    def error(self, message: str):
+        raise UserError(f"{message} (--help lists the flags of {self.prog})")
+
+    def parse_args(self, args=None, namespace=None):
+        found, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            flag = unknown[0].partition("=")[0]
+            near = difflib.get_close_matches(flag, self._option_string_actions, n=1)
+            self.error(f"{flag} is no flag of {self.prog}" + (f": did you mean {near[0]}?" if near else ""))
+        return found
+
+
+def parse_flags(config_class: type[C], description: str, argv: Sequence[str] | None = None, **defaults: Any) -> C:
+    """A configuration from the command line, with every value in its range.
+
+    A field is a flag: booleans may stand alone (`--compile`) or with a value (`--compile True`), optional values take
+    `None`, and DiT's spelling with hyphens works too.
+
+    :param argv: the command line, without the program's name; None: of this process.
+    :param defaults: by field name, where a script has others than the class.
+    :raises UserError: for a flag that there is not, and for a value that it cannot have.
+    """
+    parser = Parser(description=description)
+    # Of torch.distributed.launch; torchrun says the same in the environment.
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    groups = {}
+    for owner, field in config_class.flags():
+        if owner not in groups:
+            groups[owner] = parser.add_argument_group(owner.__doc__.splitlines()[0])
+        _add_flag(
+            groups[owner], field, typing.get_type_hints(owner)[field.name], defaults.get(field.name, field.default)
+        )
+    argv = sys.argv[1:] if argv is None else argv
+    values = vars(parser.parse_args([_with_underscores(word) for word in argv]))
+    return config_class.from_values(values).check()
+
+
+def _with_underscores(word: str) -> str:
+    name, equals, value = word.partition("=")
+    return name.replace("-", "_").replace("__", "--", 1) + equals + value if re.match(r"--[a-z]", name) else word
+
+
+def _add_flag(group, field: Field, annotation: Any, default: Any) -> None:
+    meta = field.metadata
+    options = {"default": default, "help": meta["help"].replace("%", "%%")}
+    may_be_none = is_optional(annotation) and not meta["read"]
+    kinds = [kind for kind in typing.get_args(annotation) if kind is not type(None)] if may_be_none else [annotation]
+    kind = kinds[0]
+    if typing.get_origin(kind) is tuple:
+        of, *rest = typing.get_args(kind)
+        options |= {"nargs": "+" if rest == [Ellipsis] else 1 + len(rest), "metavar": meta["metavar"]}
+        kind = of
+    if kind is bool:
+        options |= {"nargs": "?", "const": True}
+    read = meta["read"] or {bool: str2bool}.get(kind, kind)
+    options["type"] = _optional(read) if may_be_none else read
+    if meta["choices"]:
+        options["choices"] = (*meta["choices"], None) if may_be_none else meta["choices"]
+        options["metavar"] = "{" + ",".join(meta["choices"]) + "}"
+    group.add_argument(f"--{field.name}", **options)
+
+
+def _optional(read: Callable[[str], Any]) -> Callable[[str], Any]:
+    def read_optional(text):
+        return None if text.lower() == "none" else read(text)
+
+    read_optional.__name__ = getattr(read, "__name__", "value")  # argparse says it in `invalid int value: 'x'`
+    return read_optional
 
 
 def optional_float(text):
@@ -35,10 +122,20 @@ def optional_float(text):
 
 
 def make_parser(description):
-    """A parser that shows defaults, and takes the `--local-rank` that torch.distributed.launch passes."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(description=description)
     parser.add_argument("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)
     return parser
+
+
+def check_positive(args, *names):
+    """Refuse flags that are not positive, before anything starts."""
+    for name in names:
+        if getattr(args, name) <= 0:
+            raise UserError(f"{name} is {getattr(args, name)}: it must be positive")
+
+
+def precision_of(args):
+    return "fp16" if args.use_fp16 else args.precision
 
 
 def add_model_flags(parser):
@@ -130,17 +227,6 @@ def add_train_flags(parser):
     )
 
 
-def check_positive(args, *names):
-    """Refuse flags that are not positive, before anything starts."""
-    for name in names:
-        if getattr(args, name) <= 0:
-            raise UserError(f"{name} is {getattr(args, name)}: it must be positive")
-
-
-def precision_of(args):
-    return "fp16" if args.use_fp16 else args.precision
-
-
 def model_config(args, first_stage, num_classes):
     """Name and options of the model that flags describe.
 
@@ -206,18 +292,43 @@ def create_model_and_diffusion(config):
     return create_model(config["model"]["name"], **config["model"]["options"]), create_diffusion(**config["diffusion"])
 
 
-def run(main):
-    """Run an entry point. What went wrong by input, disk or divergence is a sentence; its traceback goes to log.txt."""
+# ---------------------------------------------------------------- how a script ends
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run an entry point to its end.
+
+    What the user can mend (`UserError`) is printed as one sentence, once over all ranks, with exit code 2, and torchrun
+    does not start the job again for it. Ctrl-C ends with code 130 and no traceback. Everything else is a fault of the
+    program: its traceback is printed, and kept in log.txt.
+    """
     try:
         main()
-    except (ValueError, OSError, TrainingFault) as error:
-        lines = str(error).strip().splitlines()
-        # A loader process sends its whole traceback, of which the last line is the sentence.
-        sentence = lines[-1].removeprefix("ValueError: ") if lines[0].startswith("Caught ValueError") else str(error)
-        if logger.get_dir():
-            with suppress(OSError), Path(logger.get_dir(), "log.txt").open("a") as file:
-                file.write(traceback.format_exc())
-        print(f"error: {sentence}", file=sys.stderr)
+    except UserError as error:
+        _keep_traceback()
+        first = _is_first_to_say(str(error))
+        if first:
+            print(f"error: {error or type(error).__name__}", file=sys.stderr, flush=True)
+        if first or dist_util.get_local_rank() == 0:  # the agent of every node is told
+            dist_util.end_restarts()
         sys.exit(2)
+    except KeyboardInterrupt:
+        if dist_util.is_main():
+            print("interrupted", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+    except Exception:
+        _keep_traceback()
+        raise
     finally:
         dist_util.cleanup()
+
+
+def _keep_traceback() -> None:
+    if logger.get_dir() and dist_util.is_main():
+        with suppress(OSError), Path(logger.get_dir(), "log.txt").open("a") as file:
+            file.write(traceback.format_exc())
+
+
+def _is_first_to_say(message: str) -> bool:
+    """Whether no other rank has this message already. Before the ranks have met, rank 0 speaks for all."""
+    return dist_util.is_first("error " + hashlib.sha256(message.encode()).hexdigest())
