@@ -130,7 +130,9 @@ def test_a_hub_id_is_found_in_the_cache_or_refused_in_a_sentence(tmp_path):
     assert "MDTv2 of 4 blocks, 2 of them decoder blocks" in load_offline("shgao/MDT-XL2", tmp_path).stdout
     assert "MDT of 4 blocks" in load_offline("shgao/MDT-XL2/mdt_xl2_v1_ckpt.pt", tmp_path).stdout
     refused = load_offline("shgao/absent", tmp_path).stderr.strip().splitlines()[-1]
-    assert refused.startswith("ValueError: shgao/absent is neither a local path nor in reach on the hub")
+    assert refused.startswith(
+        "masked_diffusion.utils.errors.UserError: shgao/absent is neither a local path nor in reach on the hub"
+    )
     assert "mdt_xl2_v2_ckpt.pt" in refused
 
 

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from .. import logger
+from ..layers.attention import UNREAD_ROWS
 from ..utils.errors import UserError
 from ..weights.checkpoint import read_config
 from ..weights.pretrained import read_weights
@@ -13,7 +14,6 @@ from ..weights.pretrained import read_weights
 POSITION_TABLES = ("pos_embed", "decoder_pos_embed")
 BIAS_TABLE = "relative_position_bias_table"
 LABEL_TABLE = "y_embedder.embedding_table.weight"
-UNREAD_ROWS = 3  # at the end of every bias table; see attention.RelativePositionBias
 
 
 def load_pretrained(model, path, class_names=()):
