@@ -99,7 +99,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):
         whole_save(value, file)
 
     monkeypatch.setattr(checkpoint.torch, "save", full_at_the_third_file)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(ValueError, match="No space left"):
         loop.run_loop()
     monkeypatch.undo()
     assert complete_steps(tmp_path) == [2] and not list(tmp_path.glob(".*"))
@@ -116,7 +116,7 @@ def test_a_disk_that_is_really_full(tmp_path):
     try:
         trained(disk, max_steps=2)
         (disk / "filler").write_bytes(bytes(shutil.disk_usage(disk).free - 3_000_000))
-        with pytest.raises(OSError, match=r"No space left on device\): make room"):
+        with pytest.raises(ValueError, match=r"No space left on device\): make room"):
             trained(disk, max_steps=4)
         assert complete_steps(disk) == [2] and not list(disk.glob(".*"))
         (disk / "filler").unlink()

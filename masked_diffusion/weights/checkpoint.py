@@ -45,7 +45,7 @@ def save_checkpoint(
 
     :param ema_states: EMA rates, as the user wrote them, and their state dicts.
     :param train_state: everything else that a resumed run needs.
-    :raises OSError: when the disk is full, say; nothing of this step stays on it.
+    :raises UserError: when the disk is full, say; nothing of this step stays on it.
     """
     states = {opt_name(step): train_state}
     states |= {ema_name(rate, step): state for rate, state in ema_states.items()}
@@ -70,10 +70,9 @@ def save_checkpoint(
         cause = error if isinstance(error, OSError) else error.__context__
         if not isinstance(cause, OSError):
             raise
-        raise OSError(
-            cause.errno,
+        raise UserError(
             f"{path} could not be written ({cause.strerror}): make room and run the same command again; "
-            "the last checkpoint is intact",
+            "the last checkpoint is intact"
         ) from error
 
 

@@ -142,6 +142,8 @@ def check_state_dict(state: dict[str, Any]) -> None:
     for name, value in state.items():
         if not isinstance(value, torch.Tensor):
             raise UserError(f"{name} is a {type(value).__name__} instead of a tensor")
+        if value.layout != torch.strided or value.is_meta:
+            raise UserError(f"{name} holds no numbers in plain rows ({value.layout}, {value.device})")
         if not value.numel():
             raise UserError(f"{name} is empty, of shape {tuple(value.shape)}")
         wanted = INDEX_DTYPES if name.endswith(INDEX_NAME) else WEIGHT_DTYPES
