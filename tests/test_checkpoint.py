@@ -69,7 +69,7 @@ def test_a_full_disk_gets_its_space_back(file, call, tmp_path, monkeypatch):
     monkeypatch.setattr(owner, call, full)
     for step in (4, 8):  # over a checkpoint that is there, and beside it
         with pytest.raises(
-            OSError, match=rf"{file}.* could not be written \(No space left.*the last checkpoint is intact"
+            UserError, match=rf"{file}.* could not be written \(No space left.*the last checkpoint is intact"
         ):
             save(tmp_path, step, 2.0)
     monkeypatch.undo()
