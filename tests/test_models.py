@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import DATA
 from fill import fill, tensor
+from helpers import DATA
 
 from masked_diffusion import create_diffusion, create_model, models
 from masked_diffusion.layers.attention import gather_pairs, relative_position_index

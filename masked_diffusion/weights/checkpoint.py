@@ -4,9 +4,11 @@ File names are the published ones: `model{step:06d}.pt`, `ema_{rate}_{step:06d}.
 are plain state dicts. `opt` is written last: where it is, the checkpoint is complete.
 """
 
+import itertools
 import json
 import os
 import re
+import shutil
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
@@ -15,9 +17,10 @@ import torch
 
 from ..config import RunConfig
 from ..utils.errors import UserError
-from ..utils.files import atomic_write
+from ..utils.files import DiskError, atomic_write
 
 CONFIG_NAME = "config.json"
+SAVE_ADVICE = "make room and run the same command again; the last checkpoint is intact"
 
 # ---------------------------------------------------------------- writing
 
@@ -45,7 +48,7 @@ def save_checkpoint(
 
     :param ema_states: EMA rates, as the user wrote them, and their state dicts.
     :param train_state: everything else that a resumed run needs.
-    :raises UserError: when the disk is full, say; nothing of this step stays on it.
+    :raises DiskError: when the disk is full, say; nothing of this step stays on it.
     """
     states = {opt_name(step): train_state}
     states |= {ema_name(rate, step): state for rate, state in ema_states.items()}
@@ -56,24 +59,17 @@ def save_checkpoint(
         # `opt`, which makes the checkpoint complete, is the last to appear.
         with ExitStack() as stack:
             for path, state in zip(files, states.values(), strict=True):
-                file = stack.enter_context(atomic_write(path))
+                file = stack.enter_context(atomic_write(path, SAVE_ADVICE))
                 torch.save(state, file)
                 file.flush()
                 os.fsync(file.fileno())
             # An older checkpoint of this step must not look complete while its files are replaced one by one.
             files[0].unlink(missing_ok=True)
             renaming = True
-    except (OSError, RuntimeError) as error:
-        for written in files if renaming else ():
-            written.unlink(missing_ok=True)
-        # torch hides the disk's error behind one of its own.
-        cause = error if isinstance(error, OSError) else error.__context__
-        if not isinstance(cause, OSError):
-            raise
-        raise UserError(
-            f"{path} could not be written ({cause.strerror}): make room and run the same command again; "
-            "the last checkpoint is intact"
-        ) from error
+    except DiskError:
+        for path in files if renaming else ():
+            path.unlink(missing_ok=True)
+        raise
 
 
 def prune_checkpoints(folder: str | Path, keep: int) -> None:
@@ -88,6 +84,32 @@ def prune_checkpoints(folder: str | Path, keep: int) -> None:
         step = parse_step(mark.name[1:].removesuffix(".pruned"))
         for path in (Path(folder, model_name(step)), *Path(folder).glob(f"ema_*_{step:06d}.pt"), mark):
             path.unlink(missing_ok=True)
+
+
+def set_aside(folder: str | Path, step: int) -> Path | None:
+    """Move the checkpoints after a step into a folder of their own, with copies of the logs and the configuration.
+
+    :param step: 0 moves them all.
+    :return: that folder, or None where there was nothing to move.
+    """
+    found = (
+        path
+        for path in Path(folder).glob("*.pt")
+        if re.fullmatch(r"(model|opt|ema_.+_|phema_.+_)\d{6,}\.pt", path.name)
+    )
+    files = [path for path in found if int(re.search(r"(\d+)\.pt$", path.name)[1]) > step]
+    if not files:
+        return None
+    number = next(n for n in itertools.count(1) if not Path(folder, f"earlier_run_{n}").exists())
+    aside = Path(folder, f"earlier_run_{number}")
+    aside.mkdir()
+    for name in (CONFIG_NAME, "progress.csv", "progress.jsonl", "log.txt"):
+        if Path(folder, name).exists():
+            shutil.copy2(Path(folder, name), aside / name)
+    # `opt` first: a checkpoint without it is none, so a killed move leaves no mixture behind.
+    for path in sorted(files, key=lambda path: not path.name.startswith("opt")):
+        path.rename(aside / path.name)
+    return aside
 
 
 # ---------------------------------------------------------------- finding
