@@ -1,5 +1,6 @@
 """The dataset scripts, on archives made here and on real images where they lie beside the repository."""
 
+import errno
 import importlib
 import io
 import json
@@ -405,7 +406,7 @@ def test_class_folders_links(tmp_path, monkeypatch):
         ("imagenet", ["n01440764.tar", "n02099601/1.JPEG"], "n02099601/1.JPEG: keep one kind"),
         ("imagenet", ["n01440764.tar", "more/n01440764.tar"], "more/n01440764.tar: keep one"),
         ("imagenet", ["n01440764.tar"], "n01440764.tar holds no image"),
-        ("imagenet", ["tench/1.JPEG"], "tench is no ImageNet class"),
+        ("imagenet", ["tench/1.JPEG"], "tench is not an ImageNet class"),
         ("cifar10", ["boat/1.jpg", *(f"{name}/1.jpg" for name in cifar10.CLASSES)], "differ in class 'boat'"),
         ("cifar10", ["1.jpg"], "differ in class '.'"),
         ("cifar10", ["test/ship/1.jpg"], "the train split of"),
@@ -420,7 +421,7 @@ def test_folders_that_are_refused(script, names, sentence, tmp_path):
 
 def test_a_folder_is_not_written_into_itself(tmp_path):
     for out in (tmp_path, tmp_path / "cat" / "out", tmp_path.parent):
-        assert "one in the other" in refusal("class_folders", tmp_path, out)
+        assert "one inside the other" in refusal("class_folders", tmp_path, out)
 
 
 @pytest.mark.parametrize("name", ["/tmp/cat/1.jpg", "../cat/1.jpg", "cat/../../1.jpg", "cat/..", "./../1.jpg"])
@@ -487,10 +488,47 @@ def test_other_data_in_the_folder_is_not_mixed_in(tmp_path):
     more = write_tree(tmp_path / "more", {"d/1.jpg": b""})
     assert "has 'd' as class 1" in refusal("class_folders", more, out)
     longer = write_tree(tmp_path / "longer", {"b_c/1.jpg": b"more", "d/1.jpg": b""})
-    assert "0_1.jpg is there with" in refusal("class_folders", longer, out)
+    assert "0_1.jpg exists already, with" in refusal("class_folders", longer, out)
     (out / "classes.json").write_text('["b_c", "d"]')
-    assert "classes.json is no JSON map" in refusal("class_folders", tmp_path / "a", out)
+    assert "classes.json is not a JSON map" in refusal("class_folders", tmp_path / "a", out)
     assert {k: v for k, v in times(out).items() if k != "classes.json"}.items() <= before.items()
+
+
+def test_a_full_disk_names_the_file_and_leaves_no_half(photos, tmp_path, monkeypatch):
+    source = write_tree(tmp_path / "photos", {f"{name[:9]}/{name}": b"." for name in photos["n01440764"]})
+
+    def fill(read, written):
+        written.write(b".")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(common.shutil, "copyfileobj", fill)
+    first = tmp_path / "out" / "n01440764_0.JPEG"
+    assert refusal("class_folders", source, tmp_path / "out") == f"error: {first}: No space left on device\n"
+    assert contents(tmp_path / "out") == {}
+
+
+@pytest.mark.parametrize("fault", [ValueError("a fault of ours"), OSError("of a library"), KeyError("key")], ids=repr)
+def test_faults_of_the_scripts_keep_their_traceback(fault):
+    def main():
+        raise fault
+
+    with pytest.raises(type(fault)) as caught:
+        common.run(main)
+    assert caught.value is fault
+
+
+def test_damaged_sources_are_named(photos, tmp_path):
+    tar = write_tar(tmp_path / "photos.tar.bz2", {f"a/{k}": v for k, v in photos["n01440764"].items()}, "w:bz2")
+    content = bytearray(tar.read_bytes())
+    content[len(content) // 2 :] = bytes(len(content) - len(content) // 2)
+    tar.write_bytes(content)
+    assert "photos.tar.bz2 cannot be read as a tar" in refusal("class_folders", tar, tmp_path / "out")
+    names = tmp_path / "names.txt"
+    names.write_bytes(b"n01440764 t\xe9nch")
+    tar = train_tar(tmp_path / "train.tar", photos)
+    assert "names.txt is not a text file in UTF-8" in refusal("imagenet", tar, tmp_path / "out", "--names", names)
+    missing = refusal("imagenet", tar, tmp_path / "out", "--names", tmp_path / "missing.txt")
+    assert missing == f"error: {tmp_path}/missing.txt: No such file or directory\n"
 
 
 def test_bad_input_is_one_sentence_and_code_2(tmp_path):

@@ -100,9 +100,9 @@ def show(capsys, model_name="MDTv2_Nano_2", vae_factor=1, mask_ratio=None, **cha
     settings = {
         "model": create_model(model_name, input_size=8, in_channels=4, num_classes=2, **options),
         "model_name": model_name, "first_stage": SimpleNamespace(downsample=vae_factor), "vae": "ema",
-        "num_images": 960, "labels": None, "class_names": [], "batch_size": 32, "microbatch": -1, "world_size": 1, "optimizer": "adan",
-        "lr": 3e-4, "lr_anneal_steps": 0, "weight_decay": 0.0, "grad_clip": None, "precision": "fp32",
-        "compiled": False, "num_emas": 1, "shard": "none",
+        "num_images": 960, "labels": None, "class_names": [], "batch_size": 32, "microbatch": -1, "world_size": 1,
+        "optimizer": "adan", "lr": 3e-4, "lr_anneal_steps": 0, "weight_decay": 0.0, "grad_clip": None,
+        "precision": "fp32", "compiled": False, "num_emas": 1, "shard": "none",
     }  # fmt: skip
     preflight.report(**settings | changes)
     return capsys.readouterr().out.splitlines()
