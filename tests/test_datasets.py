@@ -1,6 +1,5 @@
 """The dataset scripts, on archives made here and on real images where they lie beside the repository."""
 
-import errno
 import importlib
 import io
 import json
@@ -492,43 +491,6 @@ def test_other_data_in_the_folder_is_not_mixed_in(tmp_path):
     (out / "classes.json").write_text('["b_c", "d"]')
     assert "classes.json is not a JSON map" in refusal("class_folders", tmp_path / "a", out)
     assert {k: v for k, v in times(out).items() if k != "classes.json"}.items() <= before.items()
-
-
-def test_a_full_disk_names_the_file_and_leaves_no_half(photos, tmp_path, monkeypatch):
-    source = write_tree(tmp_path / "photos", {f"{name[:9]}/{name}": b"." for name in photos["n01440764"]})
-
-    def fill(read, written):
-        written.write(b".")
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(common.shutil, "copyfileobj", fill)
-    first = tmp_path / "out" / "n01440764_0.JPEG"
-    assert refusal("class_folders", source, tmp_path / "out") == f"error: {first}: No space left on device\n"
-    assert contents(tmp_path / "out") == {}
-
-
-@pytest.mark.parametrize("fault", [ValueError("a fault of ours"), OSError("of a library"), KeyError("key")], ids=repr)
-def test_faults_of_the_scripts_keep_their_traceback(fault):
-    def main():
-        raise fault
-
-    with pytest.raises(type(fault)) as caught:
-        common.run(main)
-    assert caught.value is fault
-
-
-def test_damaged_sources_are_named(photos, tmp_path):
-    tar = write_tar(tmp_path / "photos.tar.bz2", {f"a/{k}": v for k, v in photos["n01440764"].items()}, "w:bz2")
-    content = bytearray(tar.read_bytes())
-    content[len(content) // 2 :] = bytes(len(content) - len(content) // 2)
-    tar.write_bytes(content)
-    assert "photos.tar.bz2 cannot be read as a tar" in refusal("class_folders", tar, tmp_path / "out")
-    names = tmp_path / "names.txt"
-    names.write_bytes(b"n01440764 t\xe9nch")
-    tar = train_tar(tmp_path / "train.tar", photos)
-    assert "names.txt is not a text file in UTF-8" in refusal("imagenet", tar, tmp_path / "out", "--names", names)
-    missing = refusal("imagenet", tar, tmp_path / "out", "--names", tmp_path / "missing.txt")
-    assert missing == f"error: {tmp_path}/missing.txt: No such file or directory\n"
 
 
 def test_bad_input_is_one_sentence_and_code_2(tmp_path):
