@@ -13,13 +13,39 @@ import torch
 import torch.distributed as dist
 
 from .utils.errors import UserError
+from .utils.not_rebuilt import module_getattr
 
 T = TypeVar("T")
+__getattr__ = module_getattr(__name__)
 SHARED_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK")  # Open MPI, MPICH and Intel MPI, PMIx launchers
 
 
+GPUS_PER_NODE = 8  # of ADM's clusters; nothing here depends on it, since a launcher says which GPU a process takes
+
+
 def setup_dist():
+    """Join the launcher's process group as `join_process_group` does; alone, make a group of one process.
+
+    Published scripts call `torch.distributed` next, which needs a group in any case.
+    """
+    join_process_group()
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+
+
+def setup_dist_multinode(args):
+    """`setup_dist` as MDT's scripts call it.
+
+    :param args: parsed flags; its `rank`, `world_size`, `local_rank` and `gpu` are set, and `distributed` to True.
+    """
+    setup_dist()
+    args.rank, args.world_size, args.distributed = get_rank(), get_world_size(), True
+    args.local_rank = args.gpu = get_local_rank()
+
+
+def join_process_group():
     """Join the process group of torchrun, torch.distributed.launch or mpiexec; alone, do nothing.
 
     :raises UserError: when a launcher starts more processes on a node than it has GPUs.
@@ -98,6 +124,15 @@ def get_world_size():
 
 def is_main():
     return get_rank() == 0
+
+
+def is_dist_avail_and_initialized():
+    return dist.is_available() and dist.is_initialized()
+
+
+def synchronize():
+    """Wait for all ranks: MDT's name of `barrier`."""
+    barrier()
 
 
 def get_local_rank() -> int:

@@ -223,6 +223,9 @@ class ImageDataset(Dataset):
     """Images as (3, resolution, resolution) float32 in [-1, 1], with `{}` or `{"y": int64}`.
 
     Items are asked for by index, or by `(index, epoch)`, of which crop and flip are a function.
+
+    :param shard, num_shards: take every num_shards-th image, from number `shard` on. `load_data` leaves them alone:
+        its sampler shares the images out among the ranks.
     """
 
     def __init__(
@@ -230,12 +233,15 @@ class ImageDataset(Dataset):
         resolution,
         image_paths,
         classes=None,
+        shard=0,
+        num_shards=1,
         random_crop=False,
         random_flip=True,
         seed=0,
         on_bad_image="error",
     ):
-        self.resolution, self.image_paths, self.classes = resolution, image_paths, classes
+        self.resolution, self.image_paths = resolution, image_paths[shard::num_shards]
+        self.classes = None if classes is None else classes[shard::num_shards]
         self.random_crop, self.random_flip, self.seed = random_crop, random_flip, seed
         self.on_bad_image = on_bad_image
 

@@ -14,24 +14,25 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from . import dist_util, logger
+from .models import create_model  # noqa: F401
+from .published import (  # noqa: F401  (where ADM's and MDT's scripts import them from)
+    NUM_CLASSES,
+    add_dict_to_argparser,
+    args_to_dict,
+    diffusion_defaults,
+    model_and_diffusion_defaults,
+    str2bool,
+)
+from .respace import create_diffusion, create_gaussian_diffusion  # noqa: F401
 from .utils.errors import UserError
+from .utils.not_rebuilt import module_getattr
 from .utils.options import Config, is_optional
 
+__getattr__ = module_getattr(__name__)
 C = TypeVar("C", bound=Config)
 INTERRUPTED = 130  # what a shell calls the exit code of a program that Ctrl-C ended
 
 # ---------------------------------------------------------------- flags
-
-
-def str2bool(text: str) -> bool:
-    """`True` or `False` in the spellings of the published scripts."""
-    if isinstance(text, bool):
-        return text
-    if text.lower() in ("true", "t", "yes", "y", "1"):
-        return True
-    if text.lower() in ("false", "f", "no", "n", "0"):
-        return False
-    raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
 
 
 class Parser(argparse.ArgumentParser):

@@ -14,6 +14,13 @@ from tqdm.auto import tqdm
 from . import dist_util, logger
 from .config import RunConfig
 from .image_datasets import LoaderWorkerDied
+from .published import (  # noqa: F401  (where ADM's and MDT's users import them from)
+    find_ema_checkpoint,
+    find_resume_checkpoint,
+    get_blob_logdir,
+    log_loss_dict,
+    parse_resume_step_from_filename,
+)
 from .resample import create_named_schedule_sampler
 from .training.data import TrainingData
 from .training.finetune import load_pretrained
@@ -24,12 +31,14 @@ from .training.optim import annealed_lr
 from .training.parallel import gather_full, parallelize
 from .training.resume import Start, agree_on_start, read_run_config
 from .training.state import TrainState
+from .utils.not_rebuilt import module_getattr
 from .utils.random_numbers import GlobalBatchRandom, fold_seed
 from .weights.checkpoint import latest_step, model_name, prune_checkpoints
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 SECOND_INTERRUPT = 0.5  # seconds after which Ctrl-C is the user's second one, not the launcher's copy of the first
 SHOWN_SPIKE_SAMPLES = 8
+__getattr__ = module_getattr(__name__)
 
 
 class Hook(Protocol):

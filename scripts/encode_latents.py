@@ -29,7 +29,7 @@ def main() -> None:
     config = script_util.parse_flags(EncodeConfig, __doc__)
     if not config.latent_dir:
         raise UserError("latent_dir is empty: name a folder to write the latents to (--latent_dir PATH)")
-    dist_util.setup_dist()
+    dist_util.join_process_group()
     logger.configure(config.latent_dir, quiet=not dist_util.is_main())
     # The images first: a wrong folder is found before a VAE is downloaded.
     paths = list_image_files(config.data_dir)

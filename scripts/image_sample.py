@@ -31,7 +31,7 @@ def parse_args():
 def main():
     args = parse_args()
     script_util.check_positive(args, "num_samples", "batch_size")
-    dist_util.setup_dist()
+    dist_util.join_process_group()
     logger.configure(args.log_dir, quiet=not dist_util.is_main())
     sampler, names, files, settings = sample_util.load_sampler(args, args.batch_size)
     num_classes, size = sampler.model.num_classes, sampler.model.input_size * sampler.first_stage.downsample

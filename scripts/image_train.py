@@ -48,7 +48,7 @@ def main():
     # What is wrong with the flags is said before anything is listed, fetched or built.
     config = script_util.parse_flags(RunConfig, __doc__)
     model_class(config.model.model)
-    dist_util.setup_dist()
+    dist_util.join_process_group()
     check_precision(config.precision, dist_util.dev())
     set_matmul_precision(config.precision)
     logger.configure(config.log.log_dir, quiet=not dist_util.is_main())

@@ -16,6 +16,7 @@ from ..utils.errors import UserError
 from ..utils.files import atomic_write
 
 CONFIG_NAME = "config.json"
+SAVE_ADVICE = "make room and run the same command again; the last checkpoint is intact"
 
 # ---------------------------------------------------------------- writing
 
@@ -37,25 +38,14 @@ def save_checkpoint(folder, step, model_state, ema_states, train_state):
 
     :param ema_states: dict of EMA rates, as the user wrote them, to state dicts.
     :param train_state: dict of everything else that a resumed run needs.
-    :raises OSError: when the disk is full, say; no partial file stays.
+    :raises DiskError: when the disk is full, say; no partial file stays.
     """
     files = {model_name(step): model_state}
     files |= {ema_name(rate, step): state for rate, state in ema_states.items()}
     files[opt_name(step)] = train_state
     for name, state in files.items():
-        try:
-            with atomic_write(Path(folder, name)) as file:
-                torch.save(state, file)
-        except (OSError, RuntimeError) as error:
-            # torch hides the disk's error behind one of its own.
-            cause = error if isinstance(error, OSError) else error.__context__
-            if not isinstance(cause, OSError):
-                raise
-            raise OSError(
-                cause.errno,
-                f"{Path(folder, name)} could not be written ({cause.strerror}): make room and run the same command "
-                "again; the last checkpoint is intact",
-            ) from error
+        with atomic_write(Path(folder, name), SAVE_ADVICE) as file:
+            torch.save(state, file)
 
 
 def prune_checkpoints(folder, keep):
