@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import DATA, REPO
+from helpers import DATA, REPO
 
 from masked_diffusion import create_diffusion, dist_util, gaussian_diffusion, logger, nn, published, script_util
 from masked_diffusion.diffusion_utils import continuous_gaussian_log_likelihood, get_beta_schedule
