@@ -3,37 +3,13 @@
 import subprocess
 import sys
 
-import neighbours
 import numpy as np
 import pytest
 import torch
-from conftest import REPO
-from neighbours import Rows, density_coverage, neighbour_radii, precision_recall, squared_distances
+from helpers import REPO, by_definition, exact_distances
 
-
-def half_distances(u, v):
-    """ADM's rule in numpy: half precision after every operation, sums in single precision."""
-    u, v = u.astype(np.float16), v.astype(np.float16)
-    norms = [(x * x).astype(np.float32).sum(1).astype(np.float16) for x in (u, v)]
-    products = (u.astype(np.float32) @ v.astype(np.float32).T).astype(np.float16)
-    return np.maximum(norms[0][:, None] - np.float16(2) * products + norms[1], np.float16(0)).astype(np.float32)
-
-
-def exact_distances(u, v):
-    return ((u[:, None].astype(np.float64) - v[None]) ** 2).sum(-1)
-
-
-def by_definition(reference, samples):
-    """All four numbers, from whole matrices of distances."""
-    across = half_distances(reference, samples)
-    radii, sample_radii = (np.sort(half_distances(f, f), axis=1)[:, 3] for f in (reference, samples))
-    wide = exact_distances(reference, samples) <= np.sort(exact_distances(reference, reference), axis=1)[:, [5]]
-    return {
-        "precision": (across <= radii[:, None]).any(0).mean(),
-        "recall": (across <= sample_radii).any(1).mean(),
-        "density": wide.sum(0).mean() / 5,
-        "coverage": wide.any(1).mean(),
-    }
+from evaluations import neighbours
+from evaluations.neighbours import Rows, density_coverage, neighbour_radii, precision_recall, squared_distances
 
 
 def found_in(reference, samples):
@@ -105,7 +81,7 @@ def test_too_few_images_are_refused(features):
 MEASURE = """
 import sys
 import numpy as np
-from neighbours import precision_recall
+from evaluations.neighbours import precision_recall
 reference, samples = (np.load(path, mmap_mode="r") for path in sys.argv[1:])
 print(*(share.mean() for share in precision_recall(reference, samples, progress=True)))
 print(int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) // 1024)
@@ -119,7 +95,7 @@ def test_memory_does_not_grow_with_the_number_of_tiles(tmp_path):
     for path, count in zip(paths, (10_000, 20_000), strict=True):
         np.save(path, rng.standard_normal((count, 64), dtype=np.float32))
     command = [sys.executable, "-c", MEASURE, *map(str, reversed(paths))]
-    result = subprocess.run(command, cwd=REPO / "evaluations", capture_output=True, text=True, check=True)
+    result = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=True)
     peak = int(result.stdout.split()[-1])
     print(f"\npeak memory {peak} MiB")
     assert peak < 1800

@@ -1,7 +1,6 @@
 """Streams of images out of npz files, whole ones and hostile ones."""
 
 import io
-import os
 import pickle
 import subprocess
 import sys
@@ -9,22 +8,11 @@ import zipfile
 
 import numpy as np
 import pytest
-from conftest import REPO
-from npz_reader import NpzImages
+from helpers import REPO, Trap, write_npz
+
+from evaluations.npz_reader import NpzImages
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (23, 6, 5, 3), dtype=np.uint8)
-
-
-def write_npz(path, members):
-    """An npz whose members are given as arrays, or as the raw bytes of a npy file."""
-    with zipfile.ZipFile(path, "w") as archive:
-        for name, member in members.items():
-            if not isinstance(member, bytes):
-                buffer = io.BytesIO()
-                np.save(buffer, member)
-                member = buffer.getvalue()
-            archive.writestr(f"{name}.npy", member)
-    return path
 
 
 def npy_header(shape, dtype="|u1"):
@@ -56,16 +44,6 @@ def test_statistics_and_description(tmp_path):
         assert found.dtype == np.float64
     assert images.description()["settings"] == {"seed": 3}
     assert images.description()["arrays"]["sigma"] == {"shape": [3, 3], "dtype": "float32"}
-
-
-class Trap:
-    """Unpickling it leaves a file behind."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
 
 
 def test_pickles_are_never_loaded(tmp_path):
@@ -139,8 +117,8 @@ def test_damaged_files_are_refused(tmp_path, save):
 # A child's ru_maxrss begins with its parent's, the tests' own; VmHWM is of its own memory.
 READ = """
 import sys
-from npz_reader import NpzImages
-from metrics import GaussianStatistics
+from evaluations.npz_reader import NpzImages
+from evaluations.metrics import GaussianStatistics
 peak = lambda: int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) // 1024
 base = peak()
 images, total = NpzImages(sys.argv[1]), 0
@@ -159,7 +137,7 @@ def test_a_gigabyte_of_images_passes_through_few_megabytes(tmp_path):
         for i in range(count):
             file.write((image + np.uint8(i % 256)).tobytes())
     command = [sys.executable, "-c", READ, tmp_path / "a.npz"]
-    result = subprocess.run(command, cwd=REPO / "evaluations", capture_output=True, text=True, check=True)
+    result = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=True)
     found, total, base, peak = map(int, result.stdout.split())
     assert found == count and total == sum((int(image[0, 0, 0]) + i) % 256 for i in range(count))
     assert peak < base + 100

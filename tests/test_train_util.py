@@ -2,102 +2,19 @@
 
 import csv
 import json
-import os
 import socket
-import subprocess
 import sys
-from pathlib import Path
 
 import encode_latents
 import image_sample
-import image_train
 import numpy as np
 import pytest
 import torch
-from conftest import REPO
+from helpers import assert_same, make_loop, run_script, run_train, tensors, train_flags, trained
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from masked_diffusion import create_diffusion, create_model, logger, script_util
-from masked_diffusion.latents.autoencoder import IdentityFirstStage
-from masked_diffusion.resample import create_named_schedule_sampler
-from masked_diffusion.train_util import TrainLoop, find_resume_step
-from masked_diffusion.training.finetune import load_pretrained
-from masked_diffusion.training.guardian import Guardian
-from masked_diffusion.training.objective import TwoPassObjective
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("images")
-    rng = np.random.default_rng(0)
-    for i in range(24):
-        pixels = rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / f"{'abc'[i % 3]}_{i}.png")
-    return folder
-
-
-def stream(start_step, seed, batch_size=8):
-    """A data iterator in memory: the batch of a step is a function of the seed and the step."""
-    step = start_step
-    while True:
-        generator = torch.Generator().manual_seed(seed % 1000 + step)
-        yield (
-            torch.rand(batch_size, 3, 8, 8, generator=generator) * 2 - 1,
-            {"y": torch.randint(0, 10, (batch_size,), generator=generator)},
-        )
-        step += 1
-
-
-def make_loop(
-    log_dir, max_steps=4, sampler="uniform", precision="fp32", mask_ratio=0.3, device="cpu", guardian=None, **options
-):
-    torch.manual_seed(0)
-    logger.configure(str(log_dir))
-    model = create_model("MDTv2_Nano_2", input_size=8, in_channels=3, num_classes=10, mask_ratio=mask_ratio, depth=2)
-    diffusion = create_diffusion()
-    options = {"batch_size": 8, "lr": 1e-3, "ema_rate": "0.9,0.99", "log_interval": 2, "save_interval": 2} | options
-    return TrainLoop(
-        objective=TwoPassObjective(model.to(device), diffusion, precision),
-        first_stage=IdentityFirstStage(),
-        make_data=stream,
-        schedule_sampler=create_named_schedule_sampler(sampler, diffusion),
-        guardian=Guardian(**(guardian or {})),
-        load_weights=load_pretrained,
-        log_dir=log_dir,
-        max_steps=max_steps,
-        **options,
-    )
-
-
-def trained(log_dir, **options):
-    loop = make_loop(log_dir, **options)
-    loop.run_loop()
-    return loop
-
-
-def tensors(folder, step):
-    """Every tensor of a checkpoint, by file and key."""
-    found = {}
-    for path in sorted(Path(folder).glob(f"*{step:06d}.pt")):
-        stack = [(path.name, torch.load(path, weights_only=True))]
-        while stack:
-            name, value = stack.pop()
-            if isinstance(value, torch.Tensor):
-                found[name] = value
-            elif isinstance(value, dict):
-                stack += [(f"{name}/{key}", item) for key, item in value.items()]
-    return found
-
-
-def assert_same(ours, theirs, **tolerance):
-    assert ours.keys() == theirs.keys() and ours
-    for key, value in ours.items():
-        if tolerance:
-            torch.testing.assert_close(value, theirs[key], **tolerance, msg=key)
-        else:
-            assert torch.equal(value, theirs[key]), key
-
+from masked_diffusion import script_util
 
 # ---------------------------------------------------------------- resume
 
@@ -105,7 +22,7 @@ def assert_same(ours, theirs, **tolerance):
 @pytest.mark.parametrize("sampler", ["uniform", "loss-second-moment"])
 @pytest.mark.parametrize("optimizer", ["adan", "adan-pytorch", "adamw"])
 def test_a_stopped_run_goes_on_bitwise(tmp_path, sampler, optimizer):
-    options = {"sampler": sampler, "optimizer": optimizer}
+    options = {"schedule_sampler": sampler, "optimizer": optimizer}
     trained(tmp_path / "whole", **options)
     trained(tmp_path / "parts", max_steps=2, **options)
     resumed = trained(tmp_path / "parts", **options)
@@ -119,19 +36,6 @@ def test_a_finished_run_does_nothing(tmp_path, capsys):
     trained(tmp_path, max_steps=2)
     assert "nothing to train" in capsys.readouterr().out
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.pt")}
-
-
-def test_where_training_goes_on(tmp_path):
-    assert find_resume_step(tmp_path, "auto") == (None, 0)
-    trained(tmp_path, max_steps=4)
-    assert find_resume_step(tmp_path, "auto") == (tmp_path / "model000004.pt", 4)
-    assert find_resume_step(tmp_path, str(tmp_path / "model000002.pt")) == (tmp_path / "model000002.pt", 2)
-    assert find_resume_step(tmp_path, "") == (None, 0)
-    foreign = tmp_path / "mdt_xl2_v2_ckpt.pt"
-    (tmp_path / "model000002.pt").rename(foreign)
-    assert find_resume_step(tmp_path, str(foreign)) == (foreign, 0)
-    with pytest.raises(ValueError, match=r"absent\.pt does not exist"):
-        find_resume_step(tmp_path, str(tmp_path / "absent.pt"))
 
 
 def test_foreign_weights_start_at_step_0(tmp_path):
@@ -163,11 +67,11 @@ def test_microbatches_add_up_to_the_batch(tmp_path):
 
 def test_ema_follows_the_weights(tmp_path):
     loop = make_loop(tmp_path)
-    expected = [p.detach().clone() for p in loop.params]
+    expected = [p.detach().clone() for p in loop.state.params]
     for _ in range(3):
         loop.run_step(*next(loop.data))
-        expected = [0.9 * e + 0.1 * p.detach() for e, p in zip(expected, loop.params, strict=True)]
-    for ours, theirs in zip(loop.ema["0.9"], expected, strict=True):
+        expected = [0.9 * e + 0.1 * p.detach() for e, p in zip(expected, loop.state.params, strict=True)]
+    for ours, theirs in zip(loop.state.ema["0.9"], expected, strict=True):
         torch.testing.assert_close(ours, theirs)
 
 
@@ -186,14 +90,14 @@ def test_annealing_ends_the_run_at_zero(tmp_path):
 def test_the_gradient_is_clipped_to_its_global_norm(tmp_path):
     loop = make_loop(tmp_path, grad_clip=1e-3, optimizer="adamw")
     seen = []
-    loop.opt.step = lambda: seen.append(torch.cat([p.grad.flatten() for p in loop.params]).norm())
+    loop.state.opt.step = lambda: seen.append(torch.cat([p.grad.flatten() for p in loop.state.params]).norm())
     loop.run_step(*next(loop.data))
     assert seen[0] == pytest.approx(1e-3, rel=1e-2)
 
 
 def test_bf16_trains_float32_weights(tmp_path):
     loop = trained(tmp_path, precision="bf16", max_steps=2)
-    assert {p.dtype for p in loop.params} == {torch.float32}
+    assert {p.dtype for p in loop.state.params} == {torch.float32}
 
 
 # ---------------------------------------------------------------- logs
@@ -213,24 +117,6 @@ def test_logs_are_for_people_and_scripts(tmp_path, capsys):
 
 
 # ---------------------------------------------------------------- the script, ranks
-
-
-def run_script(script, *flags, launcher=(), check=True):
-    command = [sys.executable, *launcher, str(REPO / "scripts" / script), *map(str, flags)]
-    result = subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=240
-    )
-    assert not check or result.returncode == 0, result.stdout + result.stderr
-    return result
-
-
-def train_flags(images, log_dir, **options):
-    flags = {
-        "data_dir": images, "log_dir": log_dir, "model": "MDTv2_Nano_2", "image_size": 8, "vae": "identity",
-        "mask_ratio": 0.3, "batch_size": 8, "max_steps": 3, "optimizer": "adamw", "lr": 1e-3, "num_workers": 1,
-        "ema_rate": "0.9", "log_interval": 1, "schedule_sampler": "loss-second-moment",
-    } | options  # fmt: skip
-    return [f"--{key}={value}" for key, value in flags.items()]
 
 
 @pytest.fixture(scope="module")
@@ -265,11 +151,6 @@ def test_two_processes_train_like_one_with_the_doubled_batch(images, one_process
         for folder in (tmp_path, one_process)
     ]
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
-
-
-def run_train(monkeypatch, flags):
-    monkeypatch.setattr(sys, "argv", ["image_train.py", *flags])
-    script_util.run(image_train.main)
 
 
 def test_training_and_sampling_in_the_latents_of_a_vae(images, vae_folder, tmp_path, monkeypatch):
@@ -339,7 +220,7 @@ def test_metrics_after_a_resume_go_on_where_the_checkpoint_was(tmp_path):
     loop = make_loop(tmp_path, max_steps=10, log_interval=1, save_interval=4)
     for _ in range(6):  # two steps beyond the checkpoint, then a crash while a row is written
         loop.run_step(*next(loop.data))
-        loop._log()
+        loop._log_row()
         if loop.step == 4:
             loop.save()
     with (tmp_path / "progress.jsonl").open("a") as file:
@@ -362,7 +243,7 @@ def test_metrics_after_a_resume_go_on_where_the_checkpoint_was(tmp_path):
         ({"batch_size": 64}, "holds 24 images, fewer than one global batch of 64"),
         ({"resume_checkpoint": "nowhere/model000001.pt"}, "nowhere/model000001.pt does not exist"),
         ({"model": "DiT_Nano_2"}, "DiT has no masked pass"),
-        ({"schedule_sampler": "best"}, "schedule_sampler is 'best'"),
+        ({"schedule_sampler": "best"}, "--schedule_sampler is best: it must be one of uniform, loss-second-moment"),
     ]
     + ([] if torch.cuda.is_available() else [({"use_fp16": True}, "precision fp16 needs a GPU")]),
     ids=str,

@@ -12,7 +12,7 @@ from ..models import create_model
 from ..script_util import optional_float, precision_of, str2bool
 from ..utils.errors import UserError
 from ..utils.files import file_hash
-from ..utils.precision import PRECISIONS, check_precision
+from ..utils.precision import PRECISIONS, check_precision, set_matmul_precision
 from ..weights.checkpoint import read_config
 from ..weights.pretrained import find_weights, load_model
 from .class_names import class_names
@@ -149,6 +149,7 @@ def load_weights(args):
     """
     precision = precision_of(args)
     check_precision(precision, dist_util.dev())
+    set_matmul_precision(precision)
     with dist_util.main_first():
         weights = find_weights(args.model_path)
         guide = find_weights(args.guide_path) if args.guide_path else None

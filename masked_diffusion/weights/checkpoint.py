@@ -4,8 +4,10 @@ File names are the published ones: `model{step:06d}.pt`, `ema_{rate}_{step:06d}.
 are plain state dicts. `opt` is written last: where it is, the checkpoint is complete.
 """
 
+import itertools
 import json
 import re
+import shutil
 from pathlib import Path
 
 import torch
@@ -58,6 +60,32 @@ def prune_checkpoints(folder, keep):
         step = parse_step(mark.name[1:].removesuffix(".pruned"))
         for path in (Path(folder, model_name(step)), *Path(folder).glob(f"ema_*_{step:06d}.pt"), mark):
             path.unlink(missing_ok=True)
+
+
+def set_aside(folder: str | Path, step: int) -> Path | None:
+    """Move the checkpoints after a step into a folder of their own, with copies of the logs and the configuration.
+
+    :param step: 0 moves them all.
+    :return: that folder, or None where there was nothing to move.
+    """
+    found = (
+        path
+        for path in Path(folder).glob("*.pt")
+        if re.fullmatch(r"(model|opt|ema_.+_|phema_.+_)\d{6,}\.pt", path.name)
+    )
+    files = [path for path in found if int(re.search(r"(\d+)\.pt$", path.name)[1]) > step]
+    if not files:
+        return None
+    number = next(n for n in itertools.count(1) if not Path(folder, f"earlier_run_{n}").exists())
+    aside = Path(folder, f"earlier_run_{number}")
+    aside.mkdir()
+    for name in (CONFIG_NAME, "progress.csv", "progress.jsonl", "log.txt"):
+        if Path(folder, name).exists():
+            shutil.copy2(Path(folder, name), aside / name)
+    # `opt` first: a checkpoint without it is none, so a killed move leaves no mixture behind.
+    for path in sorted(files, key=lambda path: not path.name.startswith("opt")):
+        path.rename(aside / path.name)
+    return aside
 
 
 # ---------------------------------------------------------------- finding

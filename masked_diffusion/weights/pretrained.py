@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from .. import dist_util, logger
-from ..models import SIZES, DiT, create_model
+from ..models import SIZES, create_model, model_class
 from ..utils.errors import UserError
 from .checkpoint import newest_ema, read_config
 
@@ -170,7 +170,7 @@ def load_model(source, device="cpu", **options):
         name, found = config["model"]["name"], config["model"]["options"]
     else:
         name, found = find_architecture(state_dict, config.get("num_heads"))
-        found |= {key: config[key] for key in inspect.signature(DiT).parameters if key in config}
+        found |= {key: config[key] for key in inspect.signature(model_class(name)).parameters if key in config}
     options = found | {key: value for key, value in options.items() if value is not None}
     model = create_model(name, **options)
     try:
