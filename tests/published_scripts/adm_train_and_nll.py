@@ -125,9 +125,20 @@ def diffusion_options():
 
 def create_argparser():
     defaults = {
-        "data_dir": "", "log_dir": "", "schedule_sampler": "uniform", "lr": 1e-3, "weight_decay": 0.0, "batch_size": 4, "iterations": 2,
-        "resume_checkpoint": "", "image_size": 8, "class_cond": True, "clip_denoised": True, "use_ddim": False, "classifier_scale": 1.0,
-    }  # fmt: skip
+        "data_dir": "",
+        "log_dir": "",
+        "schedule_sampler": "uniform",
+        "lr": 1e-3,
+        "weight_decay": 0.0,
+        "batch_size": 4,
+        "iterations": 2,
+        "resume_checkpoint": "",
+        "image_size": 8,
+        "class_cond": True,
+        "clip_denoised": True,
+        "use_ddim": False,
+        "classifier_scale": 1.0,
+    }
     defaults.update(diffusion_options())
     parser = argparse.ArgumentParser()
     add_dict_to_argparser(parser, defaults)
