@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from . import dist_util, logger
-from .models import create_model  # noqa: F401
-from .published import (  # noqa: F401  (where ADM's and MDT's scripts import them from)
+from .published import (  # noqa: F401  (ADM's and MDT's scripts import them from here)
     NUM_CLASSES,
     add_dict_to_argparser,
     args_to_dict,
@@ -23,7 +22,7 @@ from .published import (  # noqa: F401  (where ADM's and MDT's scripts import th
     model_and_diffusion_defaults,
     str2bool,
 )
-from .respace import create_diffusion, create_gaussian_diffusion  # noqa: F401
+from .respace import create_gaussian_diffusion  # noqa: F401  (so do ADM's users)
 from .utils.errors import UserError
 from .utils.not_rebuilt import module_getattr
 from .utils.options import Config, is_optional

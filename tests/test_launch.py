@@ -42,7 +42,8 @@ def test_run_sh_trains(images, tmp_path):
 def test_missing_settings_are_named(script, tmp_path):
     env = {"PATH": os.environ["PATH"]}
     result = subprocess.run([REPO / script], env=env, capture_output=True, text=True)
-    assert result.returncode != 0 and "set " in result.stderr
+    setting = {"run_sample.sh": "REFERENCE", "run_ddp_worker.sh": "NODE_RANK"}.get(script, "DATA_DIR")
+    assert result.returncode != 0 and f"{setting}: set {setting} to " in result.stderr
     result = subprocess.run(["bash", "-n", REPO / script])
     assert result.returncode == 0
 

@@ -2,7 +2,6 @@
 
 import json
 
-import image_train
 import numpy as np
 import pytest
 import torch
@@ -14,6 +13,7 @@ from evaluations.live import LiveEvaluation
 from evaluations.metrics import frechet_distance, gaussian_statistics, kernel_distance
 from masked_diffusion import load_model
 from masked_diffusion.latents.autoencoder import IdentityFirstStage
+from masked_diffusion.sampling import during_training
 from masked_diffusion.sampling.image_sampler import ImageSampler, choose_labels
 from masked_diffusion.sampling.solvers import create_solver
 
@@ -45,7 +45,7 @@ def pixels(images):
 
 
 def test_evaluation_changes_nothing_and_resumes_bitwise(images, reference, tmp_path, monkeypatch):
-    monkeypatch.setattr(image_train, "GRID_STEPS", "4")
+    monkeypatch.setattr(during_training, "STEPS", 4)
     flags = evaluation_flags(reference)
     run_train(monkeypatch, train_flags(images, tmp_path / "without", **OPTIONS))
     run_train(monkeypatch, train_flags(images, tmp_path / "with", **flags))
@@ -105,7 +105,9 @@ def test_references_that_cannot_serve_are_refused(reference, tmp_path, images, m
         LiveEvaluation(tmp_path / "ready.npz", (16, 16))
     for options, message in (
         ({"eval_interval": 2}, "--eval_reference"),
-        (evaluation_flags(reference, eval_samples=1), "is 1"),
+        (evaluation_flags(reference, eval_samples=1), "--eval_samples is 1"),
+        (evaluation_flags(tmp_path / "nowhere.npz"), "error: --eval_reference: "),
+        (evaluation_flags(tmp_path / "ready.npz"), "is not at hand"),
     ):
         with pytest.raises(SystemExit) as stop:
             run_train(monkeypatch, train_flags(images, tmp_path / "run", **options))

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from masked_diffusion import create_diffusion
+from masked_diffusion import config, create_diffusion
 from masked_diffusion.sampling.image_sampler import last_sample
 from masked_diffusion.sampling.solvers import SCHEDULERS, SOLVERS, create_solver
 
@@ -87,10 +87,15 @@ def test_clipping_reaches_every_step(name):
     assert samples.max() > 1.2 and clipped.max() <= 1 + 1e-4
 
 
+def test_every_solver_that_a_flag_offers_can_be_made():
+    assert {name: create_solver(name, 5, {}).num_evaluations for name in config.SOLVERS} == {
+        name: 9 if name == "heun" else 5 for name in SOLVERS
+    }
+
+
 def test_wrong_names_and_steps_are_refused():
     with pytest.raises(ValueError, match=r"solver is 'fast': choose one of ddpm, ddim, dpm\+\+"):
         create_solver("fast", 10, {})
     for steps in ("10,20", "ddim50", 0, 1000, "-3"):
         with pytest.raises(ValueError, match="solver heun takes one number from 1 to 999"):
             create_solver("heun", steps, {})
-    assert len(SOLVERS) == 7
