@@ -74,6 +74,7 @@ def parse_flags(config_class: type[C], description: str, argv: Sequence[str] | N
         )
     argv = sys.argv[1:] if argv is None else argv
     values = vars(parser.parse_args([_with_underscores(word) for word in argv]))
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     return config_class.from_values(values).check()
 
 
@@ -146,7 +147,7 @@ def run(main: Callable[[], None]) -> None:
         _keep_traceback()
         first = _is_first_to_say(str(error))
         if first:
-            print(f"error: {error or type(error).__name__}", file=sys.stderr, flush=True)
+            print(f"error: {str(error) or type(error).__name__}", file=sys.stderr, flush=True)
         if first or dist_util.get_local_rank() == 0:  # the agent of every node is told
             dist_util.end_restarts()
         sys.exit(2)
