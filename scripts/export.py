@@ -1,15 +1,18 @@
 """Write a checkpoint as a folder to share: safetensors with their configuration, or a whole diffusers pipeline."""
 
+import json
 import shutil
 from pathlib import Path
 
-from masked_diffusion import load_model, logger, script_util
+from masked_diffusion import logger, script_util
+from masked_diffusion.config import RunConfig
 from masked_diffusion.latents.autoencoder import create_first_stage
+from masked_diffusion.models import DiT
 from masked_diffusion.sampling.class_names import class_names
 from masked_diffusion.utils.errors import UserError
 from masked_diffusion.utils.files import write_json
-from masked_diffusion.weights.checkpoint import read_config
-from masked_diffusion.weights.pretrained import find_weights
+from masked_diffusion.weights.checkpoint import CONFIG_NAME
+from masked_diffusion.weights.pretrained import build_model, open_weights
 
 # The file that `DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder)` looks for.
 CUSTOM_PIPELINE = "from masked_diffusion.pipeline import MDTPipeline\n\n__all__ = ['MDTPipeline']\n"
@@ -24,21 +27,26 @@ def parse_args():
     return parser.parse_args()
 
 
-def export_safetensors(model, config, folder):
+def export_safetensors(model: DiT, run: RunConfig | None, folder: Path) -> None:
     """For `load_model`, `from_pretrained` and image_sample.py, which needs to know how the model was trained."""
     model.save_pretrained(folder)
-    known = {key: config[key] for key in ("model", "diffusion", "vae", "classes") if key in config}
-    write_json(folder / "config.json", read_config(folder) | known)
+    known = run.to_json() if run else {}
+    shared = {key: known[key] for key in ("model", "diffusion", "vae", "classes") if key in known}
+    if run and "name" not in run.architecture:
+        del shared["model"]
+    own = json.loads((folder / CONFIG_NAME).read_text())
+    write_json(folder / CONFIG_NAME, own | shared)
 
 
-def export_pipeline(model, config, folder, vae_name):
+def export_pipeline(model: DiT, run: RunConfig | None, folder: Path, vae_name: str | None) -> None:
     from masked_diffusion.pipeline import build_pipeline
 
+    run = run or RunConfig()
     name = type(model).__name__ + "_S_2"
     options = {key: value for key, value in model._hub_mixin_config.items() if value is not None}
-    diffusion = config.get("diffusion", {"learn_sigma": model.learn_sigma})
-    first_stage = create_first_stage(vae_name or config.get("vae", "ema"))
-    names = class_names(config.get("classes"), model.num_classes)
+    diffusion = run.diffusion.options(model.default_snr_gamma) | {"learn_sigma": model.learn_sigma}
+    first_stage = create_first_stage(vae_name or run.model.vae)
+    names = class_names(run.classes, model.num_classes)
     model_config = {"name": name, "options": options}
     pipeline = build_pipeline(model_config, model.state_dict(), diffusion, getattr(first_stage, "vae", None), names)
     pipeline.save_pretrained(folder)
@@ -50,15 +58,15 @@ def main():
     out = Path(args.out)
     if out.exists():
         raise UserError(f"{out} is there already: choose another --out, or remove it")
-    weights = find_weights(args.model_path)
-    model, config = load_model(weights), read_config(weights)
+    opened = open_weights(args.model_path)
+    model = build_model(opened)
     beside = out.with_name(f".{out.name}.partial")
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
     if args.format == "safetensors":
-        export_safetensors(model, config, beside)
+        export_safetensors(model, opened.run, beside)
     else:
-        export_pipeline(model, config, beside, args.vae_decoder)
+        export_pipeline(model, opened.run, beside, args.vae_decoder)
     beside.rename(out)
     logger.log(f"wrote {out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
 

@@ -100,7 +100,7 @@ def test_a_safetensors_folder_samples_like_its_checkpoint(checkpoint, tmp_path, 
     model, again = load_model(checkpoint), load_model(tmp_path / "folder")
     assert all(torch.equal(value, again.state_dict()[key]) for key, value in model.state_dict().items())
     config = json.loads((tmp_path / "folder" / "config.json").read_text())
-    assert config["vae"] == "identity" and config["num_classes"] == 3 and config["diffusion"] == {"snr_gamma": 5.0}
+    assert config["vae"] == "identity" and config["num_classes"] == 3 and config["diffusion"]["snr_gamma"] == 5.0
     assert torch.equal(type(model).from_pretrained(tmp_path / "folder").pos_embed, model.pos_embed)
     with pytest.raises(SystemExit):
         run_export(monkeypatch, model_path=checkpoint, out=tmp_path / "folder")

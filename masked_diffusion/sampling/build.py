@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 
 from .. import dist_util
+from ..config import RunConfig
 from ..guidance import RULES, Guidance
 from ..latents.autoencoder import create_first_stage
 from ..models import create_model
@@ -153,8 +154,8 @@ def load_weights(args):
     with dist_util.main_first():
         weights = find_weights(args.model_path)
         guide = find_weights(args.guide_path) if args.guide_path else None
-        config = read_config(weights)
-        vae = args.vae_decoder or config.get("vae", "ema")
+        run = read_config(weights) or RunConfig()
+        vae = args.vae_decoder or run.model.vae
         first_stage = create_first_stage(vae, dist_util.dev())
     model = load_model(weights, dist_util.dev(), decode_layer=args.decode_layer)
     check_agreement(args, model, first_stage)
@@ -163,8 +164,8 @@ def load_weights(args):
         for network in filter(None, (model, guide_model)):
             network.compile_blocks()
     files, settings = {"weights": weights, "guide": guide}, {"vae": vae, "precision": precision}
-    diffusion = config.get("diffusion", {"learn_sigma": model.learn_sigma})
-    names = class_names(config.get("classes"), model.num_classes)
+    diffusion = run.diffusion.options(model.default_snr_gamma) | {"learn_sigma": model.learn_sigma}
+    names = class_names(run.classes, model.num_classes)
     return Weights(model, first_stage, guide_model, diffusion, names, files, settings)
 
 

@@ -40,7 +40,8 @@ def load_pretrained(model: DiT, source: str | Path, class_names: Sequence[str] =
             f"{path} is of another model: it {' and it '.join(differences)}; "
             "choose the --model and --decode_layer that it was trained with"
         )
-    old_names = read_config(path).get("classes") or ()
+    run = read_config(path)
+    old_names = run.classes if run else ()
     for name, value in own.items():
         if name.endswith("relative_position_index"):
             state[name] = value

@@ -182,7 +182,7 @@ def resolve(config: RunConfig) -> RunConfig:
 
 def read_run_config(log_dir: str | Path) -> RunConfig | None:
     """The configuration of the run whose checkpoints a folder holds; None where there is no checkpoint."""
-    return RunConfig.from_json(read_config(log_dir)) if latest_step(log_dir) is not None else None
+    return read_config(log_dir) if latest_step(log_dir) is not None else None
 
 
 def check_same_run(log_dir: str | Path, config: RunConfig, before: RunConfig | None) -> None:

@@ -151,21 +151,20 @@ def newest_ema(folder: str | Path) -> Path:
     return max(emas)[-1]
 
 
-def read_config(path: str | Path) -> dict[str, Any]:
-    """The configuration that training left beside a checkpoint; {} where there is none.
+def read_config(path: str | Path) -> RunConfig | None:
+    """The configuration that training, `scripts/export.py` or `save_pretrained` left beside a checkpoint, if any.
 
     :param path: a checkpoint, or the folder that holds it.
     :raises UserError: for a file that cannot be read, or holds no such configuration; names the file.
     """
-    folder = Path(path) if Path(path).is_dir() else Path(path).parent
-    file = folder / CONFIG_NAME
+    file = Path(path if Path(path).is_dir() else Path(path).parent, CONFIG_NAME)
     if not file.exists():
-        return {}
+        return None
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-        RunConfig.from_json(config)
-    except UserError as error:
-        raise UserError(f"{file} is no configuration of these models: {error}") from error
+        found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:  # of the disk, of UTF-8, and of JSON
         raise UserError(f"{file} cannot be read as JSON ({error}): restore it, or remove it") from error
-    return config
+    try:
+        return RunConfig.from_json(found)
+    except UserError as error:
+        raise UserError(f"{file} is no configuration of these models: {error}") from error

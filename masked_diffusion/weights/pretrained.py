@@ -4,11 +4,12 @@ import inspect
 import math
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from .. import dist_util, logger
+from ..config import RunConfig
 from ..layers.attention import UNREAD_ROWS
 from ..models import SIZES, DiT, create_model, model_class
 from ..utils.errors import UserError
@@ -247,17 +248,39 @@ def describe(model: DiT) -> str:
     )
 
 
-def configured_architecture(path: Path, state_dict: dict[str, torch.Tensor]) -> tuple[str, dict[str, Any]]:
+class OpenedWeights(NamedTuple):
+    """A file of weights, read and checked.
+
+    :param run: the configuration beside the file, if there is one.
+    """
+
+    path: Path
+    state_dict: dict[str, torch.Tensor]
+    run: RunConfig | None
+
+
+def open_weights(source: str | Path) -> OpenedWeights:
+    """Find and read weights and the configuration beside them.
+
+    :param source: see `find_weights`. Nothing but tensors is ever loaded from it.
+    :raises UserError: for a file that is no checkpoint of these models, and for a folder without one.
+    """
+    path = find_weights(source)
+    return OpenedWeights(path, read_weights(path), read_config(path))
+
+
+def configured_architecture(opened: OpenedWeights) -> tuple[str, dict[str, Any]]:
     """Name and options for `create_model`, from the configuration beside a file, else from its state dict.
 
     :raises UserError: for a configuration of another model, and for what `find_architecture` raises.
     """
-    config = read_config(path)
-    if not config.get("model"):
-        name, options = find_architecture(state_dict, config.get("num_heads"))
-        own = {key: config[key] for key in inspect.signature(model_class(name)).parameters if key in config}
-        return name, options | own
-    name, options = config["model"]["name"], config["model"].get("options", {})
+    path, state_dict, run = opened
+    known = run.architecture if run else {}
+    name, options = known.get("name"), known.get("options", {})
+    if name is None:  # what `save_pretrained` leaves has options alone
+        name, read = find_architecture(state_dict, options.get("num_heads"))
+        options = {key: options[key] for key in inspect.signature(model_class(name)).parameters if key in options}
+        options = read | options
     for key, value in read_sizes(state_dict).items():
         if options.get(key, value) != value:
             raise UserError(
@@ -267,29 +290,31 @@ def configured_architecture(path: Path, state_dict: dict[str, torch.Tensor]) -> 
     return name, options
 
 
-def load_model(source: str | Path, device: str | torch.device = "cpu", **options) -> DiT:
-    """A model with its weights, in eval mode; what was found is logged.
+def build_model(opened: OpenedWeights, device: str | torch.device = "cpu", **options: Any) -> DiT:
+    """The model of opened weights, in eval mode; what was found is logged.
 
     The architecture comes from the configuration beside the file, if training or `save_pretrained` left one, else from
     the state dict.
 
-    :param source: see `find_weights`. Nothing but tensors is ever loaded from it. Weights of half precision are taken
-        into a float32 model.
     :param options: for `create_model`, where the file leaves them open: `decode_layer` of MDT, say. None is not given.
-    :raises UserError: for a file that is no checkpoint of these models, and for a folder without one.
+    :return: a float32 model, whatever the precision of the weights.
+    :raises UserError: when weights and architecture do not fit.
     """
-    path = find_weights(source)
-    state_dict = read_weights(path)
-    name, found = configured_architecture(path, state_dict)
+    name, found = configured_architecture(opened)
     options = found | {key: value for key, value in options.items() if value is not None}
     try:
         model = create_model(name, **options)
     except (ValueError, TypeError, ArithmeticError, RuntimeError) as error:  # what odd options lead to
-        raise UserError(f"{path} is said to hold {name} {options}, which cannot be made: {error}") from error
-    check_fit(path, model.state_dict(), state_dict, f"{name} {options}")
-    model.load_state_dict(state_dict)
-    logger.log(f"{path}: {describe(model)}")
+        raise UserError(f"{opened.path} is said to hold {name} {options}, which cannot be made: {error}") from error
+    check_fit(opened.path, model.state_dict(), opened.state_dict, f"{name} {options}")
+    model.load_state_dict(opened.state_dict)
+    logger.log(f"{opened.path}: {describe(model)}")
     return model.to(device).eval()
+
+
+def load_model(source: str | Path, device: str | torch.device = "cpu", **options: Any) -> DiT:
+    """A model with its weights, in eval mode: `build_model` of `open_weights`."""
+    return build_model(open_weights(source), device, **options)
 
 
 def check_fit(path: Path, own: dict[str, torch.Tensor], found: dict[str, torch.Tensor], what: str) -> None:

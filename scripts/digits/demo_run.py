@@ -34,4 +34,5 @@ def open_demo(folder: str) -> DemoRun:
     for path in (train, data / "test"):
         if not path.is_dir():
             raise UserError(f"{path} is not there: run `make demo` first, or name its folder with --demo")
-    return DemoRun(load_model(train), read_config(train)["diffusion"], data)
+    model = load_model(train)
+    return DemoRun(model, read_config(train).diffusion.options(model.default_snr_gamma), data)
