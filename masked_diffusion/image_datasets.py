@@ -135,7 +135,8 @@ def list_image_files(data_dir: str) -> list[str]:
     return paths
 
 
-def _list_image_files_recursively(folder, other_kinds):
+def _list_image_files_recursively(folder, other_kinds=None):
+    other_kinds = Counter() if other_kinds is None else other_kinds
     try:
         # Not blobfile's for local folders: it looks at every file, and fails at a link that leads nowhere.
         names = sorted(bf.listdir(folder) if "://" in folder else os.listdir(folder))

@@ -13,5 +13,4 @@ __getattr__ = module_getattr(__name__)
 
 def timestep_embedding(timesteps: torch.Tensor, dim: int, max_period: float = 10000) -> torch.Tensor:
     """Cosine-then-sine embedding of (N,) timesteps, (N, dim) float32; an odd `dim` ends in a column of zeros."""
-    embedding = _timestep_embedding(timesteps, dim, max_period)
-    return torch.nn.functional.pad(embedding, (0, dim % 2))
+    return _timestep_embedding(timesteps, dim, max_period)

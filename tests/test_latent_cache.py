@@ -335,7 +335,9 @@ def test_a_full_disk_is_a_sentence_and_leaves_nothing_half_written(images, stage
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(np, "save", fill_disk)
-    with pytest.raises(UserError, match=r"shard_00001\.npy cannot be written \(No space left on device\): make room"):
+    with pytest.raises(
+        UserError, match=r"shard_00001\.npy could not be written \(No space left on device\): make room"
+    ):
         encode(images, copied, stages["vae"])
     monkeypatch.undo()
     assert not list(copied.glob(".*"))

@@ -11,7 +11,6 @@ import json
 import random
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
@@ -24,13 +23,14 @@ from torch.utils.data import DataLoader, Dataset
 from .. import dist_util, logger
 from ..image_datasets import ImageDataset, data_signature, image_classes, list_image_files, relative_names, stream
 from ..utils.errors import UserError
-from ..utils.files import atomic_write, file_hash, write_json
+from ..utils.files import atomic_write, disk_errors, file_hash, write_json
 from ..utils.loader_processes import LoaderIterator, init_loader_process
 from ..utils.random_numbers import fold_seed
 from .autoencoder import FirstStage, IdentityFirstStage
 
 VERSION = 1
 HEADER_NAME = "latents.json"
+ADVICE = "make room, or choose another --latent_dir; the same command goes on where it stopped"
 HEADER_NUMBERS = ("version", "image_size", "channels", "latent_size", "num_images", "shard_size")
 
 # ---------------------------------------------------------------- the folder
@@ -122,10 +122,10 @@ class LatentCache:
         path = self.path(shard)
         if not np.isfinite(latents).all():
             raise UserError(f"{files[0]} to {files[-1]}: a latent is infinite or NaN in float16: train without a cache")
-        with _writing(path):
+        with disk_errors(path, ADVICE):
             # An old description must not vouch for the new array.
             path.with_suffix(".json").unlink(missing_ok=True)
-            with atomic_write(path) as file:
+            with atomic_write(path, ADVICE) as file:
                 np.save(file, latents, allow_pickle=False)
             write_json(path.with_suffix(".json"), {"sha256": file_hash(path), "files": files, "labels": labels})
 
@@ -142,18 +142,6 @@ def _read_json(path, required):
         return found
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}): run scripts/encode_latents.py") from error
-
-
-@contextmanager
-def _writing(path):
-    """What the disk refuses within the block becomes a sentence that names the file."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be written ({error.strerror or error}): make room, or choose another --latent_dir; the "
-            "same command goes on where it stopped"
-        ) from error
 
 
 # ---------------------------------------------------------------- encoding
@@ -226,7 +214,7 @@ def encode_latents(
 
 def _start_cache(folder, header, vae):
     if dist_util.is_main():
-        with _writing(folder / HEADER_NAME):
+        with disk_errors(folder / HEADER_NAME, ADVICE):
             folder.mkdir(parents=True, exist_ok=True)
             for path in folder.glob(".*.partial"):  # of a run that was killed
                 path.unlink()
