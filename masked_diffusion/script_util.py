@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from . import dist_util, logger
-from .models import create_model  # noqa: F401
-from .published import (  # noqa: F401  (where ADM's and MDT's scripts import them from)
+from .published import (  # noqa: F401  (ADM's and MDT's scripts import them from here)
     NUM_CLASSES,
     add_dict_to_argparser,
     args_to_dict,
@@ -23,7 +22,7 @@ from .published import (  # noqa: F401  (where ADM's and MDT's scripts import th
     model_and_diffusion_defaults,
     str2bool,
 )
-from .respace import create_diffusion, create_gaussian_diffusion  # noqa: F401
+from .respace import create_gaussian_diffusion  # noqa: F401  (so do ADM's users)
 from .utils.errors import UserError
 from .utils.not_rebuilt import module_getattr
 from .utils.options import Config, is_optional
@@ -75,6 +74,7 @@ def parse_flags(config_class: type[C], description: str, argv: Sequence[str] | N
         )
     argv = sys.argv[1:] if argv is None else argv
     values = vars(parser.parse_args([_with_underscores(word) for word in argv]))
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     return config_class.from_values(values).check()
 
 
@@ -147,7 +147,7 @@ def run(main: Callable[[], None]) -> None:
         _keep_traceback()
         first = _is_first_to_say(str(error))
         if first:
-            print(f"error: {error or type(error).__name__}", file=sys.stderr, flush=True)
+            print(f"error: {str(error) or type(error).__name__}", file=sys.stderr, flush=True)
         if first or dist_util.get_local_rank() == 0:  # the agent of every node is told
             dist_util.end_restarts()
         sys.exit(2)
