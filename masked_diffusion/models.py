@@ -4,6 +4,7 @@ Masked Diffusion Transformer (Gao et al., ICCV 2023 and arXiv:2303.14389v2); DiT
 Attribute names are those of the published checkpoints, which load with `strict=True`.
 """
 
+import difflib
 from functools import partial
 from typing import NamedTuple
 
@@ -95,6 +96,9 @@ class DiT(
     :raises UserError: for sizes that do not divide each other, and for a mask ratio that leaves no token.
     """
 
+    # What a family is trained and sampled with unless the user asks for something else.
+    default_optimizer = "adamw"
+    default_snr_gamma: float | None = None
     guidance_rule = "constant"
 
     def __init__(
@@ -351,6 +355,8 @@ class MDT(DiT):
 class MDTv2(MDT):
     """Masked Diffusion Transformer, version 2: a U-shaped encoder, and decoder blocks that see the patches again."""
 
+    default_optimizer = "adan"
+    default_snr_gamma = 5.0
     mask_ratio_spread = 0.2
     default_decode_layer = 4
 
@@ -422,14 +428,32 @@ MODELS = {
 globals().update(MODELS)  # so that `from masked_diffusion.models import MDTv2_XL_2` works
 
 
-def create_model(name, **options):
+def find_name(name: str) -> str:
+    """The key of `MODELS` that a name in either spelling means.
+
+    :raises UserError: for a name that means no model; names the nearest.
+    """
+    key = name.replace("-", "_").replace("/", "_")
+    if key not in MODELS:
+        near = difflib.get_close_matches(key, MODELS, n=3, cutoff=0.0)
+        raise UserError(f"no model is called {name!r}: did you mean {' or '.join(near)}?")
+    return key
+
+
+def model_class(name: str) -> type["DiT"]:
+    """The class of a named model, which holds the defaults of its family: MDTv2, MDT or DiT.
+
+    :param name: as for `create_model`.
+    :raises UserError: for a name that means no model.
+    """
+    return MODELS[find_name(name)].args[0]
+
+
+def create_model(name: str, **options) -> "DiT":
     """Make a model by name.
 
     :param name: `MDTv2_XL_2`, or DiT's spelling `MDTv2-XL/2`.
     :param options: `input_size`, `in_channels`, `num_classes`, `mask_ratio`, `decode_layer` and the rest; see `DiT`.
     :raises UserError: for a name that is not in `MODELS`.
     """
-    key = name.replace("-", "_").replace("/", "_")
-    if key not in MODELS:
-        raise UserError(f"no model is called {name!r}: choose one of {', '.join(MODELS)}")
-    return MODELS[key](**options)
+    return MODELS[find_name(name)](**options)

@@ -1,20 +1,17 @@
 import json
 import shutil
-from importlib.util import find_spec
-from pathlib import Path
 from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 from fill import fill, tensor
+from helpers import DATA, crops
+from PIL import Image
 
 from masked_diffusion import create_model
 from masked_diffusion.weights.checkpoint import save_checkpoint
 
-DATA = Path(__file__).parent / "data"
-REPO = Path(__file__).parent.parent
-needs_tensorflow = pytest.mark.skipif(find_spec("tensorflow") is None, reason="TensorFlow is not installed")
 torch.set_num_threads(min(4, torch.get_num_threads()))
 
 
@@ -81,4 +78,29 @@ def named_checkpoint(checkpoint, tmp_path_factory):
     shutil.copytree(checkpoint, folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"classes": ["zero", "one", "two"]}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """A folder of 24 images of 16x16 pixels, of three classes."""
+    folder = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for i in range(24):
+        pixels = rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{'abc'[i % 3]}_{i}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def batches(tmp_path_factory):
+    """Crops of photos as reference.npz, samples.npz and other_seed.npz, and a small Inception graph, small.pb."""
+    from inception_graphs import write_small_graph
+
+    folder = tmp_path_factory.mktemp("batches")
+    np.savez(folder / "reference.npz", crops(150, seed=0))
+    darker = (crops(120, seed=1) * 0.8).astype(np.uint8)
+    np.savez(folder / "samples.npz", darker, settings=np.array('{"cfg_scale": 3.8}'))
+    np.savez_compressed(folder / "other_seed.npz", (crops(120, seed=2) * 0.8).astype(np.uint8))
+    write_small_graph(folder / "small.pb")
     return folder

@@ -3,7 +3,7 @@
 import json
 
 import numpy as np
-from conftest import DATA
+from helpers import DATA
 from tensorboard.compat.proto.graph_pb2 import GraphDef
 from tensorboard.compat.proto.types_pb2 import DT_FLOAT, DT_INT32
 

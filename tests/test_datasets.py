@@ -17,7 +17,7 @@ import common
 import lsun
 import numpy as np
 import pytest
-from conftest import REPO
+from helpers import REPO
 from PIL import Image
 from sklearn.datasets import load_digits
 

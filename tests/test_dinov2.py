@@ -7,11 +7,10 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import needs_tensorflow
+from helpers import evaluate, needs_tensorflow, numbers
 from metrics import frechet_distance, gaussian_statistics
 from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_sample_images
-from test_evaluator import batches, evaluate, numbers  # noqa: F401 (a fixture among them)
 
 MODEL = "vit_small_patch14_dinov2"
 
@@ -65,7 +64,7 @@ def test_wrong_weights_end_in_one_sentence(tmp_path, monkeypatch):
 
 
 @needs_tensorflow
-def test_the_evaluator_adds_its_distance(weights, batches, monkeypatch, capsys):  # noqa: F811
+def test_the_evaluator_adds_its_distance(weights, batches, monkeypatch, capsys):
     small = partial(dinov2.DinoV2, model=MODEL)
     monkeypatch.setattr(dinov2, "DinoV2", small)
     for name in ("reference", "samples"):

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from helpers import HOLE, IMAGE, make_sampler, small_model
 from PIL import Image
-from test_sampling import make_sampler, small_model
 
 from masked_diffusion.sampling.editing import (
     count_evaluations,
@@ -17,9 +17,6 @@ from masked_diffusion.sampling.editing import (
 )
 from masked_diffusion.sampling.image_sampler import last_sample
 
-IMAGE = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
-HOLE = np.zeros((8, 8), dtype=bool)
-HOLE[2:6, 3:] = True
 LABELS = torch.tensor([1, 2, 3])
 
 

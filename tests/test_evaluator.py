@@ -5,56 +5,12 @@ import re
 import subprocess
 import sys
 
-import console
-import evaluator
 import numpy as np
 import pytest
-from conftest import REPO, needs_tensorflow
-from inception_graphs import write_small_graph
+from helpers import REPO, Trap, by_definition, crops, evaluate, needs_tensorflow, numbers, small_features, write_npz
 from PIL import Image
-from sklearn.datasets import load_sample_images
-from test_inception import small_features
-from test_neighbours import by_definition
-from test_npz_reader import Trap, write_npz
 
 ADM_LINES = ["Inception Score", "FID", "sFID", "Precision", "Recall"]
-
-
-def crops(count, seed, size=32):
-    """Crops of real photos, (count, size, size, 3) uint8."""
-    rng, photos = np.random.default_rng(seed), load_sample_images().images
-    corners = zip(
-        rng.integers(2, size=count),
-        rng.integers(427 - size, size=count),
-        rng.integers(640 - size, size=count),
-        strict=True,
-    )
-    return np.stack([photos[p][y : y + size, x : x + size] for p, y, x in corners])
-
-
-@pytest.fixture(scope="module")
-def batches(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("batches")
-    np.savez(folder / "reference.npz", crops(150, seed=0))
-    darker = (crops(120, seed=1) * 0.8).astype(np.uint8)
-    np.savez(folder / "samples.npz", darker, settings=np.array('{"cfg_scale": 3.8}'))
-    np.savez_compressed(folder / "other_seed.npz", (crops(120, seed=2) * 0.8).astype(np.uint8))
-    write_small_graph(folder / "small.pb")
-    return folder
-
-
-def evaluate(monkeypatch, capsys, *arguments):
-    """Run the command. Returns its exit status, output and errors."""
-    monkeypatch.setattr(sys, "argv", ["evaluator.py", *map(str, arguments)])
-    with pytest.raises(SystemExit) as stop:
-        console.run(evaluator.main)
-    captured = capsys.readouterr()
-    return stop.value.code, captured.out, captured.err
-
-
-def numbers(output):
-    lines = [line.split(": ") for line in output.splitlines() if ": " in line]
-    return {name: float(value) for name, value in lines if " to " not in value and "+-" not in value}
 
 
 def frechet(features1, features2):

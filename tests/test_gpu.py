@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from fill import fill, tensor
-from test_train_util import make_loop, tensors, trained
+from helpers import make_loop, tensors, trained
 
 from masked_diffusion import create_diffusion, create_model
 from masked_diffusion.guidance import Guidance

@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 import torch
-from test_train_util import make_loop, stream, tensors, trained
+from helpers import make_loop, stream, tensors, trained
 
 from masked_diffusion.training.guardian import Guardian, TrainingFault
 from masked_diffusion.weights import checkpoint

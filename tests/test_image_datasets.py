@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import REPO
+from helpers import REPO, write_images
 from PIL import Image
 
 from masked_diffusion.image_datasets import (
@@ -22,15 +22,6 @@ from masked_diffusion.image_datasets import (
 )
 
 PHOTOS = REPO.parent / "shared" / "data" / "imagenet_sample_120.tar"
-
-
-def write_images(folder, names, size=(12, 10)):
-    rng = np.random.default_rng(0)
-    for name in names:
-        path = Path(folder, name)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)).save(path)
-    return [str(Path(folder, name)) for name in names]
 
 
 # ---------------------------------------------------------------- crops

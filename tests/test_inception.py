@@ -6,8 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-from conftest import DATA, REPO, needs_tensorflow
+from helpers import DATA, REPO, needs_tensorflow, small_features
 from inception_graphs import NODES, write_small_graph
 from inception_tensorflow import TensorFlowInception
 from inception_torch import TorchInception, convolutions, read_weights
@@ -65,38 +64,6 @@ def test_the_torch_backend_needs_no_tensorflow(inception_graph):
     command = [sys.executable, "-c", code, inception_graph]
     result = subprocess.run(command, cwd=REPO / "evaluations", capture_output=True, text=True, check=True)
     assert "[1008, 2048]" in result.stdout
-
-
-def small_features(path, images):
-    """The small graph written out in float64."""
-    weights = graph_constants(path)
-    x = (
-        torch.from_numpy(images).double().permute(0, 3, 1, 2)[:, :, ::2, ::2]
-    )  # from 32 to 16 TensorFlow 1 takes every other
-    x = (x - 128) / 128
-
-    def layer(x, name, stride):
-        x = F.pad(x, (0, 1, 0, 1)) if stride == 2 else F.pad(x, (1, 1, 1, 1))
-        x = F.conv2d(x, weights[f"{name}/conv2d_params"].permute(3, 2, 0, 1), stride=stride)
-        norm = {key: weights[f"{name}/batchnorm/{key}"][:, None, None] for key in
-                ("moving_mean", "moving_variance", "beta", "gamma")}  # fmt: skip
-        x = (x - norm["moving_mean"]) / (norm["moving_variance"] + 0.001).sqrt() * norm["gamma"] + norm["beta"]
-        return x.relu()
-
-    spatial = layer(x, "mixed_6/conv", 2)
-    pool = layer(spatial, "last", 1).mean(dim=(2, 3))
-    spatial = spatial[:, :7].permute(0, 2, 3, 1).flatten(1)
-    return {"pool": pool, "spatial": spatial, "logits": pool @ weights["softmax/weights"]}
-
-
-def graph_constants(path):
-    from tensorboard.compat.proto.graph_pb2 import GraphDef
-    from tensorboard.util.tensor_util import make_ndarray
-
-    nodes = GraphDef.FromString(path.read_bytes()).node
-    return {
-        n.name: torch.from_numpy(make_ndarray(n.attr["value"].tensor).copy()).double() for n in nodes if n.op == "Const"
-    }
 
 
 @needs_tensorflow

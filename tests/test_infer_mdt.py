@@ -4,8 +4,8 @@ import sys
 
 import numpy as np
 import pytest
+from helpers import run_sample
 from PIL import Image
-from test_sampling import run_sample
 
 import infer_mdt
 from masked_diffusion import script_util

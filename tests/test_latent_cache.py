@@ -8,8 +8,7 @@ import encode_latents as script
 import numpy as np
 import pytest
 import torch
-from test_image_datasets import write_images
-from test_train_util import run_script
+from helpers import run_script, write_images
 
 from masked_diffusion import script_util
 from masked_diffusion.image_datasets import ImageDataset, list_image_files, load_data

@@ -9,8 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import REPO
-from test_train_util import images, train_flags  # noqa: F401 (a fixture)
+from helpers import REPO, train_flags
 
 from masked_diffusion.weights.checkpoint import complete_steps
 
@@ -29,7 +28,7 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def test_run_sh_trains(images, tmp_path):  # noqa: F811
+def test_run_sh_trains(images, tmp_path):
     command = [REPO / "run.sh", "--max_steps=2", "--ema_rate=0.9"]
     result = subprocess.run(
         command, env=environment(tmp_path, images, NUM_GPUS=2), capture_output=True, text=True, timeout=200
@@ -61,7 +60,7 @@ def test_run_sample_sh_draws_two_rounds_and_goes_on(checkpoint, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_nodes_train_together_and_survive_a_killed_worker(images, tmp_path):  # noqa: F811
+def test_two_nodes_train_together_and_survive_a_killed_worker(images, tmp_path):
     nodes, port = [], free_port()
     for rank, script in enumerate(("run_ddp_master.sh", "run_ddp_worker.sh")):
         env = environment(
@@ -82,7 +81,7 @@ def test_two_nodes_train_together_and_survive_a_killed_worker(images, tmp_path):
     assert complete_steps(tmp_path)[-1] == 400
 
 
-def test_mpiexec_starts_ranks(images, tmp_path):  # noqa: F811
+def test_mpiexec_starts_ranks(images, tmp_path):
     pytest.importorskip("mpi4py")
     mpiexec = shutil.which("mpiexec", path=str(Path(sys.executable).parent)) or shutil.which("mpiexec")
     if mpiexec is None:

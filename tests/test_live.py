@@ -7,12 +7,10 @@ import live
 import numpy as np
 import pytest
 import torch
+from helpers import assert_same, crops, fork, run_train, tensors, train_flags
 from inception_torch import TorchInception
 from live import LiveEvaluation
 from metrics import frechet_distance, gaussian_statistics, kernel_distance
-from test_evaluator import crops
-from test_resume_and_ranks import fork
-from test_train_util import assert_same, images, run_train, tensors, train_flags  # noqa: F401 (a fixture among them)
 
 from masked_diffusion import load_model
 from masked_diffusion.latents.autoencoder import IdentityFirstStage
@@ -42,11 +40,11 @@ def rows(folder):
     return [json.loads(line) for line in (folder / "progress.jsonl").read_text().splitlines()]
 
 
-def pixels(images):  # noqa: F811
+def pixels(images):
     return images.reshape(len(images), 64, 3).transpose(0, 2, 1).reshape(len(images), -1) / 255
 
 
-def test_evaluation_changes_nothing_and_resumes_bitwise(images, reference, tmp_path, monkeypatch):  # noqa: F811
+def test_evaluation_changes_nothing_and_resumes_bitwise(images, reference, tmp_path, monkeypatch):
     monkeypatch.setattr(image_train, "GRID_STEPS", "4")
     flags = evaluation_flags(reference)
     run_train(monkeypatch, train_flags(images, tmp_path / "without", **OPTIONS))
@@ -76,7 +74,7 @@ def distance_of_the_ema(folder, reference):
         return frechet_distance(*gaussian_statistics(pixels(drawn)), *gaussian_statistics(pixels(arrays["arr_0"])))
 
 
-def test_ranks_share_the_images(images, reference, tmp_path, monkeypatch):  # noqa: F811
+def test_ranks_share_the_images(images, reference, tmp_path, monkeypatch):
     flags = evaluation_flags(reference, max_steps=1, eval_samples=5)
     run_train(monkeypatch, train_flags(images, tmp_path / "one", **flags))
     fork("image_train.py", train_flags(images, tmp_path / "two", **flags | {"batch_size": 4}), ranks=2)
@@ -99,7 +97,7 @@ def test_inception_is_used_where_it_is_at_hand(inception_graph, tmp_path, monkey
     assert found["kid"] == pytest.approx(kernel_distance(expected, drawn)[0], rel=1e-3)
 
 
-def test_references_that_cannot_serve_are_refused(reference, tmp_path, images, monkeypatch, capsys):  # noqa: F811
+def test_references_that_cannot_serve_are_refused(reference, tmp_path, images, monkeypatch, capsys):
     with pytest.raises(ValueError, match=r"images of \(8, 8\), the model draws \(16, 16\)"):
         LiveEvaluation(reference, (16, 16))
     np.savez(tmp_path / "ready.npz", mu=np.zeros(3), sigma=np.eye(3))
@@ -115,7 +113,7 @@ def test_references_that_cannot_serve_are_refused(reference, tmp_path, images, m
 
 
 def test_large_images_are_averaged_down():
-    images = crops(2, seed=0, size=64)  # noqa: F811
+    images = crops(2, seed=0, size=64)
     features = live.pixel_features(images)["pool"].numpy()
     expected = images.reshape(2, 16, 4, 16, 4, 3).mean(axis=(2, 4)).transpose(0, 3, 1, 2).reshape(2, -1) / 255
     np.testing.assert_allclose(features, expected, atol=1e-6)

@@ -7,13 +7,11 @@ import console
 import make_reference
 import numpy as np
 import pytest
-from conftest import needs_tensorflow
+from helpers import crops, needs_tensorflow, small_features
 from inception_graphs import write_small_graph
 from npz_reader import NpzImages
 from PIL import Image
 from sklearn.datasets import load_sample_images
-from test_evaluator import crops
-from test_inception import small_features
 
 from masked_diffusion.image_datasets import center_crop_arr
 

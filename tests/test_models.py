@@ -5,13 +5,13 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import DATA
 from fill import fill, tensor
+from helpers import DATA
 
 from masked_diffusion import create_diffusion, create_model
 from masked_diffusion.layers.attention import gather_pairs, relative_position_index
 from masked_diffusion.layers.embeddings import sincos_pos_embed_2d, timestep_embedding
-from masked_diffusion.models import MODELS, MDTv2_S_2
+from masked_diffusion.models import MODELS, DiT, MDTv2, MDTv2_S_2, model_class
 
 T, Y = torch.tensor([730, 10]), torch.tensor([3, 999])
 MASKED = {"MDTv2_S_2": {"mask_ratio": 0.3, "decode_layer": 6}, "MDT_S_2": {"mask_ratio": 0.3, "decode_layer": 2}}
@@ -225,7 +225,7 @@ def test_initialisation():
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"name": "MDTv2_XXL_2"}, "MDTv2_XXL_2.*choose one of.*MDTv2_XL_2"),
+        ({"name": "MDTv2_XXL_2"}, "'MDTv2_XXL_2': did you mean MDTv2_XL_2 or [^ ]+ or [^ ]+\\?$"),
         ({"decode_layer": 3}, r"depth \(4\) - decode_layer \(3\) must be even"),
         ({"decode_layer": 5}, "decode_layer is 5"),
         ({"input_size": 7}, r"input_size \(7\) must be a multiple of patch_size \(2\)"),
@@ -239,6 +239,18 @@ def test_initialisation():
 def test_bad_options_say_what_to_do(options, message):
     with pytest.raises(ValueError, match=message):
         create_model(**{"name": "MDTv2_Nano_2", "input_size": 8} | options)
+
+
+def test_the_class_of_a_name_holds_the_defaults_of_its_family():
+    assert model_class("MDTv2-S/2") is MDTv2 and model_class("DiT_XL_2") is DiT
+    defaults = {name: model_class(f"{name}_S_2") for name in ("MDTv2", "MDT", "DiT")}
+    assert {name: (c.default_optimizer, c.default_snr_gamma, c.guidance_rule) for name, c in defaults.items()} == {
+        "MDTv2": ("adan", 5.0, "power-cosine"),
+        "MDT": ("adamw", None, "power-cosine"),
+        "DiT": ("adamw", None, "constant"),
+    }
+    with pytest.raises(ValueError, match="no model is called 'MDTV2_S_2': did you mean MDTv2_S_2 or"):
+        model_class("MDTV2_S_2")
 
 
 def test_names_of_both_spellings():

@@ -7,33 +7,8 @@ import neighbours
 import numpy as np
 import pytest
 import torch
-from conftest import REPO
+from helpers import REPO, by_definition, exact_distances
 from neighbours import Rows, density_coverage, neighbour_radii, precision_recall, squared_distances
-
-
-def half_distances(u, v):
-    """ADM's rule in numpy: half precision after every operation, sums in single precision."""
-    u, v = u.astype(np.float16), v.astype(np.float16)
-    norms = [(x * x).astype(np.float32).sum(1).astype(np.float16) for x in (u, v)]
-    products = (u.astype(np.float32) @ v.astype(np.float32).T).astype(np.float16)
-    return np.maximum(norms[0][:, None] - np.float16(2) * products + norms[1], np.float16(0)).astype(np.float32)
-
-
-def exact_distances(u, v):
-    return ((u[:, None].astype(np.float64) - v[None]) ** 2).sum(-1)
-
-
-def by_definition(reference, samples):
-    """All four numbers, from whole matrices of distances."""
-    across = half_distances(reference, samples)
-    radii, sample_radii = (np.sort(half_distances(f, f), axis=1)[:, 3] for f in (reference, samples))
-    wide = exact_distances(reference, samples) <= np.sort(exact_distances(reference, reference), axis=1)[:, [5]]
-    return {
-        "precision": (across <= radii[:, None]).any(0).mean(),
-        "recall": (across <= sample_radii).any(1).mean(),
-        "density": wide.sum(0).mean() / 5,
-        "coverage": wide.any(1).mean(),
-    }
 
 
 def found_in(reference, samples):

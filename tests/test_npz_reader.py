@@ -1,7 +1,6 @@
 """Streams of images out of npz files, whole ones and hostile ones."""
 
 import io
-import os
 import pickle
 import subprocess
 import sys
@@ -9,22 +8,10 @@ import zipfile
 
 import numpy as np
 import pytest
-from conftest import REPO
+from helpers import REPO, Trap, write_npz
 from npz_reader import NpzImages
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (23, 6, 5, 3), dtype=np.uint8)
-
-
-def write_npz(path, members):
-    """An npz whose members are given as arrays, or as the raw bytes of a npy file."""
-    with zipfile.ZipFile(path, "w") as archive:
-        for name, member in members.items():
-            if not isinstance(member, bytes):
-                buffer = io.BytesIO()
-                np.save(buffer, member)
-                member = buffer.getvalue()
-            archive.writestr(f"{name}.npy", member)
-    return path
 
 
 def npy_header(shape, dtype="|u1"):
@@ -56,16 +43,6 @@ def test_statistics_and_description(tmp_path):
         assert found.dtype == np.float64
     assert images.description()["settings"] == {"seed": 3}
     assert images.description()["arrays"]["sigma"] == {"shape": [3, 3], "dtype": "float32"}
-
-
-class Trap:
-    """Unpickling it leaves a file behind."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
 
 
 def test_pickles_are_never_loaded(tmp_path):

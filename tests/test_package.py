@@ -11,7 +11,7 @@ import zipfile
 from functools import cache
 
 import pytest
-from conftest import REPO
+from helpers import REPO
 
 README = "\n".join((REPO / folder / "README.md").read_text() for folder in (".", "datasets", "evaluations"))
 

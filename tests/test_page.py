@@ -21,9 +21,8 @@ from urllib.request import Request, urlopen
 import numpy as np
 import pytest
 import web_requests
-from conftest import REPO
+from helpers import HOLE, IMAGE, REPO, flags, painting
 from PIL import Image
-from test_web_requests import HOLE, IMAGE, flags, painting
 
 from masked_diffusion import script_util
 from masked_diffusion.sampling import build as sample_util

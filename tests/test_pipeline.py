@@ -9,7 +9,7 @@ import image_sample
 import numpy as np
 import pytest
 import torch
-from test_sampling import read, sample_flags, small_model
+from helpers import read, sample_flags, small_model
 
 from masked_diffusion import load_model, script_util
 from masked_diffusion.pipeline import MDTPipeline, build_pipeline, make_scheduler

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
+from helpers import write_images
 from PIL import Image
-from test_image_datasets import write_images
 
 from masked_diffusion import create_model
 from masked_diffusion.training import preflight

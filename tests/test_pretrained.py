@@ -8,8 +8,8 @@ import sys
 
 import pytest
 import torch
-from conftest import DATA
 from fill import fill, tensor
+from helpers import DATA
 from safetensors.torch import save_file
 
 from masked_diffusion import create_model, load_model

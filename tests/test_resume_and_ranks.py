@@ -10,19 +10,10 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import REPO
+from helpers import REPO, assert_same, fork, tensors, train_flags
 from PIL import Image
-from test_train_util import assert_same, images, tensors, train_flags  # noqa: F401 (a fixture among them)
 
 from masked_diffusion.weights.checkpoint import complete_steps
-
-
-def fork(script, flags, ranks=1, kills=0, kill_seed=0, first=0.2, last=2.0, check=True):
-    options = {"ranks": ranks, "kills": kills, "kill_seed": kill_seed, "first": first, "last": last}
-    command = [sys.executable, REPO / "tests" / "fork_ranks.py", *(f"--{k}={v}" for k, v in options.items()), script]
-    result = subprocess.run([*command, *flags], capture_output=True, text=True, timeout=280)
-    assert not check or result.returncode == 0, result.stdout + result.stderr
-    return result
 
 
 def losses(folder):
@@ -35,7 +26,7 @@ def losses(folder):
 
 
 @pytest.mark.slow
-def test_a_run_killed_20_times_is_bitwise_the_same(images, tmp_path):  # noqa: F811
+def test_a_run_killed_20_times_is_bitwise_the_same(images, tmp_path):
     options = {"optimizer": "adan", "max_steps": 60, "save_interval": 2, "keep": 2, "ema_rate": "0.9,0.99"}
     for kind, kills in (("whole", 0), ("killed", 20)):
         fork("image_train.py", train_flags(images, tmp_path / kind, **options), kills=kills, first=0.3, last=1.5)
@@ -51,7 +42,7 @@ def test_a_run_killed_20_times_is_bitwise_the_same(images, tmp_path):  # noqa: F
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_saves_and_exits_0(images, tmp_path, number):  # noqa: F811
+def test_a_signal_saves_and_exits_0(images, tmp_path, number):
     flags = train_flags(images, tmp_path, max_steps=100_000)
     process = subprocess.Popen([sys.executable, REPO / "scripts" / "image_train.py", *flags], stdout=subprocess.PIPE)
     while not (tmp_path / "progress.jsonl").exists():
@@ -63,7 +54,7 @@ def test_a_signal_saves_and_exits_0(images, tmp_path, number):  # noqa: F811
     assert complete_steps(tmp_path) == [len(losses(tmp_path))]
 
 
-def test_torchrun_restarts_go_on_from_the_checkpoint(images, tmp_path):  # noqa: F811
+def test_torchrun_restarts_go_on_from_the_checkpoint(images, tmp_path):
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1"]
     flags = train_flags(images, tmp_path, batch_size=4, max_steps=80, save_interval=5, keep=2)
     process = subprocess.Popen(
@@ -86,19 +77,19 @@ def test_torchrun_restarts_go_on_from_the_checkpoint(images, tmp_path):  # noqa:
 
 
 @pytest.fixture(scope="module")
-def one_rank(images, tmp_path_factory):  # noqa: F811
+def one_rank(images, tmp_path_factory):
     folder = tmp_path_factory.mktemp("one")
     fork("image_train.py", train_flags(images, folder, max_steps=20))
     return folder
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_losses_do_not_depend_on_the_number_of_ranks(images, one_rank, tmp_path, ranks):  # noqa: F811
+def test_losses_do_not_depend_on_the_number_of_ranks(images, one_rank, tmp_path, ranks):
     fork("image_train.py", train_flags(images, tmp_path, max_steps=20, batch_size=8 // ranks), ranks=ranks)
     np.testing.assert_allclose(losses(tmp_path), losses(one_rank), atol=1e-5)
 
 
-def test_stopped_with_4_ranks_it_goes_on_with_2(images, one_rank, tmp_path):  # noqa: F811
+def test_stopped_with_4_ranks_it_goes_on_with_2(images, one_rank, tmp_path):
     fork("image_train.py", train_flags(images, tmp_path, max_steps=9, batch_size=2), ranks=4)
     fork("image_train.py", train_flags(images, tmp_path, max_steps=20, batch_size=4), ranks=2)
     np.testing.assert_allclose(losses(tmp_path), losses(one_rank), atol=1e-5)
@@ -106,7 +97,7 @@ def test_stopped_with_4_ranks_it_goes_on_with_2(images, one_rank, tmp_path):  # 
 
 @pytest.mark.parametrize("shard, atol", [("zero1", 1e-6), ("fsdp", 1e-5)])
 @pytest.mark.parametrize("optimizer", ["adan", pytest.param("adamw", marks=pytest.mark.slow)])
-def test_sharding_changes_nothing(images, tmp_path, shard, atol, optimizer):  # noqa: F811
+def test_sharding_changes_nothing(images, tmp_path, shard, atol, optimizer):
     options = {"batch_size": 4, "optimizer": optimizer, "save_interval": 3, "sample_interval": 6}
     for kind in ("none", shard):
         fork("image_train.py", train_flags(images, tmp_path / kind, max_steps=6, shard=kind, **options), ranks=2)
@@ -123,12 +114,12 @@ def test_sharding_changes_nothing(images, tmp_path, shard, atol, optimizer):  # 
     assert_same(tensors(tmp_path / "none", 6), ours, rtol=0, atol=atol)
 
 
-def test_fsdp_needs_a_process_group(images, tmp_path):  # noqa: F811
+def test_fsdp_needs_a_process_group(images, tmp_path):
     result = fork("image_train.py", train_flags(images, tmp_path, shard="fsdp"), check=False)
     assert result.returncode == 2 and "error: --shard fsdp needs a process group" in result.stderr
 
 
-def test_split_backward_and_checkpointing_change_nothing(images, tmp_path):  # noqa: F811
+def test_split_backward_and_checkpointing_change_nothing(images, tmp_path):
     kinds = {"plain": {}, "split": {"split_backward": True}, "checkpoint": {"grad_checkpoint": True}}
     for kind, options in kinds.items():
         fork("image_train.py", train_flags(images, tmp_path / kind, batch_size=4, microbatch=2, **options), ranks=2)

@@ -9,32 +9,19 @@ import time
 import tracemalloc
 import zipfile
 
-import image_sample
 import numpy as np
 import pytest
 import torch
-from conftest import REPO
 from fill import fill
+from helpers import REPO, make_sampler, read, run_sample, run_script, sample_flags
 from PIL import Image
-from test_train_util import run_script
 
-from masked_diffusion import create_model, script_util
+from masked_diffusion import create_model
 from masked_diffusion.guidance import Guidance
-from masked_diffusion.latents.autoencoder import IdentityFirstStage
 from masked_diffusion.sampling.image_sampler import ImageSampler, choose_labels, to_uint8
 from masked_diffusion.sampling.shards import ShardStore
-from masked_diffusion.sampling.solvers import SOLVERS, create_solver
+from masked_diffusion.sampling.solvers import SOLVERS
 from masked_diffusion.utils.files import file_hash
-
-
-def small_model(**options):
-    return fill(create_model("MDTv2_Nano_2", **{"input_size": 8, "in_channels": 3, "num_classes": 10} | options)).eval()
-
-
-def make_sampler(model=None, solver="ddpm", **options):
-    options = {"guidance": Guidance("power-cosine", 2.0), "seed": 4} | options
-    return ImageSampler(model or small_model(), create_solver(solver, "6", {}), IdentityFirstStage(), **options)
-
 
 # ---------------------------------------------------------------- images by index
 
@@ -139,17 +126,6 @@ def test_shards_are_merged_by_index(tmp_path):
 # ---------------------------------------------------------------- the script
 
 
-def sample_flags(checkpoint, log_dir, **options):
-    flags = {"model_path": checkpoint, "log_dir": log_dir, "num_samples": 11, "batch_size": 4, "cfg_cond": True}
-    flags |= {"num_sampling_steps": 3} | options
-    return [word for key, value in flags.items() for word in (f"--{key}", *str(value).split("="))]
-
-
-def read(path):
-    with np.load(path, allow_pickle=False) as arrays:
-        return arrays["arr_0"].astype(int), arrays["arr_1"]
-
-
 def test_one_and_two_processes_draw_the_same_images(checkpoint, tmp_path):
     run_script("image_sample.py", *sample_flags(checkpoint, tmp_path / "one"))
     launch = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone")
@@ -159,11 +135,6 @@ def test_one_and_two_processes_draw_the_same_images(checkpoint, tmp_path):
     assert images.shape == (11, 8, 8, 3) and labels.shape == (11,) and set(labels) <= {0, 1, 2}
     assert np.abs(images - other).max() <= 1 and np.array_equal(labels, other_labels)
     assert Image.open(tmp_path / "one" / name.replace("npz", "png")).size == (64, 16)
-
-
-def run_sample(monkeypatch, flags):
-    monkeypatch.setattr(sys, "argv", ["image_sample.py", *flags])
-    script_util.run(image_sample.main)
 
 
 def test_the_compiled_model_is_the_one_that_draws(checkpoint, tmp_path, monkeypatch):

@@ -2,102 +2,20 @@
 
 import csv
 import json
-import os
 import socket
-import subprocess
 import sys
-from pathlib import Path
 
 import encode_latents
 import image_sample
-import image_train
 import numpy as np
 import pytest
 import torch
-from conftest import REPO
+from helpers import assert_same, make_loop, run_script, run_train, tensors, train_flags, trained
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from masked_diffusion import create_diffusion, create_model, logger, script_util
-from masked_diffusion.latents.autoencoder import IdentityFirstStage
-from masked_diffusion.resample import create_named_schedule_sampler
-from masked_diffusion.train_util import TrainLoop, find_resume_step
-from masked_diffusion.training.finetune import load_pretrained
-from masked_diffusion.training.guardian import Guardian
-from masked_diffusion.training.objective import TwoPassObjective
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("images")
-    rng = np.random.default_rng(0)
-    for i in range(24):
-        pixels = rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / f"{'abc'[i % 3]}_{i}.png")
-    return folder
-
-
-def stream(start_step, seed, batch_size=8):
-    """A data iterator in memory: the batch of a step is a function of the seed and the step."""
-    step = start_step
-    while True:
-        generator = torch.Generator().manual_seed(seed % 1000 + step)
-        yield (
-            torch.rand(batch_size, 3, 8, 8, generator=generator) * 2 - 1,
-            {"y": torch.randint(0, 10, (batch_size,), generator=generator)},
-        )
-        step += 1
-
-
-def make_loop(
-    log_dir, max_steps=4, sampler="uniform", precision="fp32", mask_ratio=0.3, device="cpu", guardian=None, **options
-):
-    torch.manual_seed(0)
-    logger.configure(str(log_dir))
-    model = create_model("MDTv2_Nano_2", input_size=8, in_channels=3, num_classes=10, mask_ratio=mask_ratio, depth=2)
-    diffusion = create_diffusion()
-    options = {"batch_size": 8, "lr": 1e-3, "ema_rate": "0.9,0.99", "log_interval": 2, "save_interval": 2} | options
-    return TrainLoop(
-        objective=TwoPassObjective(model.to(device), diffusion, precision),
-        first_stage=IdentityFirstStage(),
-        make_data=stream,
-        schedule_sampler=create_named_schedule_sampler(sampler, diffusion),
-        guardian=Guardian(**(guardian or {})),
-        load_weights=load_pretrained,
-        log_dir=log_dir,
-        max_steps=max_steps,
-        **options,
-    )
-
-
-def trained(log_dir, **options):
-    loop = make_loop(log_dir, **options)
-    loop.run_loop()
-    return loop
-
-
-def tensors(folder, step):
-    """Every tensor of a checkpoint, by file and key."""
-    found = {}
-    for path in sorted(Path(folder).glob(f"*{step:06d}.pt")):
-        stack = [(path.name, torch.load(path, weights_only=True))]
-        while stack:
-            name, value = stack.pop()
-            if isinstance(value, torch.Tensor):
-                found[name] = value
-            elif isinstance(value, dict):
-                stack += [(f"{name}/{key}", item) for key, item in value.items()]
-    return found
-
-
-def assert_same(ours, theirs, **tolerance):
-    assert ours.keys() == theirs.keys() and ours
-    for key, value in ours.items():
-        if tolerance:
-            torch.testing.assert_close(value, theirs[key], **tolerance, msg=key)
-        else:
-            assert torch.equal(value, theirs[key]), key
-
+from masked_diffusion import script_util
+from masked_diffusion.train_util import find_resume_step
 
 # ---------------------------------------------------------------- resume
 
@@ -215,24 +133,6 @@ def test_logs_are_for_people_and_scripts(tmp_path, capsys):
 # ---------------------------------------------------------------- the script, ranks
 
 
-def run_script(script, *flags, launcher=(), check=True):
-    command = [sys.executable, *launcher, str(REPO / "scripts" / script), *map(str, flags)]
-    result = subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=240
-    )
-    assert not check or result.returncode == 0, result.stdout + result.stderr
-    return result
-
-
-def train_flags(images, log_dir, **options):
-    flags = {
-        "data_dir": images, "log_dir": log_dir, "model": "MDTv2_Nano_2", "image_size": 8, "vae": "identity",
-        "mask_ratio": 0.3, "batch_size": 8, "max_steps": 3, "optimizer": "adamw", "lr": 1e-3, "num_workers": 1,
-        "ema_rate": "0.9", "log_interval": 1, "schedule_sampler": "loss-second-moment",
-    } | options  # fmt: skip
-    return [f"--{key}={value}" for key, value in flags.items()]
-
-
 @pytest.fixture(scope="module")
 def one_process(images, tmp_path_factory):
     folder = tmp_path_factory.mktemp("one")
@@ -265,11 +165,6 @@ def test_two_processes_train_like_one_with_the_doubled_batch(images, one_process
         for folder in (tmp_path, one_process)
     ]
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
-
-
-def run_train(monkeypatch, flags):
-    monkeypatch.setattr(sys, "argv", ["image_train.py", *flags])
-    script_util.run(image_train.main)
 
 
 def test_training_and_sampling_in_the_latents_of_a_vae(images, vae_folder, tmp_path, monkeypatch):

@@ -1,13 +1,11 @@
 """Requests from a browser: what is refused, what is drawn, and how it is shown."""
 
-import argparse
-
 import numpy as np
 import pytest
 import torch
 import web_requests
 from fill import fill
-from test_editing import HOLE, IMAGE
+from helpers import HOLE, IMAGE, flags, painting
 from web_requests import Limits, Request, check_painting, check_request, clicked, view_of
 
 from masked_diffusion import create_model
@@ -17,13 +15,6 @@ from masked_diffusion.sampling.solvers import SOLVERS
 
 GOOD = {"label": 2, "count": 3, "seed": 7, "solver": "ddim", "steps": 6, "cfg_scale": 2.0, "scale_pow": 1.0}
 RNG = np.random.default_rng(0)
-
-
-def flags(model_path, *others):
-    parser = argparse.ArgumentParser()
-    for add in (sample_util.add_weights_flags, sample_util.add_solver_flags, sample_util.add_guidance_flags):
-        add(parser)
-    return parser.parse_args(["--model_path", str(model_path), "--cfg_cond", "True", *others])
 
 
 @pytest.fixture(scope="module")
@@ -74,15 +65,6 @@ def test_what_no_request_may_ask_for_is_refused(values, message):
     with pytest.raises(ValueError) as error:
         check_request(Limits(), 3, **GOOD | values)
     assert str(error.value).startswith(message) and len(str(error.value)) < 120
-
-
-def painting(image, paint, scale=1):
-    """What an editor holds of an image and an (H, W) uint8 paint, both enlarged."""
-    layer = np.zeros((*paint.shape, 4), dtype=np.uint8)
-    layer[:, :, 3] = paint
-    opaque = np.concatenate([image, np.full((*image.shape[:2], 1), 255, dtype=np.uint8)], axis=2)
-    enlarge = [array.repeat(scale, axis=0).repeat(scale, axis=1) for array in (opaque, layer)]
-    return {"background": enlarge[0], "layers": [enlarge[1]]}
 
 
 def test_an_enlarged_image_comes_back_as_it_was():

@@ -1,0 +1,303 @@
+"""What several test files need: small models, runs and their flags, files to read, definitions to compare with."""
+
+import argparse
+import io
+import os
+import subprocess
+import sys
+import zipfile
+from importlib.util import find_spec
+from pathlib import Path
+
+import console
+import evaluator
+import image_sample
+import image_train
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from fill import fill
+from PIL import Image
+from sklearn.datasets import load_sample_images
+
+from masked_diffusion import create_diffusion, create_model, logger, script_util
+from masked_diffusion.guidance import Guidance
+from masked_diffusion.latents.autoencoder import IdentityFirstStage
+from masked_diffusion.resample import create_named_schedule_sampler
+from masked_diffusion.sampling import build as sample_util
+from masked_diffusion.sampling.image_sampler import ImageSampler
+from masked_diffusion.sampling.solvers import create_solver
+from masked_diffusion.train_util import TrainLoop
+from masked_diffusion.training.finetune import load_pretrained
+from masked_diffusion.training.guardian import Guardian
+from masked_diffusion.training.objective import TwoPassObjective
+
+DATA = Path(__file__).parent / "data"
+REPO = Path(__file__).parent.parent
+needs_tensorflow = pytest.mark.skipif(find_spec("tensorflow") is None, reason="TensorFlow is not installed")
+
+
+# ---------------------------------------------------------------- training
+
+
+def write_images(folder, names, size=(12, 10)):
+    rng = np.random.default_rng(0)
+    for name in names:
+        path = Path(folder, name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)).save(path)
+    return [str(Path(folder, name)) for name in names]
+
+
+def stream(start_step, seed, batch_size=8):
+    """A data iterator in memory: the batch of a step is a function of the seed and the step."""
+    step = start_step
+    while True:
+        generator = torch.Generator().manual_seed(seed % 1000 + step)
+        yield (
+            torch.rand(batch_size, 3, 8, 8, generator=generator) * 2 - 1,
+            {"y": torch.randint(0, 10, (batch_size,), generator=generator)},
+        )
+        step += 1
+
+
+def make_loop(
+    log_dir, max_steps=4, sampler="uniform", precision="fp32", mask_ratio=0.3, device="cpu", guardian=None, **options
+):
+    torch.manual_seed(0)
+    logger.configure(str(log_dir))
+    model = create_model("MDTv2_Nano_2", input_size=8, in_channels=3, num_classes=10, mask_ratio=mask_ratio, depth=2)
+    diffusion = create_diffusion()
+    options = {"batch_size": 8, "lr": 1e-3, "ema_rate": "0.9,0.99", "log_interval": 2, "save_interval": 2} | options
+    return TrainLoop(
+        objective=TwoPassObjective(model.to(device), diffusion, precision),
+        first_stage=IdentityFirstStage(),
+        make_data=stream,
+        schedule_sampler=create_named_schedule_sampler(sampler, diffusion),
+        guardian=Guardian(**(guardian or {})),
+        load_weights=load_pretrained,
+        log_dir=log_dir,
+        max_steps=max_steps,
+        **options,
+    )
+
+
+def trained(log_dir, **options):
+    loop = make_loop(log_dir, **options)
+    loop.run_loop()
+    return loop
+
+
+def tensors(folder, step):
+    """Every tensor of a checkpoint, by file and key."""
+    found = {}
+    for path in sorted(Path(folder).glob(f"*{step:06d}.pt")):
+        stack = [(path.name, torch.load(path, weights_only=True))]
+        while stack:
+            name, value = stack.pop()
+            if isinstance(value, torch.Tensor):
+                found[name] = value
+            elif isinstance(value, dict):
+                stack += [(f"{name}/{key}", item) for key, item in value.items()]
+    return found
+
+
+def assert_same(ours, theirs, **tolerance):
+    assert ours.keys() == theirs.keys() and ours
+    for key, value in ours.items():
+        if tolerance:
+            torch.testing.assert_close(value, theirs[key], **tolerance, msg=key)
+        else:
+            assert torch.equal(value, theirs[key]), key
+
+
+def train_flags(images, log_dir, **options):
+    flags = {
+        "data_dir": images, "log_dir": log_dir, "model": "MDTv2_Nano_2", "image_size": 8, "vae": "identity",
+        "mask_ratio": 0.3, "batch_size": 8, "max_steps": 3, "optimizer": "adamw", "lr": 1e-3, "num_workers": 1,
+        "ema_rate": "0.9", "log_interval": 1, "schedule_sampler": "loss-second-moment",
+    } | options  # fmt: skip
+    return [f"--{key}={value}" for key, value in flags.items()]
+
+
+def run_script(script, *flags, launcher=(), check=True):
+    command = [sys.executable, *launcher, str(REPO / "scripts" / script), *map(str, flags)]
+    result = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=240
+    )
+    assert not check or result.returncode == 0, result.stdout + result.stderr
+    return result
+
+
+def run_train(monkeypatch, flags):
+    monkeypatch.setattr(sys, "argv", ["image_train.py", *flags])
+    script_util.run(image_train.main)
+
+
+def fork(script, flags, ranks=1, kills=0, kill_seed=0, first=0.2, last=2.0, check=True):
+    options = {"ranks": ranks, "kills": kills, "kill_seed": kill_seed, "first": first, "last": last}
+    command = [sys.executable, REPO / "tests" / "fork_ranks.py", *(f"--{k}={v}" for k, v in options.items()), script]
+    result = subprocess.run([*command, *flags], capture_output=True, text=True, timeout=280)
+    assert not check or result.returncode == 0, result.stdout + result.stderr
+    return result
+
+
+# ---------------------------------------------------------------- sampling
+
+
+def small_model(**options):
+    return fill(create_model("MDTv2_Nano_2", **{"input_size": 8, "in_channels": 3, "num_classes": 10} | options)).eval()
+
+
+def make_sampler(model=None, solver="ddpm", **options):
+    options = {"guidance": Guidance("power-cosine", 2.0), "seed": 4} | options
+    return ImageSampler(model or small_model(), create_solver(solver, "6", {}), IdentityFirstStage(), **options)
+
+
+def sample_flags(checkpoint, log_dir, **options):
+    flags = {"model_path": checkpoint, "log_dir": log_dir, "num_samples": 11, "batch_size": 4, "cfg_cond": True}
+    flags |= {"num_sampling_steps": 3} | options
+    return [word for key, value in flags.items() for word in (f"--{key}", *str(value).split("="))]
+
+
+def run_sample(monkeypatch, flags):
+    monkeypatch.setattr(sys, "argv", ["image_sample.py", *flags])
+    script_util.run(image_sample.main)
+
+
+def read(path):
+    with np.load(path, allow_pickle=False) as arrays:
+        return arrays["arr_0"].astype(int), arrays["arr_1"]
+
+
+# ---------------------------------------------------------------- editing and the web page
+
+
+IMAGE = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+HOLE = np.zeros((8, 8), dtype=bool)
+HOLE[2:6, 3:] = True
+
+
+def flags(model_path, *others):
+    parser = argparse.ArgumentParser()
+    for add in (sample_util.add_weights_flags, sample_util.add_solver_flags, sample_util.add_guidance_flags):
+        add(parser)
+    return parser.parse_args(["--model_path", str(model_path), "--cfg_cond", "True", *others])
+
+
+def painting(image, paint, scale=1):
+    """What an editor holds of an image and an (H, W) uint8 paint, both enlarged."""
+    layer = np.zeros((*paint.shape, 4), dtype=np.uint8)
+    layer[:, :, 3] = paint
+    opaque = np.concatenate([image, np.full((*image.shape[:2], 1), 255, dtype=np.uint8)], axis=2)
+    enlarge = [array.repeat(scale, axis=0).repeat(scale, axis=1) for array in (opaque, layer)]
+    return {"background": enlarge[0], "layers": [enlarge[1]]}
+
+
+# ---------------------------------------------------------------- evaluation
+
+
+def write_npz(path, members):
+    """An npz whose members are given as arrays, or as the raw bytes of a npy file."""
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, member in members.items():
+            if not isinstance(member, bytes):
+                buffer = io.BytesIO()
+                np.save(buffer, member)
+                member = buffer.getvalue()
+            archive.writestr(f"{name}.npy", member)
+    return path
+
+
+class Trap:
+    """Unpickling it leaves a file behind."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def half_distances(u, v):
+    """ADM's rule in numpy: half precision after every operation, sums in single precision."""
+    u, v = u.astype(np.float16), v.astype(np.float16)
+    norms = [(x * x).astype(np.float32).sum(1).astype(np.float16) for x in (u, v)]
+    products = (u.astype(np.float32) @ v.astype(np.float32).T).astype(np.float16)
+    return np.maximum(norms[0][:, None] - np.float16(2) * products + norms[1], np.float16(0)).astype(np.float32)
+
+
+def exact_distances(u, v):
+    return ((u[:, None].astype(np.float64) - v[None]) ** 2).sum(-1)
+
+
+def by_definition(reference, samples):
+    """All four numbers, from whole matrices of distances."""
+    across = half_distances(reference, samples)
+    radii, sample_radii = (np.sort(half_distances(f, f), axis=1)[:, 3] for f in (reference, samples))
+    wide = exact_distances(reference, samples) <= np.sort(exact_distances(reference, reference), axis=1)[:, [5]]
+    return {
+        "precision": (across <= radii[:, None]).any(0).mean(),
+        "recall": (across <= sample_radii).any(1).mean(),
+        "density": wide.sum(0).mean() / 5,
+        "coverage": wide.any(1).mean(),
+    }
+
+
+def small_features(path, images):
+    """The small graph written out in float64."""
+    weights = graph_constants(path)
+    x = (
+        torch.from_numpy(images).double().permute(0, 3, 1, 2)[:, :, ::2, ::2]
+    )  # from 32 to 16 TensorFlow 1 takes every other
+    x = (x - 128) / 128
+
+    def layer(x, name, stride):
+        x = F.pad(x, (0, 1, 0, 1)) if stride == 2 else F.pad(x, (1, 1, 1, 1))
+        x = F.conv2d(x, weights[f"{name}/conv2d_params"].permute(3, 2, 0, 1), stride=stride)
+        norm = {key: weights[f"{name}/batchnorm/{key}"][:, None, None] for key in
+                ("moving_mean", "moving_variance", "beta", "gamma")}  # fmt: skip
+        x = (x - norm["moving_mean"]) / (norm["moving_variance"] + 0.001).sqrt() * norm["gamma"] + norm["beta"]
+        return x.relu()
+
+    spatial = layer(x, "mixed_6/conv", 2)
+    pool = layer(spatial, "last", 1).mean(dim=(2, 3))
+    spatial = spatial[:, :7].permute(0, 2, 3, 1).flatten(1)
+    return {"pool": pool, "spatial": spatial, "logits": pool @ weights["softmax/weights"]}
+
+
+def graph_constants(path):
+    from tensorboard.compat.proto.graph_pb2 import GraphDef
+    from tensorboard.util.tensor_util import make_ndarray
+
+    nodes = GraphDef.FromString(path.read_bytes()).node
+    return {
+        n.name: torch.from_numpy(make_ndarray(n.attr["value"].tensor).copy()).double() for n in nodes if n.op == "Const"
+    }
+
+
+def crops(count, seed, size=32):
+    """Crops of real photos, (count, size, size, 3) uint8."""
+    rng, photos = np.random.default_rng(seed), load_sample_images().images
+    corners = zip(
+        rng.integers(2, size=count),
+        rng.integers(427 - size, size=count),
+        rng.integers(640 - size, size=count),
+        strict=True,
+    )
+    return np.stack([photos[p][y : y + size, x : x + size] for p, y, x in corners])
+
+
+def evaluate(monkeypatch, capsys, *arguments):
+    """Run the command. Returns its exit status, output and errors."""
+    monkeypatch.setattr(sys, "argv", ["evaluator.py", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        console.run(evaluator.main)
+    captured = capsys.readouterr()
+    return stop.value.code, captured.out, captured.err
+
+
+def numbers(output):
+    lines = [line.split(": ") for line in output.splitlines() if ": " in line]
+    return {name: float(value) for name, value in lines if " to " not in value and "+-" not in value}
