@@ -81,7 +81,8 @@ def parse_flags(config_class: type[C], description: str, argv: Sequence[str] | N
             groups[owner], field, typing.get_type_hints(owner)[field.name], defaults.get(field.name, field.default)
         )
     argv = sys.argv[1:] if argv is None else argv
-    values = vars(parser.parse_args([_with_underscores(word) for word in argv]))
+    found = vars(parser.parse_args([_with_underscores(word) for word in argv]))
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
     return config_class.from_values(values).check()
 
 
@@ -99,7 +100,7 @@ def _add_flag(group, field: Field, annotation: Any, default: Any) -> None:
     if typing.get_origin(kind) is tuple:
         of, *rest = typing.get_args(kind)
         options |= {"nargs": "+" if rest == [Ellipsis] else 1 + len(rest), "metavar": meta["metavar"]}
-        kind = of
+        kind, may_be_none = of, False  # a word None in a list is a word
     if kind is bool:
         options |= {"nargs": "?", "const": True}
     read = meta["read"] or {bool: str2bool}.get(kind, kind)

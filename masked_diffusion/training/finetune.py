@@ -34,7 +34,8 @@ def load_pretrained(model, path, class_names=()):
             f"{path} is of another model: it lacks {sorted(missing)[:3]} and has {sorted(unknown)[:3]} beyond; "
             "choose the --model and --decode_layer that it was trained with"
         )
-    old_names = read_config(path).get("classes") or ()
+    run = read_config(path)
+    old_names = run.classes if run else ()
     for name, value in own.items():
         if name.endswith("relative_position_index"):
             state[name] = value

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from ..config import RunConfig
 from ..utils.errors import UserError
 from ..utils.files import atomic_write
 
@@ -106,11 +107,16 @@ def newest_ema(folder):
     return max(emas, key=lambda path: (parse_step(path), float(path.name.split("_")[1])))
 
 
-def read_config(path):
-    """The configuration that training left beside a checkpoint; {} where there is none.
+def read_config(path: str | Path) -> RunConfig | None:
+    """The configuration that training, `scripts/export.py` or `save_pretrained` left beside a checkpoint, if any.
 
     :param path: a checkpoint, or the folder that holds it.
+    :raises UserError: for a file that cannot be read or holds something else; names it.
     """
-    folder = Path(path) if Path(path).is_dir() else Path(path).parent
-    config = folder / CONFIG_NAME
-    return json.loads(config.read_text()) if config.exists() else {}
+    file = Path(path if Path(path).is_dir() else Path(path).parent, CONFIG_NAME)
+    if not file.exists():
+        return None
+    try:
+        return RunConfig.from_json(json.loads(file.read_text()))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{file} is no configuration of a run: {error}") from error

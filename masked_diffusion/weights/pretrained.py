@@ -4,8 +4,12 @@ import inspect
 import math
 import re
 from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
 
 from .. import dist_util, logger
+from ..config import RunConfig
 from ..models import SIZES, DiT, create_model
 from ..utils.errors import UserError
 from .checkpoint import newest_ema, read_config
@@ -154,28 +158,51 @@ def describe(model):
     )
 
 
-def load_model(source, device="cpu", **options):
-    """A model with its weights, in eval mode; what was found is logged.
+class OpenedWeights(NamedTuple):
+    """A file of weights, read.
+
+    :param run: the configuration beside the file, if there is one.
+    """
+
+    path: Path
+    state_dict: dict[str, torch.Tensor]
+    run: RunConfig | None
+
+
+def open_weights(source: str | Path) -> OpenedWeights:
+    """Find and read weights and the configuration beside them.
+
+    :param source: see `find_weights`. Nothing but tensors is ever loaded from it.
+    :raises UserError: for a file that is no checkpoint of these models, and for a folder without one.
+    """
+    path = find_weights(source)
+    return OpenedWeights(path, read_weights(path), read_config(path))
+
+
+def build_model(opened: OpenedWeights, device: str | torch.device = "cpu", **options: Any) -> DiT:
+    """The model of opened weights, in eval mode; what was found is logged.
 
     The architecture comes from the configuration beside the file, if training or `save_pretrained` left one, else from
     the state dict.
 
-    :param source: see `find_weights`. Nothing but tensors is ever loaded from it.
     :param options: for `create_model`, where the file leaves them open: `decode_layer` of MDT, say. None is not given.
-    :raises UserError: for a file that is no checkpoint of these models, and for a folder without one.
+    :raises UserError: when weights and architecture do not fit.
     """
-    path = find_weights(source)
-    state_dict, config = read_weights(path), read_config(path)
-    if "model" in config:
-        name, found = config["model"]["name"], config["model"]["options"]
-    else:
-        name, found = find_architecture(state_dict, config.get("num_heads"))
-        found |= {key: config[key] for key in inspect.signature(DiT).parameters if key in config}
+    known = opened.run.architecture if opened.run else {}
+    name, found = known.get("name"), known.get("options", {})
+    if name is None:  # what `save_pretrained` leaves has options alone
+        name, read = find_architecture(opened.state_dict, found.get("num_heads"))
+        found = read | {key: found[key] for key in inspect.signature(DiT).parameters if key in found}
     options = found | {key: value for key, value in options.items() if value is not None}
     model = create_model(name, **options)
     try:
-        model.load_state_dict(state_dict)
+        model.load_state_dict(opened.state_dict)
     except RuntimeError as error:
-        raise UserError(f"{path} does not fit {name} {options}: {' '.join(str(error).split())}") from error
-    logger.log(f"{path}: {describe(model)}")
+        raise UserError(f"{opened.path} does not fit {name} {options}: {' '.join(str(error).split())}") from error
+    logger.log(f"{opened.path}: {describe(model)}")
     return model.to(device).eval()
+
+
+def load_model(source: str | Path, device: str | torch.device = "cpu", **options: Any) -> DiT:
+    """A model with its weights, in eval mode: `build_model` of `open_weights`."""
+    return build_model(open_weights(source), device, **options)
