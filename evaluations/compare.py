@@ -1,12 +1,18 @@
 """Print results of evaluator.py --json as a table beside the published ones, and draw them."""
 
+if __spec__ is None:  # started as a script, which is part of no package
+    from as_package import run_script
+
+    raise SystemExit(run_script(__file__))
+
 import argparse
 import json
 from pathlib import Path
 
-import console
-from files import atomic_write
-from suite import LABELS
+from . import console
+from .errors import UserError
+from .files import atomic_write
+from .suite import LABELS
 
 # ImageNet 256 x 256, 50,000 samples, ADM's suite; the last three are guided.
 PUBLISHED = {
@@ -29,7 +35,7 @@ def parse_args():
 def read(path):
     """Metrics, half widths of their 95 % intervals (over seeds, else over images) and warnings of one file.
 
-    :raises ValueError: for a file that evaluator.py did not write.
+    :raises UserError: for a file that evaluator.py did not write.
     """
     try:
         row = json.loads(Path(path).read_text())
@@ -38,8 +44,10 @@ def read(path):
         if not widths:
             widths = {key: (high - low) / 2 for key, (low, high) in row["runs"][0]["intervals"].items()}
         return metrics, widths, [str(warning) for warning in row["warnings"]]
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error}): name a file that evaluator.py --json wrote") from error
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        raise ValueError(f"{path} is no result of evaluator.py --json ({error!r}): write it anew") from error
+        raise UserError(f"{path} is no result of evaluator.py --json ({error!r}): write it anew") from error
 
 
 def format_table(rows, widths):

@@ -1,15 +1,25 @@
-"""What a command says when it goes wrong."""
+"""How a command ends: what the user can mend is one sentence, and a fault of the program keeps its traceback."""
 
 import sys
 
-import ranks
+from . import ranks
+from .errors import UserError
+
+INTERRUPTED = 130  # what a shell calls the exit status of a program that Ctrl-C ended
 
 
 def run(main):
-    """Run an entry point, which may return an exit status. Wrong input is one sentence, and status 2."""
+    """Run an entry point and exit with the status that it returns.
+
+    A `UserError` is one sentence of rank 0, and status 2; Ctrl-C is status 130; every other exception passes.
+    """
     try:
         sys.exit(main() or 0)
-    except (ValueError, OSError, MemoryError) as error:
+    except UserError as error:
         if ranks.rank() == 0:
-            print(f"error: {error or type(error).__name__}", file=sys.stderr)
+            print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        if ranks.rank() == 0:
+            print("interrupted", file=sys.stderr)
+        sys.exit(INTERRUPTED)

@@ -5,6 +5,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from .errors import UserError
+
 MODEL, IMAGE_SIZE = "vit_large_patch14_dinov2", 224
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -19,7 +21,7 @@ def create_network(weights, model):
         try:
             return timm.create_model(model, pretrained=True, **options)
         except Exception as error:  # the hub's client raises kinds of its own
-            raise ValueError(
+            raise UserError(
                 f"the weights of {model} cannot be downloaded ({type(error).__name__}): fetch model.safetensors of "
                 f"timm/{model}.lvd142m from the Hugging Face hub and name that file with --dinov2"
             ) from error
@@ -28,7 +30,7 @@ def create_network(weights, model):
         network.load_state_dict(checkpoint_filter_fn(_read(weights), network))
     except Exception as error:  # safetensors, torch and timm each raise their own
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{weights} does not hold the weights of timm's {model} ({reason})") from error
+        raise UserError(f"{weights} does not hold the weights of timm's {model} ({reason})") from error
     return network
 
 
@@ -44,7 +46,7 @@ class DinoV2:
     """The class token of a DINOv2 network, at 224 x 224 pixels (bicubic, antialiased).
 
     :param weights: see `create_network`. :param device: where the network runs.
-    :raises ValueError: when the weights cannot be had or do not fit.
+    :raises UserError: when the weights cannot be had or do not fit.
     """
 
     name = "dinov2"

@@ -1,19 +1,23 @@
 """Evaluate samples as ADM does: python evaluator.py REFERENCE.npz SAMPLES.npz [SAMPLES_OF_ANOTHER_SEED.npz ...]"""
 
+if __spec__ is None:  # started as a script, which is part of no package
+    from as_package import run_script
+
+    raise SystemExit(run_script(__file__))
+
 import argparse
 import os
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-import console
-import ranks
-import report
-from features import collect
-from files import find_inception, write_json
-from metrics import interval
-from npz_reader import NpzImages
-from suite import LABELS, METRICS, compare, read_reference, reference_needs, sample_needs
+from . import console, ranks, report
+from .errors import UserError
+from .features import collect
+from .files import find_inception, write_json
+from .metrics import interval
+from .npz_reader import NpzImages
+from .suite import LABELS, METRICS, compare, read_reference, reference_needs, sample_needs
 
 BACKENDS = ("auto", "tensorflow", "torch")
 DEFAULT_METRICS = ("is", "fid", "sfid", "pr", "kid", "dc")
@@ -38,9 +42,9 @@ def parse_args():
     args.metrics = args.metrics.split(",") + (["fd_dinov2"] if args.dinov2 else [])
     for metric in args.metrics:
         if metric not in METRICS or (metric == "fd_dinov2" and not args.dinov2):
-            raise ValueError(f"--metrics names {metric!r}: choose of {', '.join(DEFAULT_METRICS)}")
+            raise UserError(f"--metrics names {metric!r}: choose of {', '.join(DEFAULT_METRICS)}")
     if args.bootstrap < 0 or args.bootstrap == 1:
-        raise ValueError(f"--bootstrap is {args.bootstrap}: a deviation needs at least 2 resamples, and 0 is none")
+        raise UserError(f"--bootstrap is {args.bootstrap}: a deviation needs at least 2 resamples, and 0 is none")
     check_output_flags(args)
     return args
 
@@ -49,13 +53,13 @@ def check_output_flags(args):
     """Refuse at once what would fail when hours of work are to be written down."""
     for path in filter(None, (args.json, args.plot)):
         if not Path(path).resolve().parent.is_dir():
-            raise ValueError(f"the folder of {path} does not exist: make it first")
+            raise UserError(f"the folder of {path} does not exist: make it first")
     if args.plot and not args.plot.endswith(".png"):
-        raise ValueError(f"--plot is {args.plot}: name a .png")
+        raise UserError(f"--plot is {args.plot}: name a .png")
     wanted = {"matplotlib": args.plot, "scipy": len(args.sample_batch) > 1}
     for package, needed in wanted.items():
         if needed and find_spec(package) is None:
-            raise ValueError(f"{package} is not installed: pip install {package}")
+            raise UserError(f"{package} is not installed: pip install {package}")
 
 
 def add_network_flags(parser):
@@ -69,7 +73,7 @@ def add_network_flags(parser):
 def check_network_flags(args):
     for name in ("batch_size", "devices"):
         if getattr(args, name) < 1:
-            raise ValueError(f"--{name} is {getattr(args, name)}: it must be positive")
+            raise UserError(f"--{name} is {getattr(args, name)}: it must be positive")
 
 
 def create_network(args):
@@ -80,17 +84,17 @@ def create_network(args):
         backend = "torch"
     path = ranks.on_first(lambda: find_inception(args.inception))
     if backend == "tensorflow":
-        from inception_tensorflow import TensorFlowInception
+        from .inception_tensorflow import TensorFlowInception
 
         return TensorFlowInception(path, gpu=ranks.local_rank()), path
-    from inception_torch import TorchInception
+    from .inception_torch import TorchInception
 
     return TorchInception(path, ranks.device()), path
 
 
 def with_dinov2(inception, weights):
     """A network that gives DINOv2's features beside Inception's."""
-    from dinov2 import DinoV2
+    from .dinov2 import DinoV2
 
     network = DinoV2(weights, ranks.device())
     return lambda images: inception(images) | network(images)
@@ -102,9 +106,9 @@ def open_batches(args):
     reference_needs(args.metrics, reference)
     for images in samples:
         if not len(images):
-            raise ValueError(f"{images.path} holds statistics alone: samples must be images (arr_0)")
+            raise UserError(f"{images.path} holds statistics alone: samples must be images (arr_0)")
         if reference.size not in (None, images.size):
-            raise ValueError(
+            raise UserError(
                 f"{reference.path} has images of {reference.size}, {images.path} of {images.size}: "
                 "make a reference of the samples' size"
             )

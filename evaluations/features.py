@@ -3,10 +3,12 @@
 from dataclasses import dataclass, field
 
 import numpy as np
-import ranks
 import torch
-from metrics import GaussianStatistics, InceptionScore
 from tqdm.auto import tqdm
+
+from . import ranks
+from .errors import UserError
+from .metrics import GaussianStatistics, InceptionScore
 
 
 @dataclass
@@ -85,22 +87,22 @@ def collect(images, network, needs, batch_size):
 
     :param images: `NpzImages`. :param network: function of uint8 images that returns a dict of features.
     :return: `Collected` on rank 0, None on the others.
-    :raises ValueError: on rank 0, when a rank could not read its images, or all images are equal.
+    :raises UserError: on rank 0, when a rank could not read its images, or all images are equal.
     """
     if len(images) < ranks.world_size():
-        raise ValueError(
+        raise UserError(
             f"{images.path} holds {len(images)} images, fewer than {ranks.world_size()} processes: use fewer"
         )
     parts = ranks.gather(_own_part(images, network, needs, batch_size))
     if parts is None:
         return None
     for part in parts:
-        if isinstance(part, ValueError):
+        if isinstance(part, UserError):
             raise part
     for part in parts[1:]:
         parts[0].merge(part)
     if parts[0].pixels.all_equal:
-        raise ValueError(f"{images.path}: all {len(images)} images are the same: look at how they were made")
+        raise UserError(f"{images.path}: all {len(images)} images are the same: look at how they were made")
     return parts[0]
 
 
@@ -113,6 +115,6 @@ def _own_part(images, network, needs, batch_size):
             for batch in images.batches(batch_size, start, stop):
                 own.update(batch, network(batch), start + own.done)
                 bar.update(len(batch))
-    except ValueError as error:
+    except UserError as error:
         return error
     return own.cpu()

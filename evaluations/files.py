@@ -11,6 +11,8 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
+from .errors import UserError
+
 INCEPTION_NAME = "classify_image_graph_def.pb"
 INCEPTION_URL = f"https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/{INCEPTION_NAME}"
 BLOCK = 1 << 20
@@ -18,7 +20,10 @@ BLOCK = 1 << 20
 
 @contextmanager
 def atomic_write(path):
-    """A binary file that appears under `path` only once all of it is on the disk."""
+    """A binary file that appears under `path` only once all of it is on the disk.
+
+    :raises UserError: when it cannot be written, as on a full disk.
+    """
     path = Path(path)
     beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
@@ -27,6 +32,8 @@ def atomic_write(path):
             file.flush()
             os.fsync(file.fileno())
         beside.replace(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error}): make room, or name another place") from error
     finally:
         beside.unlink(missing_ok=True)
 
@@ -52,19 +59,19 @@ def cache_folder():
 def find_inception(path=None, url=INCEPTION_URL):
     """The file of the network's weights: `path`, else INCEPTION_V3_PATH, else the cache folder's, downloaded once.
 
-    :raises ValueError: when a named file does not exist, or the download fails; says where the file goes.
+    :raises UserError: when a named file does not exist, or the download fails; says where the file goes.
     """
     for source, named in (("--inception", path), ("INCEPTION_V3_PATH", os.environ.get("INCEPTION_V3_PATH"))):
         if named:
             if not Path(named).is_file():
-                raise ValueError(f"{source} names {named}, which does not exist: fetch {url} and name that file")
+                raise UserError(f"{source} names {named}, which does not exist: fetch {url} and name that file")
             return Path(named)
     cached = cache_folder() / INCEPTION_NAME
     if not cached.is_file():
         try:
             download(url, cached)
         except OSError as error:
-            raise ValueError(
+            raise UserError(
                 f"{INCEPTION_NAME} cannot be downloaded ({error}): fetch {url} elsewhere and put it at {cached}, "
                 "or name it with --inception or INCEPTION_V3_PATH"
             ) from error

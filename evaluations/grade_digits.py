@@ -1,15 +1,14 @@
-"""Grade generated digits: an SVM fitted on real training digits, and Frechet distances of pixels.
-
-Leaves `samples.png` (a row per class), `loss.png` and `report.json`.
-"""
+"""Grade the demo's digits: an SVM fitted on real training digits, and Frechet distances of pixels."""
 
 import json
 from pathlib import Path
 
 import numpy as np
-from metrics import frechet_distance, gaussian_statistics
 from PIL import Image
 from sklearn.svm import SVC
+
+from .errors import UserError
+from .metrics import frechet_distance, gaussian_statistics
 
 COLUMNS, SCALE = 24, 6
 
@@ -18,7 +17,7 @@ def read_folder(folder):
     """(N, 64) pixels in [0, 1] and (N,) labels of a folder of `ClassID_ImgID.png`."""
     paths = sorted(Path(folder).glob("*_*.png"))
     if not paths:
-        raise ValueError(f"{folder} holds no digits: write them with datasets/digits.py")
+        raise UserError(f"{folder} holds no digits: write them with datasets/digits.py")
     pixels = np.stack([np.asarray(Image.open(path).convert("L"), dtype=np.float64) for path in paths]) / 255
     return pixels.reshape(len(pixels), -1), np.array([int(path.name.split("_")[0]) for path in paths])
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+from .errors import UserError
+
 SPATIAL_CHANNELS = 7
 POOL, SPATIAL, LOGITS = "pool_3:0", "mixed_6/conv:0", "softmax/logits/MatMul"
 
@@ -26,7 +28,7 @@ def import_tensorflow():
 
         return tensorflow
     except ImportError as error:
-        raise ValueError("the tensorflow backend needs TensorFlow: pip install tensorflow") from error
+        raise UserError("the tensorflow backend needs TensorFlow: pip install tensorflow") from error
     finally:
         os.dup2(terminal, 2)
         os.close(terminal)
@@ -36,7 +38,7 @@ class TensorFlowInception:
     """Features of images from a frozen graph with ADM's names, on the GPU where TensorFlow sees one.
 
     :param path: `classify_image_graph_def.pb`. :param gpu: number of the one GPU to take; None is all that it sees.
-    :raises ValueError: when TensorFlow is missing, or the file is no graph or lacks one of the names.
+    :raises UserError: when TensorFlow is missing, or the file is no graph or lacks one of the names.
     """
 
     name = "tensorflow"
@@ -58,7 +60,7 @@ class TensorFlowInception:
         except FileNotFoundError:
             raise
         except Exception as error:  # protobuf's DecodeError is no ValueError
-            raise ValueError(f"{path} is not the Inception graph of 2015 ({error}): fetch it anew") from error
+            raise UserError(f"{path} is not the Inception graph of 2015 ({error}): fetch it anew") from error
         visible = "" if gpu is None or not tf.config.list_physical_devices("GPU") else str(gpu)
         options = tf.compat.v1.GPUOptions(allow_growth=True, visible_device_list=visible)
         config = tf.compat.v1.ConfigProto(gpu_options=options)

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+from .errors import UserError
+
 SPATIAL_CHANNELS = 7
 
 # Scopes of the graph, and the convolutions in them in order: `conv`, `conv_1`, ... of each are torch-fidelity's these.
@@ -59,7 +61,7 @@ def _numbered(scopes, prefix, module):
 def read_weights(path):
     """torch-fidelity's state dict, from a frozen graph (.pb) or from a checkpoint of tensors (.pth).
 
-    :raises ValueError: for a file that is neither, or is cut short.
+    :raises UserError: for a file that is neither, or is cut short.
     """
     try:
         with Path(path).open("rb") as file:
@@ -69,7 +71,7 @@ def read_weights(path):
         raise
     except Exception as error:  # protobuf and torch raise anything from DecodeError to UnpicklingError
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(
+        raise UserError(
             f"{path} cannot be read as the Inception network ({reason}): it must be classify_image_graph_def.pb, "
             "or torch-fidelity's weights-inception-2015-12-05-6726825d.pth"
         ) from error
@@ -103,7 +105,7 @@ class TorchInception:
     """Features of images, as ADM's evaluator takes them from the TensorFlow graph.
 
     :param path: see `read_weights`. :param device: where the network runs.
-    :raises ValueError: when the file is not this network's, or torch-fidelity is missing.
+    :raises UserError: when the file is not this network's, or torch-fidelity is missing.
     """
 
     name = "torch"
@@ -112,14 +114,14 @@ class TorchInception:
         try:
             from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
         except ImportError as error:
-            raise ValueError("the torch backend needs torch-fidelity: pip install torch-fidelity") from error
+            raise UserError("the torch backend needs torch-fidelity: pip install torch-fidelity") from error
         state, buffer = read_weights(path), io.BytesIO()
         torch.save(state, buffer)  # the extractor unpickles what it is given: let it be bytes of our own
         buffer.seek(0)
         try:
             extractor = FeatureExtractorInceptionV3("inception", ["2048", "logits_unbiased"], buffer)
         except RuntimeError as error:
-            raise ValueError(f"{path} holds another network than Inception-v3 of 2015: {str(error)[:200]}") from error
+            raise UserError(f"{path} holds another network than Inception-v3 of 2015: {str(error)[:200]}") from error
         self.device, self.extractor = torch.device(device), extractor.to(device)
         self.logit_weights = extractor.fc.weight.T
         extractor.Mixed_6d.branch1x1.register_forward_hook(self._keep_spatial)

@@ -4,13 +4,15 @@ import os
 from importlib.util import find_spec
 
 import numpy as np
-import ranks
 import torch
 import torch.nn.functional as F
-from features import Needs, collect
-from files import INCEPTION_NAME, cache_folder
-from metrics import GaussianStatistics, frechet_distance, kernel_distance
-from npz_reader import NpzImages
+
+from . import ranks
+from .errors import UserError
+from .features import Needs, collect
+from .files import INCEPTION_NAME, cache_folder
+from .metrics import GaussianStatistics, frechet_distance, kernel_distance
+from .npz_reader import NpzImages
 
 SIDE = 16  # pixels of a side that the pixel distance is taken of, at most
 KID_IMAGES = 2_000  # of the reference, at most
@@ -39,17 +41,17 @@ class LiveEvaluation:
 
     :param path: npz of a reference; see `NpzImages`. :param size: height and width of the samples.
     :param device: where Inception runs.
-    :raises ValueError: when the reference's images have another size, or there is nothing to compare with.
+    :raises UserError: when the reference's images have another size, or there is nothing to compare with.
     """
 
     def __init__(self, path, size, device="cpu"):
         images, weights = NpzImages(path), inception_at_hand()
         if images.size not in (None, size):
-            raise ValueError(
+            raise UserError(
                 f"{path} has images of {images.size}, the model draws {size}: make a reference of that size"
             )
         if not len(images) and not weights:
-            raise ValueError(
+            raise UserError(
                 f"{path} holds statistics of Inception's features alone, and {INCEPTION_NAME} is not at hand: "
                 "name it in INCEPTION_V3_PATH, or take a reference with images"
             )
@@ -59,7 +61,7 @@ class LiveEvaluation:
 
     @staticmethod
     def _inception(weights, device):
-        from inception_torch import TorchInception
+        from .inception_torch import TorchInception
 
         with torch.random.fork_rng(devices=[]):  # its layers draw initial weights
             return TorchInception(weights, device)

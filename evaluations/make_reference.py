@@ -1,5 +1,10 @@
 """Make a reference batch out of a dataset: images as ADM crops them, with mu, sigma, mu_s and sigma_s beside them."""
 
+if __spec__ is None:  # started as a script, which is part of no package
+    from as_package import run_script
+
+    raise SystemExit(run_script(__file__))
+
 import argparse
 import io
 import json
@@ -9,16 +14,17 @@ import zipfile
 from contextlib import contextmanager
 from pathlib import Path
 
-import console
 import numpy as np
-import ranks
-from evaluator import add_network_flags, check_network_flags, create_network, say
-from features import Needs, collect
-from files import file_hash
-from npz_reader import NpzImages
 from PIL import Image, UnidentifiedImageError
-from suite import READY_MADE
 from tqdm.auto import tqdm
+
+from . import console, ranks
+from .errors import UserError
+from .evaluator import add_network_flags, check_network_flags, create_network, say
+from .features import Needs, collect
+from .files import file_hash
+from .npz_reader import NpzImages
+from .suite import READY_MADE
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".gif")
 
@@ -61,7 +67,7 @@ class ImageTar:
                 return [member.name.removeprefix("./") for member in archive if member.isfile()]
         except (tarfile.TarError, EOFError, OSError) as error:
             reason = str(error).splitlines()[0]
-            raise ValueError(f"{self.path} cannot be read as a tar ({reason}): copy it again") from error
+            raise UserError(f"{self.path} cannot be read as a tar ({reason}): copy it again") from error
 
     def read(self, names):
         wanted = set(names)
@@ -76,19 +82,19 @@ class ImageTar:
 def open_source(path):
     """An `ImageFolder` or an `ImageTar`."""
     if not os.path.exists(path):
-        raise ValueError(f"{path} does not exist: name a folder of images or a tar of them")
+        raise UserError(f"{path} does not exist: name a folder of images or a tar of them")
     return ImageFolder(path) if os.path.isdir(path) else ImageTar(path)
 
 
 def choose(source, path, below, num_images, seed):
     """Sorted names of the images to take.
 
-    :raises ValueError: when there are fewer than asked for, or fewer than two.
+    :raises UserError: when there are fewer than asked for, or fewer than two.
     """
     prefix = f"{below.strip('/')}/" if below else ""
     names = sorted({n for n in source.names() if n.lower().endswith(EXTENSIONS) and n.startswith(prefix)})
     if len(names) < max(num_images, 2):
-        raise ValueError(f"{path} holds {len(names)} images below {prefix or '.'}: {max(num_images, 2)} are needed")
+        raise UserError(f"{path} holds {len(names)} images below {prefix or '.'}: {max(num_images, 2)} are needed")
     if num_images:
         chosen = np.random.default_rng(seed).choice(len(names), num_images, replace=False)
         names = [names[i] for i in np.sort(chosen)]
@@ -114,7 +120,7 @@ def decode(name, data, size):
         with Image.open(io.BytesIO(data)) as image:
             return center_crop(image.convert("RGB"), size)
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{name} cannot be read as an image ({error}): mend or remove it") from error
+        raise UserError(f"{name} cannot be read as an image ({error}): mend or remove it") from error
 
 
 @contextmanager
@@ -168,6 +174,8 @@ def make(args):
         add_arrays(beside, arrays)
         beside.replace(args.out)
         say(f"wrote {args.out}: {count} images of {args.image_size} x {args.image_size}")
+    except OSError as error:
+        raise UserError(f"{args.out} cannot be made of {args.source} ({error}): mend the file or make room") from error
     finally:
         if ranks.rank() == 0:
             beside.unlink(missing_ok=True)
@@ -177,10 +185,10 @@ def main():
     args = parse_args()
     check_network_flags(args)
     if args.image_size < 1:
-        raise ValueError(f"--image_size is {args.image_size}: it must be positive")
+        raise UserError(f"--image_size is {args.image_size}: it must be positive")
     open_source(args.source)
     if not Path(args.out).resolve().parent.is_dir():
-        raise ValueError(f"the folder of {args.out} does not exist: make it first")
+        raise UserError(f"the folder of {args.out} does not exist: make it first")
     if args.devices > 1 and "WORLD_SIZE" not in os.environ:
         return ranks.launch(args.devices)
     return make(args)

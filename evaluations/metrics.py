@@ -3,6 +3,8 @@
 import numpy as np
 import torch
 
+from .errors import UserError
+
 SPLIT_SIZE = 5000
 BLOCK = 10_000  # rows that are brought to float64 at a time
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
@@ -49,13 +51,13 @@ class GaussianStatistics:
     def result(self):
         """Mean (d,) and unbiased covariance (d, d), float64 arrays.
 
-        :raises ValueError: for fewer than two rows, and for numbers that are not finite.
+        :raises UserError: for fewer than two rows, and for numbers that are not finite.
         """
         if self.count < 2:
-            raise ValueError(f"statistics need at least two rows of numbers, not {self.count}")
+            raise UserError(f"statistics need at least two rows of numbers, not {self.count}")
         mu, sigma = self._mean.cpu().numpy(), (self._scatter / (self.count - 1)).cpu().numpy()
         if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
-            raise ValueError(
+            raise UserError(
                 "the features hold NaN or infinite numbers: look at the images and at the network's weights"
             )
         return mu, sigma
@@ -76,15 +78,15 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     the symmetric eigenvalues of A' S2 A, whose roots these are, cost a fraction of that. Never complex.
 
     :param mu1, mu2: (d,). :param sigma1, sigma2: (d, d), symmetric.
-    :raises ValueError: for shapes that disagree and for numbers that are not finite.
+    :raises UserError: for shapes that disagree and for numbers that are not finite.
     """
     arrays = [torch.as_tensor(np.asarray(array, dtype=np.float64)) for array in (mu1, sigma1, mu2, sigma2)]
     mu1, sigma1, mu2, sigma2 = arrays
     shapes = [tuple(array.shape) for array in arrays]
     if mu1.ndim != 1 or shapes != [shapes[0], shapes[0] * 2] * 2:
-        raise ValueError(f"the statistics have shapes {shapes}: they must be (d,), (d, d), (d,), (d, d)")
+        raise UserError(f"the statistics have shapes {shapes}: they must be (d,), (d, d), (d,), (d, d)")
     if not all(array.isfinite().all() for array in arrays):
-        raise ValueError("the statistics hold NaN or infinite numbers: compute them anew")
+        raise UserError("the statistics hold NaN or infinite numbers: compute them anew")
     root1, root2 = _root(sigma1), _root(sigma2)
     if root1.shape == root2.shape == sigma1.shape:
         values = torch.linalg.eigvalsh(root1.T @ sigma2 @ root1).clamp_min(0).sqrt()
@@ -152,11 +154,11 @@ def kernel_distance(features1, features2, subsets=KID_SUBSETS, subset_size=None,
     :param features1, features2: (N, d) and (M, d) arrays.
     :param subset_size: rows of a subset; None: 1,000, or half of the smaller set, for subsets are to differ.
     :return: mean and standard deviation over the subsets. The mean may be negative: its expectation is not.
-    :raises ValueError: when a set has fewer than two rows.
+    :raises UserError: when a set has fewer than two rows.
     """
     smaller = min(len(features1), len(features2))
     if smaller < 2:
-        raise ValueError(f"KID needs at least two rows of features on both sides, not {smaller}")
+        raise UserError(f"KID needs at least two rows of features on both sides, not {smaller}")
     size = min(subset_size or max(min(KID_SUBSET_SIZE, smaller // 2), 2), smaller)
     rng, values = np.random.default_rng(seed), []
     for _ in range(subsets):

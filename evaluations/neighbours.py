@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from .errors import UserError
+
 TILE = 10_000  # ADM's tiles, each of which decides by itself whether half precision will do
 ROWS = 1_000  # of a tile at a time
 MANIFOLD_K, DENSITY_K = 3, 5
@@ -61,10 +63,10 @@ def neighbour_radii(rows, k, half, progress=False):
 
     :param rows: `Rows`. :param half: see `squared_distances`.
     :return: (N,) float32 tensor.
-    :raises ValueError: when there are no k other rows.
+    :raises UserError: when there are no k other rows.
     """
     if len(rows) <= k:
-        raise ValueError(f"{len(rows)} images have no {k} neighbours each: use more images")
+        raise UserError(f"{len(rows)} images have no {k} neighbours each: use more images")
     radii = torch.empty(len(rows), device=rows.device)
     with tqdm(total=len(rows), unit="image", desc="neighbours", disable=not progress) as bar:
         for tile, u in rows.tiles():
@@ -97,7 +99,7 @@ def precision_recall(reference, samples, device="cpu", progress=False):
         memory than one tile of distances.
     :return: whether each sample lies within the reach of a reference image (M,), whose mean is the precision; whether
         each reference image lies within the reach of a sample (N,), whose mean is the recall.
-    :raises ValueError: when a set has too few images to have so many neighbours.
+    :raises UserError: when a set has too few images to have so many neighbours.
     """
     reference, samples = Rows(reference, device), Rows(samples, device)
     radii = neighbour_radii(reference, MANIFOLD_K, True, progress)
@@ -111,7 +113,7 @@ def density_coverage(reference, samples, device="cpu", progress=False):
     :param reference, samples: as for `precision_recall`.
     :return: density of each sample (M,), whose mean is the density; an `Overlap`, the mean of whose `covered` is the
         coverage.
-    :raises ValueError: when the reference has too few images to have so many neighbours.
+    :raises UserError: when the reference has too few images to have so many neighbours.
     """
     shift = torch.from_numpy(np.array(reference[:TILE], dtype=np.float32).mean(axis=0)).to(device)
     reference, samples = Rows(reference, device, shift), Rows(samples, device, shift)

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
+from .errors import UserError
+
 STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")
 LARGEST = 2**30  # bytes of one image or one matrix: a header that claims more is not believed
 HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
@@ -23,10 +25,10 @@ def _readable(path):
     try:
         yield
     except FileNotFoundError as error:
-        raise ValueError(f"{path} does not exist: name an npz of images") from error
+        raise UserError(f"{path} does not exist: name an npz of images") from error
     except DAMAGE as error:
         reason = str(error) or type(error).__name__
-        raise ValueError(
+        raise UserError(
             f"{path} cannot be read as an npz ({reason}): cut short or of another kind, copy it again"
         ) from (error)
 
@@ -36,7 +38,7 @@ class NpzImages:
 
     :param path: a file of ADM's format: `arr_0` (N, H, W, 3) uint8, perhaps `mu, sigma, mu_s, sigma_s`, `arr_1`,
         `settings`.
-    :raises ValueError: for a file that is damaged, without images, or with anything but uint8 colour images.
+    :raises UserError: for a file that is damaged, without images, or with anything but uint8 colour images.
     """
 
     def __init__(self, path):
@@ -45,7 +47,7 @@ class NpzImages:
             self.names = [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
             self.arrays = {name: self._header(archive, name)[1:] for name in self.names}
         if "arr_0" not in self.names and not self.has_statistics("mu", "sigma"):
-            raise ValueError(f"{self.path} holds neither images (arr_0) nor statistics (mu, sigma), but {self.names}")
+            raise UserError(f"{self.path} holds neither images (arr_0) nor statistics (mu, sigma), but {self.names}")
         self.shape = self._image_shape() if "arr_0" in self.names else (0, None, None, None)
 
     def __len__(self):
@@ -65,26 +67,26 @@ class NpzImages:
                 raise ValueError(f"its npy version is {version}")
             shape, fortran, dtype = HEADERS[version](file)
         except ValueError as error:
-            raise ValueError(f"{self.path}: {name} is no array that can be read ({error})") from error
+            raise UserError(f"{self.path}: {name} is no array that can be read ({error})") from error
         if dtype.hasobject:
-            raise ValueError(
+            raise UserError(
                 f"{self.path}: {name} holds Python objects, which are never loaded: write plain numbers (dtype uint8)"
             )
         found, expected = archive.getinfo(f"{name}.npy").file_size - file.tell(), math.prod(shape) * dtype.itemsize
         if found != expected:
-            raise ValueError(f"{self.path}: {name} {shape} needs {expected} bytes, but the file has {found}")
+            raise UserError(f"{self.path}: {name} {shape} needs {expected} bytes, but the file has {found}")
         return file, shape, fortran, dtype
 
     def _image_shape(self):
         shape, _, dtype = self.arrays["arr_0"]
         if dtype != np.uint8:
-            raise ValueError(f"{self.path}: arr_0 is {dtype}, not uint8: write images as whole numbers in [0, 255]")
+            raise UserError(f"{self.path}: arr_0 is {dtype}, not uint8: write images as whole numbers in [0, 255]")
         if len(shape) != 4 or shape[3] != 3 or not all(shape[1:]):
-            raise ValueError(f"{self.path}: arr_0 has shape {shape}: images must be (N, height, width, 3)")
+            raise UserError(f"{self.path}: arr_0 has shape {shape}: images must be (N, height, width, 3)")
         if shape[0] < 2:
-            raise ValueError(f"{self.path} holds {shape[0]} images: statistics need at least two")
+            raise UserError(f"{self.path} holds {shape[0]} images: statistics need at least two")
         if math.prod(shape[1:]) > LARGEST:
-            raise ValueError(f"{self.path}: arr_0 has shape {shape}: images that large are not read")
+            raise UserError(f"{self.path}: arr_0 has shape {shape}: images that large are not read")
         return shape
 
     def batches(self, batch_size, start=0, stop=None):
@@ -121,22 +123,22 @@ class NpzImages:
     def statistics(self, mean, covariance):
         """A ready-made mean (d,) and covariance (d, d), such as `mu` and `sigma`, as float64.
 
-        :raises ValueError: for other shapes, other kinds of numbers, and numbers that are not finite.
+        :raises UserError: for other shapes, other kinds of numbers, and numbers that are not finite.
         """
         shapes = [self.arrays[name][0] for name in (mean, covariance)]
         if len(shapes[0]) != 1 or shapes[1] != shapes[0] * 2:
-            raise ValueError(f"{self.path}: {mean} and {covariance} have shapes {shapes}: they must be (d,) and (d, d)")
+            raise UserError(f"{self.path}: {mean} and {covariance} have shapes {shapes}: they must be (d,) and (d, d)")
         return tuple(self._numbers(name) for name in (mean, covariance))
 
     def _numbers(self, name):
         shape, _, dtype = self.arrays[name]
         if dtype.kind != "f" or math.prod(shape) * dtype.itemsize > LARGEST:
-            raise ValueError(
+            raise UserError(
                 f"{self.path}: {name} is {shape} {dtype}: it must be floats, and no more than features have"
             )
         values = self._read(name).astype(np.float64)
         if not np.isfinite(values).all():
-            raise ValueError(f"{self.path}: {name} holds NaN or infinite numbers: make the reference anew")
+            raise UserError(f"{self.path}: {name} holds NaN or infinite numbers: make the reference anew")
         return values
 
     def _read(self, name):

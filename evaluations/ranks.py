@@ -46,20 +46,25 @@ def gather(value):
 
 
 def on_first(function):
-    """Call a function on rank 0 while the others wait. Returns its value on every rank; what it raises ends all."""
+    """Call a function on rank 0 while the others wait. Returns its value on every rank.
+
+    What it raises is raised on rank 0, and the others exit with status 2.
+    """
     if world_size() == 1:
         return function()
     _meet()
-    outcome = [None]
+    fault, outcome = None, [None]
     if rank() == 0:
         try:
-            outcome = [(function(), None)]
-        except (ValueError, OSError) as error:
-            outcome = [(None, error)]
+            outcome = [(function(), True)]
+        except Exception as error:  # of whatever kind: the others would wait for ever
+            fault, outcome = error, [(None, False)]
     dist.broadcast_object_list(outcome, 0)
-    value, error = outcome[0]
-    if error is not None:
-        raise error if rank() == 0 else SystemExit(2)
+    if fault is not None:
+        raise fault
+    value, succeeded = outcome[0]
+    if not succeeded:
+        raise SystemExit(2)
     return value
 
 

@@ -5,9 +5,10 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 
 import numpy as np
-from files import atomic_write, file_hash
-from metrics import interval
-from suite import LABELS
+
+from .files import atomic_write, file_hash
+from .metrics import interval
+from .suite import LABELS
 
 PACKAGES = ("numpy", "torch", "tensorflow", "tensorflow-cpu", "torch-fidelity", "timm")
 PAIRS, GRID_IMAGES = 10, 40

@@ -4,9 +4,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from features import Needs, collect
-from metrics import InceptionScore, bootstrap, frechet_distance, gaussian_statistics, kernel_distance
-from neighbours import Overlap, density_coverage, precision_recall
+
+from .errors import UserError
+from .features import Needs, collect
+from .metrics import InceptionScore, bootstrap, frechet_distance, gaussian_statistics, kernel_distance
+from .neighbours import Overlap, density_coverage, precision_recall
 
 METRICS = {
     "is": "Inception score",
@@ -41,14 +43,14 @@ def _used(metrics):
 def reference_needs(metrics, images):
     """What a reference is passed through the network for: not for statistics that its file has ready-made.
 
-    :raises ValueError: when that is something, but the file has no images.
+    :raises UserError: when that is something, but the file has no images.
     """
     used = _used(metrics)
     ready = {name for name in used & READY_MADE.keys() if images.has_statistics(*READY_MADE[name])}
     needs = Needs(statistics=used - ready, rows={"pool"} if {"pr", "kid", "dc"} & set(metrics) else set())
     if needs and not len(images):
         known = [metric for metric, name in DISTANCES.items() if name in ready]
-        raise ValueError(
+        raise UserError(
             f"{images.path} holds statistics alone, without images: choose --metrics {','.join(['is', *known])}"
         )
     return needs
@@ -127,11 +129,11 @@ def compare(reference, samples, metrics, logit_weights, repeats=0, device="cpu")
 def distance_to(reference, name, statistics):
     """Frechet distance of statistics to the reference's.
 
-    :raises ValueError: when the reference was made with features of another size.
+    :raises UserError: when the reference was made with features of another size.
     """
     expected = reference.statistics[name]
     if expected[0].shape != statistics[0].shape:
-        raise ValueError(
+        raise UserError(
             f"the reference's {name} statistics have {len(expected[0])} features, the network gives "
             f"{len(statistics[0])}: make the reference anew with this network"
         )

@@ -1,9 +1,7 @@
 """Train MDTv2, MDT or DiT on a folder of images. Run the same command again to go on where it stopped."""
 
-import sys
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -23,6 +21,7 @@ from masked_diffusion.training.finetune import load_pretrained
 from masked_diffusion.training.guardian import Guardian
 from masked_diffusion.training.objective import TwoPassObjective
 from masked_diffusion.utils.errors import UserError
+from masked_diffusion.utils.evaluations import load_evaluations
 from masked_diffusion.utils.flops import forward_flops
 from masked_diffusion.utils.precision import check_precision
 
@@ -99,10 +98,11 @@ def create_evaluation(args, model, config, first_stage, precision):
     """A function without arguments that draws fixed noise and labels, without guidance, and compares the images."""
     if not args.eval_interval:
         return None
-    sys.path.append(str(Path(__file__).resolve().parents[1] / "evaluations"))  # scripts too, and in no package
-    from live import LiveEvaluation
-
-    compare = LiveEvaluation(args.eval_reference, (args.image_size, args.image_size), dist_util.dev())
+    live = load_evaluations("live")
+    try:
+        compare = live.LiveEvaluation(args.eval_reference, (args.image_size, args.image_size), dist_util.dev())
+    except live.UserError as error:
+        raise UserError(f"--eval_reference: {error}") from error
     solver = create_solver("ddpm", GRID_STEPS, config["diffusion"])
     sampler = ImageSampler(model, solver, first_stage, precision=precision, seed=args.seed)
     return lambda: compare(draw_own_part(sampler, args.eval_samples, args.batch_size))

@@ -9,8 +9,6 @@ import zipfile
 from importlib.util import find_spec
 from pathlib import Path
 
-import console
-import evaluator
 import image_sample
 import image_train
 import numpy as np
@@ -21,6 +19,7 @@ from fill import fill
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
+from evaluations import console, evaluator
 from masked_diffusion import create_diffusion, create_model, logger, script_util
 from masked_diffusion.guidance import Guidance
 from masked_diffusion.latents.autoencoder import IdentityFirstStage

@@ -3,10 +3,10 @@
 import json
 import sys
 
-import compare
-import console
 import pytest
 from PIL import Image
+
+from evaluations import compare, console
 
 ROW = {
     "metrics": {"fid": 1.234, "inception_score": 300.5, "kid": 0.00123},

@@ -2,15 +2,16 @@
 
 from functools import partial
 
-import dinov2
 import numpy as np
 import pytest
 import timm
 import torch
 from helpers import evaluate, needs_tensorflow, numbers
-from metrics import frechet_distance, gaussian_statistics
 from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_sample_images
+
+from evaluations import dinov2
+from evaluations.metrics import frechet_distance, gaussian_statistics
 
 MODEL = "vit_small_patch14_dinov2"
 

@@ -3,9 +3,10 @@
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-import files
 import numpy as np
 import pytest
+
+from evaluations import files
 
 CONTENT = np.random.default_rng(0).bytes(3 * files.BLOCK + 12345)
 

@@ -1,9 +1,10 @@
 """The grader of the demo."""
 
-import grade_digits
 import numpy as np
 import pytest
 from digits import write_digits
+
+from evaluations import grade_digits
 
 
 def test_the_grader_knows_real_digits_from_noise(tmp_path):

@@ -8,9 +8,10 @@ import pytest
 import torch
 from helpers import DATA, REPO, needs_tensorflow, small_features
 from inception_graphs import NODES, write_small_graph
-from inception_tensorflow import TensorFlowInception
-from inception_torch import TorchInception, convolutions, read_weights
 from sklearn.datasets import load_sample_images
+
+from evaluations.inception_tensorflow import TensorFlowInception
+from evaluations.inception_torch import TorchInception, convolutions, read_weights
 
 TOLERANCE = {"rtol": 1e-3, "atol": 1e-3}
 
@@ -59,10 +60,10 @@ def test_the_torch_backend_needs_no_tensorflow(inception_graph):
     code = (
         "import sys; sys.modules['tensorflow'] = None\n"
         "from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3\n"
-        "from inception_torch import read_weights; print(read_weights(sys.argv[1])['fc.weight'].shape)"
+        "from evaluations.inception_torch import read_weights; print(read_weights(sys.argv[1])['fc.weight'].shape)"
     )
     command = [sys.executable, "-c", code, inception_graph]
-    result = subprocess.run(command, cwd=REPO / "evaluations", capture_output=True, text=True, check=True)
+    result = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=True)
     assert "[1008, 2048]" in result.stdout
 
 

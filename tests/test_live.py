@@ -3,15 +3,15 @@
 import json
 
 import image_train
-import live
 import numpy as np
 import pytest
 import torch
 from helpers import assert_same, crops, fork, run_train, tensors, train_flags
-from inception_torch import TorchInception
-from live import LiveEvaluation
-from metrics import frechet_distance, gaussian_statistics, kernel_distance
 
+from evaluations import live
+from evaluations.inception_torch import TorchInception
+from evaluations.live import LiveEvaluation
+from evaluations.metrics import frechet_distance, gaussian_statistics, kernel_distance
 from masked_diffusion import load_model
 from masked_diffusion.latents.autoencoder import IdentityFirstStage
 from masked_diffusion.sampling.image_sampler import ImageSampler, choose_labels

@@ -3,16 +3,15 @@
 import sys
 import tarfile
 
-import console
-import make_reference
 import numpy as np
 import pytest
 from helpers import crops, needs_tensorflow, small_features
 from inception_graphs import write_small_graph
-from npz_reader import NpzImages
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
+from evaluations import console, make_reference
+from evaluations.npz_reader import NpzImages
 from masked_diffusion.image_datasets import center_crop_arr
 
 

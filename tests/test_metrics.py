@@ -6,7 +6,8 @@ import mpmath
 import numpy as np
 import pytest
 import torch
-from metrics import (
+
+from evaluations.metrics import (
     GaussianStatistics,
     InceptionScore,
     bootstrap,

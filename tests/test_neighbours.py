@@ -3,12 +3,13 @@
 import subprocess
 import sys
 
-import neighbours
 import numpy as np
 import pytest
 import torch
 from helpers import REPO, by_definition, exact_distances
-from neighbours import Rows, density_coverage, neighbour_radii, precision_recall, squared_distances
+
+from evaluations import neighbours
+from evaluations.neighbours import Rows, density_coverage, neighbour_radii, precision_recall, squared_distances
 
 
 def found_in(reference, samples):
@@ -80,7 +81,7 @@ def test_too_few_images_are_refused(features):
 MEASURE = """
 import sys
 import numpy as np
-from neighbours import precision_recall
+from evaluations.neighbours import precision_recall
 reference, samples = (np.load(path, mmap_mode="r") for path in sys.argv[1:])
 print(*(share.mean() for share in precision_recall(reference, samples, progress=True)))
 print(int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) // 1024)
@@ -94,7 +95,7 @@ def test_memory_does_not_grow_with_the_number_of_tiles(tmp_path):
     for path, count in zip(paths, (10_000, 20_000), strict=True):
         np.save(path, rng.standard_normal((count, 64), dtype=np.float32))
     command = [sys.executable, "-c", MEASURE, *map(str, reversed(paths))]
-    result = subprocess.run(command, cwd=REPO / "evaluations", capture_output=True, text=True, check=True)
+    result = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=True)
     peak = int(result.stdout.split()[-1])
     print(f"\npeak memory {peak} MiB")
     assert peak < 1800

@@ -9,7 +9,8 @@ import zipfile
 import numpy as np
 import pytest
 from helpers import REPO, Trap, write_npz
-from npz_reader import NpzImages
+
+from evaluations.npz_reader import NpzImages
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (23, 6, 5, 3), dtype=np.uint8)
 
@@ -116,8 +117,8 @@ def test_damaged_files_are_refused(tmp_path, save):
 # A child's ru_maxrss begins with its parent's, the tests' own; VmHWM is of its own memory.
 READ = """
 import sys
-from npz_reader import NpzImages
-from metrics import GaussianStatistics
+from evaluations.npz_reader import NpzImages
+from evaluations.metrics import GaussianStatistics
 peak = lambda: int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) // 1024
 base = peak()
 images, total = NpzImages(sys.argv[1]), 0
@@ -136,7 +137,7 @@ def test_a_gigabyte_of_images_passes_through_few_megabytes(tmp_path):
         for i in range(count):
             file.write((image + np.uint8(i % 256)).tobytes())
     command = [sys.executable, "-c", READ, tmp_path / "a.npz"]
-    result = subprocess.run(command, cwd=REPO / "evaluations", capture_output=True, text=True, check=True)
+    result = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=True)
     found, total, base, peak = map(int, result.stdout.split())
     assert found == count and total == sum((int(image[0, 0, 0]) + i) % 256 for i in range(count))
     assert peak < base + 100

@@ -9,9 +9,13 @@ import subprocess
 import sys
 import zipfile
 from functools import cache
+from pathlib import Path
 
 import pytest
 from helpers import REPO
+
+from masked_diffusion.utils.errors import UserError
+from masked_diffusion.utils.evaluations import load_evaluations
 
 README = "\n".join((REPO / folder / "README.md").read_text() for folder in (".", "datasets", "evaluations"))
 
@@ -148,9 +152,51 @@ def test_no_circles():
         uses = {name: imported for name, imported in uses.items() if name not in leaves}
 
 
-def test_evaluations_stand_alone():
-    for path in (REPO / "evaluations").glob("*.py"):
-        assert package_imports(path) == set(), path
+def test_evaluations_import_nothing_of_the_package_and_one_another_as_siblings():
+    paths = list((REPO / "evaluations").glob("*.py"))
+    siblings = {path.stem for path in paths} - {"as_package"}  # which is what makes a script part of the package
+    assert "metrics" in siblings
+    for path in paths:
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
+            assert not {name.split(".")[0] for name in names} & {"masked_diffusion", "evaluations", *siblings}, path
+
+
+@pytest.fixture
+def other_packages(tmp_path):
+    """A folder of installed modules with names that modules of evaluations/ have, and that of the folder."""
+    folder = tmp_path / "installed"
+    folder.mkdir()
+    for name in ("metrics", "files", "ranks", "features", "console", "suite", "evaluations"):
+        (folder / f"{name}.py").write_text(f"raise RuntimeError('an installed {name} was imported')\n")
+    return folder
+
+
+def test_evaluations_run_anywhere_whatever_else_is_installed(other_packages, tmp_path):
+    shutil.copytree(REPO / "evaluations", tmp_path / "my-suite")
+    command = [sys.executable, tmp_path / "my-suite" / "compare.py", tmp_path / "nothing.json"]
+    env = {**os.environ, "PYTHONPATH": str(other_packages)}
+    result = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert result.returncode == 2 and len(result.stderr.splitlines()) == 1, result.stderr
+    assert "nothing.json cannot be read" in result.stderr
+
+
+def test_evaluations_are_loaded_from_the_repository_alone(other_packages, monkeypatch):
+    monkeypatch.setattr(sys, "path", [str(other_packages), *sys.path])
+    for name in [name for name in sys.modules if name.split(".")[0] == "evaluations"]:
+        monkeypatch.delitem(sys.modules, name)
+    before = list(sys.path)
+    live = load_evaluations("live")
+    assert Path(live.__file__) == REPO / "evaluations" / "live.py" and live.__name__ == "evaluations.live"
+    assert load_evaluations("metrics").frechet_distance is live.frechet_distance
+    assert sys.path == before and "metrics" not in sys.modules
+
+
+def test_without_the_repository_evaluation_says_what_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setattr("masked_diffusion.utils.evaluations.FOLDER", tmp_path)
+    with pytest.raises(UserError, match=r"live\.py does not exist: evaluation needs the evaluations/ folder"):
+        load_evaluations("live")
 
 
 def test_modules_stay_readable():

@@ -1,78 +1,69 @@
 """Fill holes of real digits with the model that `make demo` learned: accuracy of what comes out, and a picture."""
 
-import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from demo_run import GUIDANCE, grade_digits, open_demo
 from PIL import Image
 
-from masked_diffusion import load_model, script_util
-from masked_diffusion.guidance import Guidance
+from masked_diffusion import script_util
 from masked_diffusion.latents.autoencoder import IdentityFirstStage
 from masked_diffusion.sampling.editing import inpaint
 from masked_diffusion.sampling.image_sampler import ImageSampler
 from masked_diffusion.sampling.solvers import create_solver
 from masked_diffusion.utils.files import write_json
+from masked_diffusion.utils.options import Config, option
 from masked_diffusion.utils.pictures import save_grid
-from masked_diffusion.weights.checkpoint import read_config
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "evaluations"))
-
-import grade_digits
-
-from masked_diffusion.utils.errors import UserError
 
 SIZE = 8
 HOLES = {"lower half": np.s_[4:, :], "right half": np.s_[:, 4:], "all but a frame": np.s_[1:7, 1:7]}
-SHOWN, SCALE = 20, 6
+SHOWN, SCALE = 20, 6  # digits of each row of the picture, and screen pixels of each of theirs
 
 
-def parse_args():
-    parser = script_util.make_parser(__doc__)
-    parser.add_argument("--demo", default="output_demo", help="what `make demo` left")
-    parser.add_argument("--out", default="docs/inpainting", help="path of the picture and the figures, without ending")
-    parser.add_argument("--num_sampling_steps", default="50", help="steps of ancestral sampling")
-    parser.add_argument("--resamplings", type=int, default=5, help="how often RePaint walks every stretch")
-    parser.add_argument("--num_digits", type=int, default=360, help="test digits to complete")
-    return parser.parse_args()
+@dataclass(frozen=True)
+class InpaintConfig(Config):
+    """inpainting of digits"""
+
+    demo: str = option("output_demo", "what `make demo` left")
+    out: str = option("docs/inpainting", "path of the picture and the figures, without ending")
+    num_sampling_steps: str = option("50", "steps of ancestral sampling")
+    resamplings: int = option(5, "how often RePaint walks every stretch", at_least=1)
+    num_digits: int = option(360, "test digits to complete", at_least=1)
 
 
-def read_digits(folder, num):
+def read_digits(folder: Path, num: int) -> tuple[np.ndarray, torch.Tensor]:
     """(num, 8, 8, 3) uint8 images and (num,) labels of real digits."""
     paths = sorted(folder.glob("*_*.png"), key=lambda path: path.name.split("_")[1])[:num]
     images = np.stack([np.asarray(Image.open(path).convert("RGB")) for path in paths])
     return images, torch.tensor([int(path.name.split("_")[0]) for path in paths])
 
 
-def accuracy(data, images, labels):
+def accuracy(data: Path, images: np.ndarray, labels: torch.Tensor) -> float:
     return grade_digits.grade(data, images, labels.numpy())["class_accuracy"]
 
 
-def main():
-    args = parse_args()
-    script_util.check_positive(args, "resamplings", "num_digits")
-    train, data = Path(args.demo, "train"), Path(args.demo, "data")
-    if not train.is_dir():
-        raise UserError(f"{train} is not there: run `make demo` first, or name its folder with --demo")
-    images, labels = read_digits(data / "test", args.num_digits)
-    solver = create_solver("ddpm", args.num_sampling_steps, read_config(train)["diffusion"])
-    guidance = Guidance("power-cosine", 1.5, scale_pow=1.0)
-    sampler = ImageSampler(load_model(train), solver, IdentityFirstStage(), guidance=guidance)
-    rows, sheets = {"untouched": accuracy(data, images, labels)}, [images[:SHOWN]]
+def main() -> None:
+    config = script_util.parse_flags(InpaintConfig, __doc__)
+    demo = open_demo(config.demo)
+    images, labels = read_digits(demo.data / "test", config.num_digits)
+    solver = create_solver("ddpm", config.num_sampling_steps, demo.diffusion)
+    sampler = ImageSampler(demo.model, solver, IdentityFirstStage(), guidance=GUIDANCE)
+    rows, sheets = {"untouched": accuracy(demo.data, images, labels)}, [images[:SHOWN]]
     for name, place in HOLES.items():
         hole = np.zeros((SIZE, SIZE), dtype=bool)
         hole[place] = True
-        filled = inpaint(sampler, range(len(images)), labels, images, hole, resamplings=args.resamplings)
+        filled = inpaint(sampler, range(len(images)), labels, images, hole, resamplings=config.resamplings)
         emptied = np.where(hole[:, :, None], np.uint8(255), images)
-        rows[f"{name} emptied"] = accuracy(data, emptied, labels)
-        rows[f"{name} filled"] = accuracy(data, filled, labels)
+        rows[f"{name} emptied"] = accuracy(demo.data, emptied, labels)
+        rows[f"{name} filled"] = accuracy(demo.data, filled, labels)
         kept = np.array_equal(filled[:, ~hole], images[:, ~hole])
         print(f"{name}: accuracy {rows[f'{name} filled']:.3f}, known pixels kept: {kept}", flush=True)
         sheets += [emptied[:SHOWN], filled[:SHOWN]]
-    write_json(f"{args.out}.json", {"class_accuracy": rows, "num_digits": len(images)})
+    write_json(f"{config.out}.json", {"class_accuracy": rows, "num_digits": len(images)})
     framed = np.pad(np.concatenate(sheets), ((0, 0), (0, 1), (0, 1), (0, 0)), constant_values=128)
-    save_grid(f"{args.out}.png", framed, SHOWN, SCALE)
+    save_grid(f"{config.out}.png", framed, SHOWN, SCALE)
 
 
 if __name__ == "__main__":

@@ -1,64 +1,58 @@
 """Solvers side by side on the digits that `make demo` learned: accuracy, distance and seconds, as table and picture."""
 
-import sys
 import time
-from pathlib import Path
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+from demo_run import GUIDANCE, DemoRun, grade_digits, open_demo
 
-from masked_diffusion import load_model, script_util
+from masked_diffusion import script_util
 from masked_diffusion.guidance import Guidance
 from masked_diffusion.latents.autoencoder import IdentityFirstStage
 from masked_diffusion.sampling.image_sampler import ImageSampler, choose_labels
 from masked_diffusion.sampling.solvers import create_solver
 from masked_diffusion.utils.files import atomic_write, write_json
-from masked_diffusion.weights.checkpoint import read_config
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "evaluations"))
-
-import grade_digits
-
-from masked_diffusion.utils.errors import UserError
+from masked_diffusion.utils.options import Config, option
 
 SOLVERS = (("ddpm", "250"), ("ddim", "50"), ("dpm++", "20"), ("sde-dpm++", "20"), ("unipc", "10"))
-GUIDANCE = {"none": Guidance(), "scale 1.5": Guidance("power-cosine", 1.5, scale_pow=1.0)}
+GUIDANCES = {"none": Guidance(), f"scale {GUIDANCE.cfg_scale}": GUIDANCE}
 COLUMNS = ("solver", "steps", "guidance", "class_accuracy", "frechet_pixels", "seconds")
 SHOWN = 20  # digits of each row of the picture
 
 
-def parse_args():
-    parser = script_util.make_parser(__doc__)
-    parser.add_argument("--demo", default="output_demo", help="what `make demo` left")
-    parser.add_argument("--out", default="docs/solvers", help="path of the three files, without their endings")
-    parser.add_argument("--num_samples", type=int, default=1000, help="images of each run")
-    parser.add_argument("--batch_size", type=int, default=250, help="images at a time")
-    return parser.parse_args()
+@dataclass(frozen=True)
+class SolversConfig(Config):
+    """solvers side by side"""
+
+    demo: str = option("output_demo", "what `make demo` left")
+    out: str = option("docs/solvers", "path of the three files, without their endings")
+    num_samples: int = option(1000, "images of each run", at_least=2)
+    batch_size: int = option(250, "images at a time", at_least=1)
 
 
-def draw(sampler, labels, batch_size):
+def draw(sampler: ImageSampler, labels: torch.Tensor, batch_size: int) -> tuple[np.ndarray, float]:
     """(N, H, W, 3) uint8 images, and the seconds that they took."""
-    sampler(range(8), labels[:8])  # what is made on first use is made
+    sampler(range(len(labels[:8])), labels[:8])  # what is made on first use is made
     start = time.perf_counter()
     parts = torch.arange(len(labels)).split(batch_size)
     images = np.concatenate([sampler(part.numpy(), labels[part]) for part in parts])
     return images, time.perf_counter() - start
 
 
-def measure(model, diffusion_config, args):
+def measure(demo: DemoRun, config: SolversConfig) -> tuple[list[dict], np.ndarray]:
     """Draw and grade digits with every solver, with and without guidance.
 
     :return: rows of the table, and (rows, SHOWN, H, W, 3) uint8 of their first digits.
     """
-    labels = choose_labels(range(args.num_samples), "balanced", model.num_classes, seed=0)
+    labels = choose_labels(range(config.num_samples), "balanced", demo.model.num_classes, seed=0)
     rows, shown = [], []
     for solver, steps in SOLVERS:
-        for name, guidance in GUIDANCE.items():
-            made = create_solver(solver, steps, diffusion_config)
-            images, seconds = draw(
-                ImageSampler(model, made, IdentityFirstStage(), guidance=guidance), labels, args.batch_size
-            )
-            grades = grade_digits.grade(Path(args.demo, "data"), images, labels.numpy())
+        for name, guidance in GUIDANCES.items():
+            made = create_solver(solver, steps, demo.diffusion)
+            sampler = ImageSampler(demo.model, made, IdentityFirstStage(), guidance=guidance)
+            images, seconds = draw(sampler, labels, config.batch_size)
+            grades = grade_digits.grade(demo.data, images, labels.numpy())
             row = {"solver": solver, "steps": int(steps), "guidance": name, "seconds": seconds} | grades
             rows.append({key: row[key] for key in COLUMNS})
             shown.append(images[:SHOWN])
@@ -66,12 +60,12 @@ def measure(model, diffusion_config, args):
     return rows, np.stack(shown)
 
 
-def format_row(row):
+def format_row(row: dict) -> str:
     cells = (f"{value:.3f}" if isinstance(value, float) else str(value) for value in (row[key] for key in COLUMNS))
     return f"| {' | '.join(cells)} |"
 
 
-def write_picture(path, rows, shown):
+def write_picture(path: str, rows: list[dict], shown: np.ndarray) -> None:
     """Bars of accuracy, distance and seconds, and the first digits, of every row."""
     import matplotlib
 
@@ -99,19 +93,14 @@ def write_picture(path, rows, shown):
     plt.close(figure)
 
 
-def main():
-    args = parse_args()
-    script_util.check_positive(args, "num_samples", "batch_size")
-    folder = Path(args.demo, "train")
-    if not folder.is_dir():
-        raise UserError(f"{folder} is not there: run `make demo` first, or name its folder with --demo")
-    model = load_model(folder)
-    rows, shown = measure(model, read_config(folder)["diffusion"], args)
+def main() -> None:
+    config = script_util.parse_flags(SolversConfig, __doc__)
+    rows, shown = measure(open_demo(config.demo), config)
     table = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|", *map(format_row, rows)]
-    with atomic_write(f"{args.out}.md") as file:
+    with atomic_write(f"{config.out}.md") as file:
         file.write(("\n".join(table) + "\n").encode())
-    write_json(f"{args.out}.json", rows)
-    write_picture(f"{args.out}.png", rows, shown)
+    write_json(f"{config.out}.json", rows)
+    write_picture(f"{config.out}.png", rows, shown)
 
 
 if __name__ == "__main__":

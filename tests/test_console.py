@@ -1,0 +1,62 @@
+"""How a command of evaluations/ ends, on one rank and on several."""
+
+import pytest
+
+from evaluations import console, files, ranks
+from evaluations.errors import UserError
+
+
+def failing(error):
+    def main():
+        raise error
+
+    return main
+
+
+@pytest.mark.parametrize("rank, expected", [("0", "error: --speed is 9: it must be 1\n"), ("1", "")])
+def test_what_the_user_can_mend_is_one_sentence_of_rank_0(rank, expected, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", rank)
+    with pytest.raises(SystemExit) as stop:
+        console.run(failing(UserError("--speed is 9: it must be 1")))
+    assert stop.value.code == 2 and capsys.readouterr().err == expected
+
+
+@pytest.mark.parametrize("error", [ValueError("shapes differ"), OSError("broken"), MemoryError()], ids=repr)
+def test_a_fault_of_the_program_keeps_its_traceback(error, capsys):
+    with pytest.raises(type(error)) as caught:
+        console.run(failing(error))
+    assert caught.value is error and capsys.readouterr().err == ""
+
+
+def test_ctrl_c_ends_without_a_traceback(capsys):
+    with pytest.raises(SystemExit) as stop:
+        console.run(failing(KeyboardInterrupt()))
+    assert stop.value.code == 130 and capsys.readouterr().err == "interrupted\n"
+
+
+@pytest.mark.parametrize("rank, expected", [("0", KeyError), ("1", SystemExit)])
+def test_a_fault_of_rank_0_ends_the_ranks_that_wait_for_it(rank, expected, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr(ranks, "_meet", lambda: None)
+    told = []
+
+    def broadcast(values, source):
+        if rank == "0":
+            told.extend(values)
+        else:
+            values[0] = (None, False)
+
+    monkeypatch.setattr(ranks.dist, "broadcast_object_list", broadcast)
+    with pytest.raises(expected):
+        ranks.on_first(failing(KeyError("weights")))
+    assert told == ([(None, False)] if rank == "0" else [])
+
+
+def test_a_file_that_cannot_be_written_is_named(tmp_path):
+    with (
+        pytest.raises(UserError, match=r"a\.json cannot be written \(.*No space left on device\): make room"),
+        files.atomic_write(tmp_path / "a.json"),
+    ):
+        raise OSError(28, "No space left on device")
+    assert list(tmp_path.iterdir()) == []
