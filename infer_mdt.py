@@ -1,7 +1,7 @@
 """Draw pictures of some classes, fill a hole of an image, or vary one. By default what the published script draws."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -30,8 +30,8 @@ class PicturesConfig(Config):
     """pictures"""
 
     classes: tuple[str, ...] = option(
-        (), 'numbers or names: 279 "golden retriever"; left out: the published six of ImageNet, or the first of another '
-        "model", check=check_words,
+        (), 'numbers or names: 279 "golden retriever"; left out: the published six of ImageNet, else the first ones',
+        check=check_words,
     )  # fmt: skip
     out: str = option("sample.jpg", "the grid of pictures")
     columns: int = option(3, "pictures per row", at_least=1)
@@ -69,7 +69,7 @@ class EditConfig(Config):
 
 @dataclass(frozen=True)
 class Flags(Config):
-    sample: SampleConfig = SampleConfig()
+    sample: SampleConfig = field(default_factory=SampleConfig)
     pictures: PicturesConfig = PicturesConfig()
     edit: EditConfig = EditConfig()
 

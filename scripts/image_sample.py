@@ -1,6 +1,6 @@
 """Draw images into samples_{N}x{H}x{W}x{C}.npz. Run the same command again to go on where it stopped."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -35,7 +35,7 @@ class ImagesConfig(Config):
 
 @dataclass(frozen=True)
 class Flags(Config):
-    sample: SampleConfig = SampleConfig()
+    sample: SampleConfig = field(default_factory=SampleConfig)
     images: ImagesConfig = ImagesConfig()
 
 

@@ -13,9 +13,9 @@ def counted(model, num_kept=None):
     """FLOP of a forward pass of one image on the meta device, with attention in its two matrix products."""
     with torch.device("meta"):
         x, t = torch.empty(1, model.in_channels, model.input_size, model.input_size), torch.zeros(1, dtype=torch.long)
-        ids_keep = None if num_kept is None else torch.zeros(1, num_kept, dtype=torch.long)
+        masked = {"enable_mask": True, "ids_keep": torch.zeros(1, num_kept, dtype=torch.long)} if num_kept else {}
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            model(x, t, t, enable_mask=num_kept is not None, ids_keep=ids_keep)
+            model(x, t, t, **masked)
     return counter.get_total_flops()
 
 

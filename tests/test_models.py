@@ -8,10 +8,22 @@ import torch
 from fill import fill, tensor
 from helpers import DATA
 
-from masked_diffusion import create_diffusion, create_model
+from masked_diffusion import create_diffusion, create_model, models
 from masked_diffusion.layers.attention import gather_pairs, relative_position_index
 from masked_diffusion.layers.embeddings import sincos_pos_embed_2d, timestep_embedding
-from masked_diffusion.models import MODELS, DiT, MDTv2, MDTv2_S_2, model_class
+from masked_diffusion.models import (
+    MODELS,
+    SIZES,
+    DiT,
+    DiT_models,
+    MDTv2,
+    MDTv2_S_2,
+    TimestepEmbedder,
+    get_1d_sincos_pos_embed_from_grid,
+    get_2d_sincos_pos_embed,
+    get_2d_sincos_pos_embed_from_grid,
+    model_class,
+)
 
 T, Y = torch.tensor([730, 10]), torch.tensor([3, 999])
 MASKED = {"MDTv2_S_2": {"mask_ratio": 0.3, "decode_layer": 6}, "MDT_S_2": {"mask_ratio": 0.3, "decode_layer": 2}}
@@ -96,8 +108,7 @@ def test_state_dict_layout(name):
 def test_parameter_counts_of_the_paper(name, millions):
     with torch.device("meta"):
         model = create_model(name)
-    index = sum(b.numel() for b in model.buffers())
-    assert abs(sum(p.numel() for p in model.parameters()) / 1e6 - millions) < 6e-4 or index == 0
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, abs=6e-4)
 
 
 # ---------------------------------------------------------------- masking
@@ -142,14 +153,21 @@ def test_masked_attention_uses_the_bias_of_the_kept_positions():
     assert index.max() == 7 * 5 - 1
 
 
-@pytest.mark.parametrize("name", ["MDTv2_Nano_2", "MDT_Nano_2", "DiT_Nano_2"])
-@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize(
+    "name, masked",
+    [
+        ("MDTv2_Nano_2", True),
+        ("MDT_Nano_2", True),
+        ("MDTv2_Nano_2", False),
+        ("MDT_Nano_2", False),
+        ("DiT_Nano_2", False),
+    ],
+)
 def test_every_trainable_parameter_gets_a_gradient(name, masked):
-    if name.startswith("DiT") and masked:
-        pytest.skip("DiT has no masked pass")
     model = tiny(name, **({"mask_ratio": 0.3} if masked else {})).train()
     x, y = tensor("pixels", (2, 3, 8, 8)), Y % 10
-    (model(x, T, y).square().mean() + model(x, T, y, enable_mask=True).square().mean()).backward()
+    out = [model(x, T, y), *([model(x, T, y, enable_mask=True)] if masked else [])]
+    sum(o.square().mean() for o in out).backward()
     assert [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
 
 
@@ -175,6 +193,42 @@ def test_label_dropout_can_be_given():
     assert torch.equal(out, model.eval()(x, T, torch.tensor([10, 9])))
 
 
+def test_published_calls_of_the_label_embedder():
+    embedder, labels = tiny().y_embedder, torch.tensor([3, 9])
+    assert torch.equal(embedder.token_drop(labels, torch.tensor([1, 0])), torch.tensor([10, 9]))
+    null, nine = embedder(torch.tensor([10, 9]), False)
+    assert torch.equal(embedder(labels, False, torch.tensor([1, 0])), torch.stack([null, nine]))
+    torch.manual_seed(0)
+    dropped = torch.rand(1000) < 0.1
+    torch.manual_seed(0)
+    assert torch.equal(embedder.token_drop(torch.zeros(1000, dtype=torch.long)) == 10, dropped)
+    embedder.eval()  # `train` decides, not the module's mode
+    torch.manual_seed(0)
+    out = embedder(torch.full((1000,), 9), True)
+    assert torch.equal(out, torch.where(dropped[:, None], null, nine))
+    with pytest.raises(ValueError, match="class_dropout_prob=0"):
+        tiny(class_dropout_prob=0.0).y_embedder(labels, False, torch.tensor([1, 0]))
+
+
+@pytest.mark.parametrize("bad", [[0, 11], [-1, 3]])
+def test_labels_beyond_the_table_are_refused(bad):
+    message = rf"labels lie between {min(bad)} and {max(bad)}, but this model has rows 0 to 10, of which 10 is the null"
+    with pytest.raises(ValueError, match=message):
+        tiny()(torch.zeros(2, 3, 8, 8), T, torch.tensor(bad))
+
+
+def test_inputs_of_another_size_are_refused():
+    for shape in ((2, 3, 16, 16), (2, 4, 8, 8), (3, 8, 8)):
+        with pytest.raises(ValueError, match=r"shape \(.*\), but this model was made for \(3, 8, 8\)"):
+            tiny()(torch.zeros(shape), T, Y % 10)
+
+
+def test_guidance_of_an_odd_batch_is_refused():
+    model, x = tiny("DiT_Nano_2").eval(), torch.zeros(3, 3, 8, 8)
+    with pytest.raises(ValueError, match=r"pairs of rows.*but got 3"):
+        model.forward_with_cfg(x, T[:1].expand(3), torch.tensor([1, 10, 10]), 4.0)
+
+
 def test_guidance_reaches_only_the_guided_channels():
     model = tiny(in_channels=4).eval()
     x, t, y = tensor("latent", (1, 4, 8, 8)).expand(2, -1, -1, -1), torch.tensor([300, 300]), torch.tensor([1, 10])
@@ -191,6 +245,16 @@ def test_guidance_reaches_only_the_guided_channels():
 # ---------------------------------------------------------------- construction
 
 
+def test_position_tables_are_published_arrays():
+    grid = np.stack(np.meshgrid(np.arange(3), np.arange(3)))  # column coordinate first, as MAE has it
+    table = get_2d_sincos_pos_embed(8, 3)
+    assert table.shape == (9, 8) and table.dtype == np.float64
+    np.testing.assert_array_equal(table, get_2d_sincos_pos_embed_from_grid(8, grid.reshape(2, 1, 3, 3)))
+    np.testing.assert_array_equal(table[:, :4], get_1d_sincos_pos_embed_from_grid(4, grid[0]))
+    np.testing.assert_array_equal(get_2d_sincos_pos_embed(8, 3, True, 2), np.concatenate([np.zeros((2, 8)), table]))
+    assert torch.equal(torch.from_numpy(table).float()[None], sincos_pos_embed_2d(8, 3))
+
+
 def test_position_table_is_maes():
     table = sincos_pos_embed_2d(8, 3)[0].double().numpy()
     omega = np.array([1.0, 1 / 100])
@@ -204,6 +268,8 @@ def test_timestep_embedding_is_cosine_then_sine():
     freqs = 10000.0 ** (-np.arange(3) / 3)
     np.testing.assert_allclose(embedding[1], np.concatenate([np.cos(7.5 * freqs), np.sin(7.5 * freqs)]), atol=1e-6)
     np.testing.assert_array_equal(embedding[0], [1, 1, 1, 0, 0, 0])
+    odd = TimestepEmbedder.timestep_embedding(torch.tensor([0.0, 7.5]), 7).numpy()
+    np.testing.assert_array_equal(odd, np.pad(embedding, ((0, 0), (0, 1))))
 
 
 def test_initialisation():
@@ -225,11 +291,13 @@ def test_initialisation():
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"name": "MDTv2_XXL_2"}, "'MDTv2_XXL_2': did you mean MDTv2_XL_2 or [^ ]+ or [^ ]+\\?$"),
+        ({"name": "MDTv2_XXL_2"}, "'MDTv2_XXL_2': the nearest are MDTv2_XL_2, [^ ]+, [^ ]+$"),
         ({"decode_layer": 3}, r"depth \(4\) - decode_layer \(3\) must be even"),
         ({"decode_layer": 5}, "decode_layer is 5"),
         ({"input_size": 7}, r"input_size \(7\) must be a multiple of patch_size \(2\)"),
         ({"mask_ratio": 0.8}, "mask_ratio is 0.8"),
+        ({"mask_ratio": float("nan")}, "mask_ratio is nan"),
+        ({"mask_ratio": float("inf")}, "mask_ratio is inf"),
         ({"class_dropout_prob": 1.0}, "class_dropout_prob is 1.0"),
         ({"num_heads": 5}, r"hidden_size \(128\) must be a multiple of num_heads \(5\)"),
         ({"name": "DiT_Nano_2", "mask_ratio": 0.3}, "DiT has no masked pass"),
@@ -249,7 +317,7 @@ def test_the_class_of_a_name_holds_the_defaults_of_its_family():
         "MDT": ("adamw", None, "power-cosine"),
         "DiT": ("adamw", None, "constant"),
     }
-    with pytest.raises(ValueError, match="no model is called 'MDTV2_S_2': did you mean MDTv2_S_2 or"):
+    with pytest.raises(ValueError, match="no model is called 'MDTV2_S_2': the nearest are MDTv2_S_2,"):
         model_class("MDTV2_S_2")
 
 
@@ -257,3 +325,34 @@ def test_names_of_both_spellings():
     assert "MDTv2_XL_2" in MODELS and "DiT_B_8" in MODELS
     with torch.device("meta"):
         assert create_model("DiT-B/4").patch_size == 4
+
+
+def test_every_name_is_an_attribute_of_the_module():
+    assert len(MODELS) == 54 and all(models.__dict__[name] is make for name, make in MODELS.items())
+    assert len(DiT_models) == 18 and DiT_models["DiT-XL/2"] is models.DiT_XL_2
+    with torch.device("meta"):
+        made = {name: make(input_size=16) for name, make in MODELS.items() if "Nano" in name or "Tiny" in name}
+    for name, model in made.items():
+        family, size, patch_size = name.split("_")
+        assert (type(model).__name__, model.patch_size, model.depth) == (family, int(patch_size), SIZES[size].depth)
+        assert model.decode_layer == {"MDTv2": SIZES[size].decode_layer, "MDT": 2, "DiT": None}[family]
+
+
+def test_options_left_at_none_are_those_of_the_size():
+    with torch.device("meta"):
+        model = create_model("MDTv2_S_2", mask_ratio=None, decode_layer=None)
+        assert create_model("DiT_S_2", mask_ratio=None, decode_layer=None).mask_ratio is None
+    assert (model.mask_ratio, model.decode_layer) == (None, 6)
+
+
+def test_published_classes_take_the_published_arguments():
+    x, c = torch.randn(2, 16, 32), torch.randn(2, 32)
+    assert models.DiTBlock(32, 4, mlp_ratio=2.0)(x, c).shape == x.shape
+    block = models.MDTBlock(32, 4, 4.0, True, num_patches=16)
+    assert block(x, c, x).shape == x.shape and block.skip_linear.in_features == 64
+    attention = models.Attention(32, 4, num_patches=16)
+    assert attention.qkv.bias is None and attention.rel_pos_bias().shape == (1, 4, 16, 16)
+    with torch.device("meta"):  # by position, as far as the published constructors have positions
+        model = MDTv2(16, 2, 3, 64, 4, 4, 2.0, 0.1, 10, False, 0.3, 2)
+        assert DiT(16, 2, 3, 64, 2, 4, 2.0, 0.1, 10, False).out_channels == 3
+    assert (model.out_channels, model.mask_ratio, model.decode_layer, model.mlp_ratio) == (3, 0.3, 2, 2.0)

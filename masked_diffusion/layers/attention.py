@@ -1,5 +1,7 @@
 """Multi-head self-attention with an optional learned relative position bias."""
 
+import math
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -7,7 +9,7 @@ import torch.nn.functional as F
 from ..utils.errors import UserError
 
 
-def relative_position_index(height, width):
+def relative_position_index(height: int, width: int) -> torch.Tensor:
     """Row of the bias table for every ordered pair of tokens on a (height, width) grid.
 
     :return: (T, T) int64 with T = height * width; entry (i, j) encodes the offset position(i) - position(j).
@@ -19,7 +21,7 @@ def relative_position_index(height, width):
     return row_offset * (2 * width - 1) + col_offset
 
 
-def gather_pairs(index, ids_keep):
+def gather_pairs(index: torch.Tensor, ids_keep: torch.Tensor) -> torch.Tensor:
     """Restrict a pairwise table to the kept tokens of each sample.
 
     :param index: (T, T) table over all ordered pairs.
@@ -32,7 +34,7 @@ def gather_pairs(index, ids_keep):
 class RelativePositionBias(nn.Module):
     """A learned bias per head and per 2-D offset between two tokens, added to the attention logits."""
 
-    def __init__(self, window_size, num_heads):
+    def __init__(self, window_size: tuple[int, int], num_heads: int):
         super().__init__()
         height, width = window_size
         # The last three rows are never read: the released weights carry them.
@@ -40,7 +42,7 @@ class RelativePositionBias(nn.Module):
         self.relative_position_bias_table = nn.Parameter(torch.zeros(num_offsets, num_heads))
         self.register_buffer("relative_position_index", relative_position_index(height, width))
 
-    def forward(self, pair_index=None):
+    def forward(self, pair_index: torch.Tensor | None = None) -> torch.Tensor:
         """
         :param pair_index: (N, K, K) rows of the table for the kept tokens, or None for all T tokens.
         :return: (N, heads, K, K), or (1, heads, T, T).
@@ -51,18 +53,19 @@ class RelativePositionBias(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention; with a `window_size` the logits get a relative position bias over that token grid."""
+    """Self-attention; with `num_patches` the logits get a relative position bias over that many tokens' square grid."""
 
-    def __init__(self, dim, num_heads, window_size=None):
+    def __init__(self, dim: int, num_heads: int = 8, qkv_bias: bool = False, num_patches: int | None = None):
         super().__init__()
         if dim % num_heads:
             raise UserError(f"hidden_size ({dim}) must be a multiple of num_heads ({num_heads})")
         self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, 3 * dim)
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
+        window_size = (math.isqrt(num_patches),) * 2 if num_patches else None
         self.rel_pos_bias = RelativePositionBias(window_size, num_heads) if window_size else None
 
-    def forward(self, x, pair_index=None):
+    def forward(self, x: torch.Tensor, pair_index: torch.Tensor | None = None) -> torch.Tensor:
         """
         :param x: (N, T, D) tokens.
         :param pair_index: (N, T, T) int64 from `gather_pairs` when x holds kept tokens only.

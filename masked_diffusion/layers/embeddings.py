@@ -2,73 +2,147 @@
 
 import math
 
+import numpy as np
 import torch
 import torch.nn as nn
 
 from ..utils.errors import UserError
 
+# ---------------------------------------------------------------- positions
 
-def sincos_pos_embed_2d(dim, grid_size):
-    """The 2-D sine-cosine position table of MAE (column coordinate first, base 10000, sine then cosine).
 
-    :return: (1, grid_size**2, dim) float32.
+def get_1d_sincos_pos_embed_from_grid(embed_dim: int, pos: np.ndarray) -> np.ndarray:
+    """Sine-then-cosine embedding of coordinates, base 10000.
+
+    :param embed_dim: width, even. :param pos: coordinates, of any shape with M entries.
+    :return: (M, embed_dim) float64.
     """
-    if dim % 4:
-        raise UserError(f"hidden_size ({dim}) must be a multiple of 4 for a 2-D sine-cosine position table")
-    omega = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
-    angles = torch.arange(grid_size, dtype=torch.float64)[:, None] * omega
-    axis = torch.cat([angles.sin(), angles.cos()], dim=1)  # (grid_size, dim / 2)
-    cols = axis[None, :, :].expand(grid_size, -1, -1)
-    rows = axis[:, None, :].expand(-1, grid_size, -1)
-    return torch.cat([cols, rows], dim=2).reshape(1, grid_size**2, dim).float()
+    omega = 10000.0 ** -(np.arange(embed_dim // 2, dtype=np.float64) / (embed_dim // 2))
+    angles = np.asarray(pos, dtype=np.float64).reshape(-1, 1) * omega
+    return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
 
 
-def timestep_embedding(t, dim, max_period=10000):
-    """Cosine-then-sine embedding of (N,) possibly fractional timesteps. Returns (N, dim) float32; dim is even."""
+def get_2d_sincos_pos_embed_from_grid(embed_dim: int, grid: np.ndarray) -> np.ndarray:
+    """Both coordinates' embeddings side by side.
+
+    :param embed_dim: width, a multiple of 4. :param grid: the first and the second coordinate, M entries each.
+    :return: (M, embed_dim) float64.
+    """
+    if embed_dim % 4:
+        raise UserError(f"hidden_size ({embed_dim}) must be a multiple of 4 for a 2-D sine-cosine position table")
+    halves = [get_1d_sincos_pos_embed_from_grid(embed_dim // 2, coordinate) for coordinate in grid]
+    return np.concatenate(halves, axis=1)
+
+
+def get_2d_sincos_pos_embed(
+    embed_dim: int, grid_size: int, cls_token: bool = False, extra_tokens: int = 0
+) -> np.ndarray:
+    """The 2-D sine-cosine position table of MAE, for a square grid row by row; the column coordinate comes first.
+
+    :param cls_token: put `extra_tokens` rows of zeros before those of the grid.
+    :return: (grid_size**2, embed_dim) float64, with the extra rows where they are asked for.
+    """
+    rows, columns = np.meshgrid(np.arange(grid_size), np.arange(grid_size), indexing="ij")
+    table = get_2d_sincos_pos_embed_from_grid(embed_dim, np.stack([columns, rows]))
+    return np.concatenate([np.zeros((extra_tokens, embed_dim)), table]) if cls_token else table
+
+
+def sincos_pos_embed_2d(dim: int, grid_size: int) -> torch.Tensor:
+    """`get_2d_sincos_pos_embed` for a parameter: (1, grid_size**2, dim) float32."""
+    return torch.from_numpy(get_2d_sincos_pos_embed(dim, grid_size)).float()[None]
+
+
+# ---------------------------------------------------------------- timesteps
+
+
+def timestep_embedding(t: torch.Tensor, dim: int, max_period: float = 10000) -> torch.Tensor:
+    """Cosine-then-sine embedding of timesteps.
+
+    :param t: (N,) timesteps, possibly fractional. :param dim: width; an odd one ends in a column of zeros.
+    :return: (N, dim) float32.
+    """
     half = dim // 2
     # The exponent is rounded to float32, as it was when the released weights were trained, and its exponential is
     # not: at t = 1000 one unit in the last place of a frequency, where kernels differ, moves the angle by 6e-5.
     exponent = -math.log(max_period) * torch.arange(half, dtype=torch.float32, device=t.device) / half
     freqs = exponent.double().exp().float()
     angles = t[:, None].float() * freqs
-    return torch.cat([angles.cos(), angles.sin()], dim=1)
+    return torch.cat([angles.cos(), angles.sin(), angles.new_zeros(len(t), dim % 2)], dim=1)
 
 
 class TimestepEmbedder(nn.Module):
     """(N,) timesteps -> (N, D)."""
 
-    def __init__(self, hidden_size, frequency_embedding_size=256):
+    timestep_embedding = staticmethod(timestep_embedding)
+
+    def __init__(self, hidden_size: int, frequency_embedding_size: int = 256):
         super().__init__()
         self.frequency_embedding_size = frequency_embedding_size
         self.mlp = nn.Sequential(
             nn.Linear(frequency_embedding_size, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
         )
 
-    def forward(self, t):
+    def forward(self, t: torch.Tensor) -> torch.Tensor:
         return self.mlp(timestep_embedding(t, self.frequency_embedding_size).to(self.mlp[0].weight.dtype))
+
+
+# ---------------------------------------------------------------- labels
 
 
 class LabelEmbedder(nn.Module):
     """(N,) labels -> (N, D), with one extra row, the null class, for label dropout and guidance."""
 
-    def __init__(self, num_classes, hidden_size, dropout_prob):
+    def __init__(self, num_classes: int, hidden_size: int, dropout_prob: float):
         super().__init__()
         # DiT adds the null row only where labels are ever dropped.
         self.null_label = num_classes if dropout_prob > 0 or num_classes == 0 else None
         self.embedding_table = nn.Embedding(num_classes + (self.null_label is not None), hidden_size)
-        self.dropout_prob = dropout_prob
+        self.num_classes, self.dropout_prob = num_classes, dropout_prob
 
-    def draw_dropped(self, num_samples, device, rand=torch.rand):
+    def draw_drop_ids(self, num_samples: int, device, rand=torch.rand) -> torch.Tensor | None:
         """(num_samples,) bool: which labels a training step drops; None for an embedder that drops none."""
         if self.dropout_prob > 0:
             return rand(num_samples, device=device) < self.dropout_prob
 
-    def forward(self, labels, dropped=None):
+    def token_drop(self, labels: torch.Tensor, force_drop_ids: torch.Tensor | None = None) -> torch.Tensor:
+        """Replace labels by the null class.
+
+        :param labels: (N,) int64. :param force_drop_ids: (N,), 1 or True = null class; drawn if None.
+        :raises UserError: for an embedder without a null class.
         """
-        :param labels: (N,) int64. :param dropped: (N,) bool, True = null class; drawn in training mode if None.
+        if force_drop_ids is None:
+            force_drop_ids = self.draw_drop_ids(len(labels), labels.device)
+        if self.null_label is None or force_drop_ids is None:
+            raise UserError("labels cannot be dropped: this model was made with class_dropout_prob=0")
+        return torch.where(force_drop_ids == 1, self.null_label, labels)
+
+    def check_labels(self, labels: torch.Tensor) -> None:
+        """Refuse labels that the table has no row for.
+
+        Only those that are on the CPU: a GPU would have to be waited for, and stops by itself at such a label.
+
+        :raises UserError: with the range of the labels and that of the table.
         """
-        if dropped is None and self.training:
-            dropped = self.draw_dropped(len(labels), labels.device)
-        if dropped is not None:
-            labels = torch.where(dropped, self.null_label, labels)
+        if labels.device.type != "cpu" or torch.compiler.is_compiling() or not labels.numel():
+            return
+        low, high = (int(value) for value in labels.aminmax())
+        last = self.embedding_table.num_embeddings - 1
+        if low < 0 or high > last:
+            null = "" if self.null_label is None else f", of which {self.null_label} is the null class"
+            raise UserError(f"labels lie between {low} and {high}, but this model has rows 0 to {last}{null}")
+
+    def forward(
+        self, labels: torch.Tensor, train: bool | None = None, force_drop_ids: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """
+        :param labels: (N,) int64.
+        :param train: draw labels to drop, if the embedder drops any and none are given; None: in training mode.
+        :param force_drop_ids: (N,), 1 or True = null class; replaces the draw.
+        :return: (N, D).
+        :raises UserError: for labels on the CPU that are not in the table.
+        """
+        self.check_labels(labels)
+        train = self.training if train is None else train
+        if force_drop_ids is not None or (train and self.dropout_prob > 0):
+            labels = self.token_drop(labels, force_drop_ids)
         return self.embedding_table(labels)

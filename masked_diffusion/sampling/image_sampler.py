@@ -143,10 +143,10 @@ def refuse_broken(images: torch.Tensor, indices: Sequence[int], precision: str =
     broken = (~images.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()
     if broken:
         cause = (
-            "fp16 overflows in this model: use --precision bf16 or fp32"
-            if precision == "fp16"
-            else "the weights are broken, of a run that diverged for example, or the guidance scale (--cfg_scale) is far too large"
+            "the weights are broken, of a run that diverged say, or the guidance scale (--cfg_scale) is far too large"
         )
+        if precision == "fp16":
+            cause = "fp16 overflows in this model: use --precision bf16 or fp32"
         raise UserError(
             f"image {indices[broken[0]]} has pixels that are NaN or infinite ({len(broken)} of {len(images)} images "
             f"of its batch do): {cause}"

@@ -30,11 +30,11 @@ class TwoPassObjective(nn.Module):
         num, device, model = len(x_start), x_start.device, self.model
         draws = {
             "noise": randn_like(x_start),
-            "drop_labels": model.y_embedder.draw_dropped(num, device, rand),
+            "drop_labels": model.draw_drop_labels(num, device, rand),
         }
         if self.masked:
             draws["masked_noise"] = randn_like(x_start)
-            draws["masked_drop_labels"] = model.y_embedder.draw_dropped(num, device, rand)
+            draws["masked_drop_labels"] = model.draw_drop_labels(num, device, rand)
             draws["ids_keep"] = model.draw_kept(num, device, rand, host_rand, self.kept_multiple)
         return {key: value for key, value in draws.items() if value is not None}
 

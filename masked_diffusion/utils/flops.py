@@ -1,7 +1,7 @@
 """Floating-point operations of a forward pass, in closed form. A multiplication with its addition counts as two."""
 
 
-def block_flops(num_tokens, hidden_size, mlp_ratio, skip):
+def block_flops(num_tokens: int, hidden_size: int, mlp_ratio: float, skip: bool) -> int:
     """One block on one image: its four matrix products per token, its attention, its modulation."""
     hidden = int(hidden_size * mlp_ratio)
     per_token = 4 * hidden_size**2 + 2 * hidden_size * hidden + (2 * hidden_size**2 if skip else 0)
@@ -9,9 +9,10 @@ def block_flops(num_tokens, hidden_size, mlp_ratio, skip):
     return 2 * (num_tokens * per_token + attention + 6 * hidden_size**2)
 
 
-def forward_flops(model, num_kept=None):
-    """FLOP of one image's forward pass through DiT, MDT or MDTv2.
+def forward_flops(model, num_kept: int | None = None) -> int:
+    """FLOP of one image's forward pass.
 
+    :param model: a DiT, MDT or MDTv2; on the meta device, too.
     :param num_kept: tokens that a masked pass keeps; None is the full pass.
     """
     tokens, width, patch = model.num_patches, model.hidden_size, model.patch_size

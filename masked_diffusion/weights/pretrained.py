@@ -10,7 +10,7 @@ import torch
 
 from .. import dist_util, logger
 from ..config import RunConfig
-from ..models import SIZES, DiT, create_model
+from ..models import SIZES, DiT, create_model, model_class
 from ..utils.errors import UserError
 from .checkpoint import newest_ema, read_config
 
@@ -192,7 +192,7 @@ def build_model(opened: OpenedWeights, device: str | torch.device = "cpu", **opt
     name, found = known.get("name"), known.get("options", {})
     if name is None:  # what `save_pretrained` leaves has options alone
         name, read = find_architecture(opened.state_dict, found.get("num_heads"))
-        found = read | {key: found[key] for key in inspect.signature(DiT).parameters if key in found}
+        found = read | {key: found[key] for key in inspect.signature(model_class(name)).parameters if key in found}
     options = found | {key: value for key, value in options.items() if value is not None}
     model = create_model(name, **options)
     try:

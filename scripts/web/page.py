@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import gradio as gr
@@ -55,7 +55,7 @@ class PageConfig(Config):
 
 @dataclass(frozen=True)
 class Flags(Config):
-    sample: SampleConfig = SampleConfig()
+    sample: SampleConfig = field(default_factory=SampleConfig)
     page: PageConfig = PageConfig()
 
 

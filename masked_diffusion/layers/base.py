@@ -1,0 +1,70 @@
+"""What the models share apart from their arithmetic: the hub, activation checkpointing and compilation."""
+
+import textwrap
+
+import torch
+import torch.nn as nn
+from huggingface_hub import PyTorchModelHubMixin
+
+from ..utils.errors import UserError
+from ..utils.model_card import MODEL_CARD
+from .blocks import DiTBlock
+
+
+class BlockModel(
+    nn.Module,
+    PyTorchModelHubMixin,
+    library_name="masked-diffusion",
+    pipeline_tag="unconditional-image-generation",
+    tags=["diffusion", "image-generation", "class-conditional"],
+    paper_url="https://arxiv.org/abs/2303.14389",
+    model_card_template=MODEL_CARD,
+):
+    """A model of transformer blocks that can be saved for the hub, checkpointed and compiled block by block.
+
+    Its class has `in_channels` and `input_size`.
+    """
+
+    @classmethod
+    def _from_pretrained(cls, *, model_id, strict=True, **options):
+        # huggingface_hub's own default lets the weights of another family pass without a word.
+        try:
+            return super()._from_pretrained(model_id=model_id, strict=strict, **options)
+        except (RuntimeError, UserError) as error:
+            reason = textwrap.shorten(str(error), 300, placeholder=" ...")
+            raise UserError(
+                f"{model_id} does not hold the weights of a {cls.__name__} ({reason}): use the class that was saved, "
+                "or masked_diffusion.load_model, which finds it"
+            ) from error
+
+    def check_input(self, x: torch.Tensor) -> None:
+        """Refuse an input of another shape than the model's.
+
+        :raises UserError: with both shapes.
+        """
+        shape = (self.in_channels, self.input_size, self.input_size)
+        if x.shape[1:] != shape:
+            raise UserError(
+                f"each input has the shape {tuple(x.shape[1:])}, but this model was made for {shape}: in_channels and "
+                "input_size of the model must be those of the latents"
+            )
+
+    def all_blocks(self) -> list[DiTBlock]:
+        """Every transformer block, whichever stack holds it."""
+        return [module for module in self.modules() if isinstance(module, DiTBlock)]
+
+    def enable_grad_checkpoint(self) -> None:
+        """Compute activations of a block again in the backward pass instead of keeping them."""
+        for block in self.all_blocks():
+            block.grad_checkpoint = True
+
+    def compile_blocks(self, dynamic: bool = False) -> None:
+        """Compile the blocks, which hold nearly all arithmetic, and let a failure to compile be an error.
+
+        Blocks share one compiled form for each kind and shape of input: with and without skip, full length, and every
+        kept length. `dynamic` compiles one form for all lengths instead.
+        """
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+        torch._dynamo.config.fail_on_recompile_limit_hit = True
+        for block in self.all_blocks():
+            block.compile(dynamic=None if dynamic else False)

@@ -1,0 +1,90 @@
+"""Transformer blocks with adaLN-Zero conditioning: DiT's, MDT's, and the layer after the last one."""
+
+from functools import partial
+
+import torch
+import torch.nn as nn
+from timm.layers import Mlp
+from torch.utils.checkpoint import checkpoint
+
+from .attention import Attention
+
+
+def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """(N, T, D) tokens scaled and shifted by (N, D) each."""
+    return x * (1 + scale[:, None]) + shift[:, None]
+
+
+class DiTBlock(nn.Module):
+    """A transformer block with adaLN-Zero conditioning (Peebles & Xie 2023, figure 3).
+
+    :param num_patches: of the square grid over which attention learns a relative position bias; None: no bias.
+    """
+
+    grad_checkpoint = False
+
+    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float = 4.0, num_patches: int | None = None):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.attn = Attention(hidden_size, num_heads, qkv_bias=True, num_patches=num_patches)
+        self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio), act_layer=partial(nn.GELU, approximate="tanh"))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
+        self.skip_linear = None
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        c: torch.Tensor,
+        skip: torch.Tensor | None = None,
+        pair_index: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """
+        :param x: (N, T, D) tokens. :param c: (N, D) condition.
+        :param skip: (N, T, D) input of the long skip, for an `MDTBlock` made with one.
+        :param pair_index: see `Attention.forward`.
+        :return: (N, T, D).
+        """
+        if self.grad_checkpoint and torch.is_grad_enabled():
+            return checkpoint(self.compute, x, c, skip, pair_index, use_reentrant=False)
+        return self.compute(x, c, skip, pair_index)
+
+    def compute(self, x, c, skip, pair_index):
+        if self.skip_linear is not None:
+            x = self.skip_linear(torch.cat([x, skip], dim=-1))
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(6, dim=1)
+        x = x + gate_msa[:, None] * self.attn(modulate(self.norm1(x), shift_msa, scale_msa), pair_index)
+        return x + gate_mlp[:, None] * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
+
+
+class MDTBlock(DiTBlock):
+    """A `DiTBlock` with, where `skip` is set, a long skip input: `Linear(2D, D)` of its tokens beside the skip's."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        mlp_ratio: float = 4.0,
+        skip: bool = False,
+        num_patches: int | None = None,
+    ):
+        super().__init__(hidden_size, num_heads, mlp_ratio, num_patches)
+        if skip:
+            self.skip_linear = nn.Linear(2 * hidden_size, hidden_size)
+
+
+class FinalLayer(nn.Module):
+    """(N, T, D) tokens -> (N, T, patch_size**2 * out_channels)."""
+
+    def __init__(self, hidden_size: int, patch_size: int, out_channels: int):
+        super().__init__()
+        self.norm_final = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.linear = nn.Linear(hidden_size, patch_size**2 * out_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
+
+    def forward(self, x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+        """
+        :param x: (N, T, D) tokens. :param c: (N, D) condition.
+        """
+        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
+        return self.linear(modulate(self.norm_final(x), shift, scale))
