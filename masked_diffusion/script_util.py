@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import hashlib
+import json
 import re
 import sys
 import traceback
@@ -23,7 +24,7 @@ from .utils.errors import UserError
 from .utils.files import write_json
 from .utils.options import Config, is_optional
 from .utils.precision import PRECISIONS
-from .weights.checkpoint import CONFIG_NAME, latest_step, read_config
+from .weights.checkpoint import CONFIG_NAME, latest_step
 
 C = TypeVar("C", bound=Config)
 INTERRUPTED = 130  # what a shell calls the exit code of a program that Ctrl-C ended
@@ -277,7 +278,8 @@ def save_config(log_dir, config, allow_change=False):
     :raises UserError: when the folder holds a run with another value of a flag that matters, unless changes are
         allowed; names the flag and both values.
     """
-    before = {} if latest_step(log_dir) is None else read_config(log_dir)
+    file = Path(log_dir, CONFIG_NAME)
+    before = {} if latest_step(log_dir) is None or not file.exists() else json.loads(file.read_text())
     for name in RUN_FLAGS.split():
         old, new = before.get("flags", {}).get(name), config["flags"].get(name)
         if before and old != new and not allow_change:
