@@ -310,11 +310,11 @@ def run(main: Callable[[], None]) -> None:
         main()
     except UserError as error:
         _keep_traceback()
-        first = _is_first_to_say(str(error))
-        if first:
-            print(f"error: {error or type(error).__name__}", file=sys.stderr, flush=True)
-        if first or dist_util.get_local_rank() == 0:  # the agent of every node is told
-            dist_util.end_restarts()
+        key = "error " + hashlib.sha256(str(error).encode()).hexdigest()
+        if dist_util.is_first_of_node(key):
+            if dist_util.is_first(key):
+                print(f"error: {error or type(error).__name__}", file=sys.stderr, flush=True)
+            dist_util.end_restarts()  # after the message: torchrun then ends the others
         sys.exit(2)
     except KeyboardInterrupt:
         if dist_util.is_main():
@@ -331,8 +331,3 @@ def _keep_traceback() -> None:
     if logger.get_dir() and dist_util.is_main():
         with suppress(OSError), Path(logger.get_dir(), "log.txt").open("a") as file:
             file.write(traceback.format_exc())
-
-
-def _is_first_to_say(message: str) -> bool:
-    """Whether no other rank has this message already. Before the ranks have met, rank 0 speaks for all."""
-    return dist_util.is_first("error " + hashlib.sha256(message.encode()).hexdigest())

@@ -316,10 +316,10 @@ def test_a_clicked_image_goes_to_the_editor(server, drawn):
 @pytest.mark.parametrize(
     "others, message",
     [
-        (["--max_images", 0], "max_images is 0: it must be positive"),
+        (["--max_images", 0], "--max_images is 0: it must be at least 1"),
         (["--num_sampling_steps", 300], "steps is 300: it must be a whole number from 1 to 250"),
         (["--num_sampling_steps", "10,15"], "steps is '10,15'"),
-        (["--seed", -1], "seed is -1"),
+        (["--seed", -1], "--seed is -1: it must be at least 0"),
         (["--use_ddim", True, "--solver", "heun"], "--use_ddim True and --solver heun contradict"),
     ],
     ids=str,
