@@ -130,7 +130,7 @@ def is_first(key: str) -> bool:
 
 
 def is_first_of_node(key: str) -> bool:
-    """Whether this is the first process of its node to ask with this key; local rank 0 is, before the ranks have met."""
+    """Whether this is the first process of its node to ask with this key; local rank 0, before the ranks have met."""
     if not dist.is_initialized():
         return get_local_rank() == 0
     return is_first(f"{key} on node {os.environ.get('GROUP_RANK', 0)}")
