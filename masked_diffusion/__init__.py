@@ -1,15 +1,23 @@
 """Masked Diffusion Transformers: training and sampling of MDTv2, MDT and DiT.
 
-The three names below are loaded on first use, so that importing the package stays fast.
+The names below are loaded on first use, so that importing the package stays fast.
 """
 
 from importlib import import_module
 
-_HOMES = {"create_model": ".models", "create_diffusion": ".respace", "load_model": ".weights.pretrained"}
+from .utils import not_rebuilt
+
+_HOMES = {
+    "create_model": ".models",
+    "create_diffusion": ".respace",
+    "load_model": ".weights.pretrained",
+    "diffusion_defaults": ".published",
+    "model_and_diffusion_defaults": ".published",
+}
 __all__ = list(_HOMES)
+not_rebuilt.install()
+_no_name = not_rebuilt.module_getattr(__name__)
 
 
 def __getattr__(name):
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name], __name__), name)
+    return getattr(import_module(_HOMES[name], __name__), name) if name in _HOMES else _no_name(name)

@@ -4,20 +4,49 @@ import os
 import signal
 import socket
 import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any, TypeVar
 
 import blobfile as bf
 import torch
 import torch.distributed as dist
 
 from .utils.errors import UserError
+from .utils.not_rebuilt import module_getattr
 
+T = TypeVar("T")
+__getattr__ = module_getattr(__name__)
 SHARED_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK")  # Open MPI, MPICH and Intel MPI, PMIx launchers
 
 
+GPUS_PER_NODE = 8  # of ADM's clusters; nothing here depends on it, since a launcher says which GPU a process takes
+
+
 def setup_dist():
+    """Join the launcher's process group as `join_process_group` does; alone, make a group of one process.
+
+    Published scripts call `torch.distributed` next, which needs a group in any case.
+    """
+    join_process_group()
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+
+
+def setup_dist_multinode(args):
+    """`setup_dist` as MDT's scripts call it.
+
+    :param args: parsed flags; its `rank`, `world_size`, `local_rank` and `gpu` are set, and `distributed` to True.
+    """
+    setup_dist()
+    args.rank, args.world_size, args.distributed = get_rank(), get_world_size(), True
+    args.local_rank = args.gpu = get_local_rank()
+
+
+def join_process_group():
     """Join the process group of torchrun, torch.distributed.launch or mpiexec; alone, do nothing.
 
     :raises UserError: when a launcher starts more processes on a node than it has GPUs.
@@ -98,6 +127,15 @@ def is_main():
     return get_rank() == 0
 
 
+def is_dist_avail_and_initialized():
+    return dist.is_available() and dist.is_initialized()
+
+
+def synchronize():
+    """Wait for all ranks: MDT's name of `barrier`."""
+    barrier()
+
+
 def get_local_rank() -> int:
     """The number of this process on its node, 0 without a launcher."""
     return int(os.environ.get("LOCAL_RANK", 0))
@@ -109,13 +147,48 @@ def barrier():
 
 
 @contextmanager
-def main_first():
-    """Rank 0 runs the block before the others: for downloads that the others then find in the cache."""
+def main_first() -> Iterator[None]:
+    """Rank 0 runs the block before the others: for downloads that the others then find in the cache.
+
+    :raises UserError: on the other ranks too, where rank 0 failed with one.
+    """
     if not is_main():
-        barrier()
-    yield
+        _raise_main_failure(broadcast_object(None))
+    try:
+        yield
+    except BaseException as error:
+        if is_main():
+            broadcast_object(_describe_failure(error))
+        raise
     if is_main():
-        barrier()
+        broadcast_object(None)
+
+
+def run_on_main(function: Callable[..., T], *args: Any) -> T:
+    """Rank 0's result of a function, on every rank. All ranks call it; where rank 0 fails, none waits for it.
+
+    :raises UserError: on every rank, where rank 0 failed with one.
+    """
+    failure = result = None
+    if is_main():
+        try:
+            result = function(*args)
+        except BaseException as error:
+            broadcast_object((_describe_failure(error), None))
+            raise
+    failure, result = broadcast_object((failure, result))
+    _raise_main_failure(failure)
+    return result
+
+
+def _describe_failure(error: BaseException) -> tuple[bool, str]:
+    return isinstance(error, UserError), str(error) or type(error).__name__
+
+
+def _raise_main_failure(failure: tuple[bool, str] | None) -> None:
+    if failure is not None:
+        is_user_error, message = failure
+        raise UserError(message) if is_user_error else RuntimeError(f"rank 0 failed: {message}")
 
 
 def is_first(key: str) -> bool:
@@ -183,7 +256,16 @@ def broadcast_object(value):
     return box[0]
 
 
-def any_rank(flag):
+def gather_objects(value: Any) -> list[Any]:
+    """Every rank's value, in the order of the ranks, on every rank."""
+    if not dist.is_initialized():
+        return [value]
+    gathered = [None] * get_world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
+
+
+def any_rank(flag: bool) -> bool:
     """Whether the flag is set on some rank, known to all: they meet on their hosts, and no GPU is waited for."""
     if not dist.is_initialized():
         return flag

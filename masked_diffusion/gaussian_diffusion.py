@@ -7,14 +7,26 @@ Hang et al. 2023 (Min-SNR). Names and arguments are those of ADM's `guided_diffu
 import enum
 import math
 from collections import deque
-from itertools import pairwise
+from collections.abc import Mapping
+from numbers import Number
 
-import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from .diffusion_utils import discretized_gaussian_log_likelihood, mean_flat, normal_kl
+from .diffusion_utils import (  # noqa: F401  (the schedules are found here in ADM, DiT and MDT)
+    _warmup_beta,
+    betas_for_alpha_bar,
+    discretized_gaussian_log_likelihood,
+    get_beta_schedule,
+    get_named_beta_schedule,
+    mean_flat,
+    normal_kl,
+)
+from .forward_process import ForwardProcess
 from .utils.errors import UserError
+from .utils.not_rebuilt import module_getattr
+
+__getattr__ = module_getattr(__name__)
 
 
 class ModelMeanType(enum.Enum):
@@ -22,6 +34,7 @@ class ModelMeanType(enum.Enum):
 
     EPSILON = "eps"
     START_X = "x_start"
+    PREVIOUS_X = "x_prev"  # a published name; no diffusion is made of it
     VELOCITY = "v"  # v = sqrt(alphas_cumprod) eps - sqrt(1 - alphas_cumprod) x_start (Salimans & Ho 2022)
 
 
@@ -31,6 +44,7 @@ class ModelVarType(enum.Enum):
     LEARNED_RANGE = "learned_range"  # the second half of the output interpolates between the two fixed ones
     FIXED_SMALL = "fixed_small"  # the posterior's
     FIXED_LARGE = "fixed_large"  # beta
+    LEARNED = "learned"  # a published name; no diffusion is made of it
 
 
 class LossType(enum.Enum):
@@ -43,37 +57,16 @@ class LossType(enum.Enum):
         return self in (LossType.KL, LossType.RESCALED_KL)
 
 
-def betas_for_alpha_bar(num_diffusion_timesteps, alpha_bar, max_beta=0.999):
-    """Betas whose cumulative product of 1 - beta follows `alpha_bar`, a function on [0, 1]."""
-    grid = [alpha_bar(i / num_diffusion_timesteps) for i in range(num_diffusion_timesteps + 1)]
-    return np.array([min(1 - after / before, max_beta) for before, after in pairwise(grid)])
-
-
-def get_named_beta_schedule(schedule_name, num_diffusion_timesteps):
-    """Betas by name.
-
-    :param schedule_name: `linear` (1e-4 to 0.02, scaled by 1000 / steps) or `squaredcos_cap_v2`.
-    :return: (num_diffusion_timesteps,) float64.
-    :raises UserError: for any other name.
-    """
-    if schedule_name == "linear":
-        scale = 1000 / num_diffusion_timesteps
-        return np.linspace(scale * 0.0001, scale * 0.02, num_diffusion_timesteps, dtype=np.float64)
-    if schedule_name == "squaredcos_cap_v2":
-        return betas_for_alpha_bar(num_diffusion_timesteps, lambda t: math.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2)
-    raise UserError(f"noise_schedule is {schedule_name!r}: choose linear or squaredcos_cap_v2")
-
-
-class GaussianDiffusion:
+class GaussianDiffusion(ForwardProcess):
     """Training losses and samplers for one noise schedule.
 
     Everywhere: `x_start`, `x`, `x_t`, `noise` are (N, C, ...) floats; `t` is (N,) int64 in [0, num_timesteps);
-    `model(x, t, **model_kwargs)` returns (N, C, ...), or (N, 2C, ...) with a learned variance. Tables are float64
-    numpy arrays of num_timesteps entries under ADM's names.
+    `model(x, t, **model_kwargs)` returns (N, C, ...), or (N, 2C, ...) with a learned variance.
 
     :param betas: noise variances, in (0, 1].
+    :param rescale_timesteps: give models and `cond_fn`s t * 1000 / num_timesteps as floats, as ADM's first models had.
     :param snr_gamma: Min-SNR's gamma, which weights the MSE term; None is no weight.
-    :raises UserError: for betas outside (0, 1].
+    :raises UserError: for betas outside (0, 1], and for `PREVIOUS_X` and `LEARNED`.
     """
 
     def __init__(
@@ -83,102 +76,22 @@ class GaussianDiffusion:
         model_mean_type=ModelMeanType.EPSILON,
         model_var_type=ModelVarType.LEARNED_RANGE,
         loss_type=LossType.MSE,
+        rescale_timesteps=False,
         snr_gamma=None,
     ):
-        betas = np.asarray(betas, dtype=np.float64)
-        if betas.ndim != 1 or not len(betas) or not ((betas > 0) & (betas <= 1)).all():
-            raise UserError(f"betas must be one row of numbers in (0, 1], got shape {betas.shape}: {betas}")
+        if model_mean_type == ModelMeanType.PREVIOUS_X:
+            raise UserError(
+                "models that predict x_{t-1} (PREVIOUS_X) are not rebuilt: use EPSILON, START_X or VELOCITY"
+            )
+        if model_var_type == ModelVarType.LEARNED:
+            raise UserError("freely learned variances (LEARNED) are not rebuilt: use LEARNED_RANGE (learn_sigma=True)")
+        super().__init__(betas)
         self.model_mean_type, self.model_var_type, self.loss_type = model_mean_type, model_var_type, loss_type
-        self.snr_gamma = snr_gamma
-        self.betas = betas
-        self.num_timesteps = len(betas)
-        self._device_tables = {}
+        self.rescale_timesteps, self.snr_gamma = rescale_timesteps, snr_gamma
 
-        alphas = 1.0 - betas
-        self.alphas_cumprod = np.cumprod(alphas)
-        self.alphas_cumprod_prev = np.append(1.0, self.alphas_cumprod[:-1])
-        self.alphas_cumprod_next = np.append(self.alphas_cumprod[1:], 0.0)
-
-        # q(x_t | x_0): DDPM, eq. 4
-        self.sqrt_alphas_cumprod = np.sqrt(self.alphas_cumprod)
-        self.sqrt_one_minus_alphas_cumprod = np.sqrt(1.0 - self.alphas_cumprod)
-        self.log_one_minus_alphas_cumprod = np.log(1.0 - self.alphas_cumprod)
-        self.sqrt_recip_alphas_cumprod = np.sqrt(1.0 / self.alphas_cumprod)
-        self.sqrt_recipm1_alphas_cumprod = np.sqrt(1.0 / self.alphas_cumprod - 1)
-        self.log_betas = np.log(betas)
-        self.snr = self.alphas_cumprod / (1.0 - self.alphas_cumprod)
-
-        # q(x_{t-1} | x_t, x_0): DDPM, eqs. 6 and 7
-        self.posterior_variance = betas * (1.0 - self.alphas_cumprod_prev) / (1.0 - self.alphas_cumprod)
-        # The variance is 0 at t = 0: its logarithm takes the next step's (or beta, where there is no next step).
-        first = self.posterior_variance[1] if self.num_timesteps > 1 else betas[0]
-        self.posterior_log_variance_clipped = np.log(np.append(first, self.posterior_variance[1:]))
-        self.posterior_mean_coef1 = betas * np.sqrt(self.alphas_cumprod_prev) / (1.0 - self.alphas_cumprod)
-        self.posterior_mean_coef2 = (1.0 - self.alphas_cumprod_prev) * np.sqrt(alphas) / (1.0 - self.alphas_cumprod)
-
-        # The large fixed variance is beta, but at t = 0 the small one, which gives a better likelihood.
-        self.fixed_large_variance = np.append(first, betas[1:])
-        self.fixed_large_log_variance = np.log(self.fixed_large_variance)
-
-    def _extract(self, name, t, like):
-        """Entries of the table `name` at t, shaped to broadcast against `like`; the table stays on its device."""
-        key = name, t.device
-        if key not in self._device_tables:
-            self._device_tables[key] = torch.from_numpy(getattr(self, name)).float().to(t.device)
-        return self._device_tables[key][t].view(-1, *[1] * (like.ndim - 1))
-
-    # ------------------------------------------------------------ forward process
-
-    def q_mean_variance(self, x_start, t):
-        """Mean, variance and log variance of q(x_t | x_0), of x_start's shape."""
-        mean = self._extract("sqrt_alphas_cumprod", t, x_start) * x_start
-        log_variance = self._extract("log_one_minus_alphas_cumprod", t, x_start).expand_as(x_start)
-        variance = 1.0 - self._extract("alphas_cumprod", t, x_start).expand_as(x_start)
-        return mean, variance, log_variance
-
-    def q_sample(self, x_start, t, noise=None):
-        """A draw from q(x_t | x_0), made of `noise` where it is given."""
-        if noise is None:
-            noise = torch.randn_like(x_start)
-        return (
-            self._extract("sqrt_alphas_cumprod", t, x_start) * x_start
-            + self._extract("sqrt_one_minus_alphas_cumprod", t, x_start) * noise
-        )
-
-    def q_posterior_mean_variance(self, x_start, x_t, t):
-        """Mean, variance and clipped log variance of q(x_{t-1} | x_t, x_0)."""
-        mean = (
-            self._extract("posterior_mean_coef1", t, x_t) * x_start
-            + self._extract("posterior_mean_coef2", t, x_t) * x_t
-        )
-        variance = self._extract("posterior_variance", t, x_t).expand_as(x_t)
-        log_variance = self._extract("posterior_log_variance_clipped", t, x_t).expand_as(x_t)
-        return mean, variance, log_variance
-
-    # ------------------------------------------------------------ conversions between predictions
-
-    def _predict_xstart_from_eps(self, x_t, t, eps):
-        return (
-            self._extract("sqrt_recip_alphas_cumprod", t, x_t) * x_t
-            - self._extract("sqrt_recipm1_alphas_cumprod", t, x_t) * eps
-        )
-
-    def _predict_eps_from_xstart(self, x_t, t, pred_xstart):
-        return (self._extract("sqrt_recip_alphas_cumprod", t, x_t) * x_t - pred_xstart) / self._extract(
-            "sqrt_recipm1_alphas_cumprod", t, x_t
-        )
-
-    def _predict_xstart_from_v(self, x_t, t, v):
-        return (
-            self._extract("sqrt_alphas_cumprod", t, x_t) * x_t
-            - self._extract("sqrt_one_minus_alphas_cumprod", t, x_t) * v
-        )
-
-    def _velocity(self, x_start, t, noise):
-        return (
-            self._extract("sqrt_alphas_cumprod", t, x_start) * noise
-            - self._extract("sqrt_one_minus_alphas_cumprod", t, x_start) * x_start
-        )
+    def model_timesteps(self, t):
+        """What models and `cond_fn`s are given for this process's (N,) steps."""
+        return t.float() * (1000.0 / self.num_timesteps) if self.rescale_timesteps else t
 
     # ------------------------------------------------------------ reverse process
 
@@ -189,7 +102,11 @@ class GaussianDiffusion:
         :param denoised_fn: applied to the predicted x_0 before the clipping.
         :return: dict of `mean`, `variance`, `log_variance`, `pred_xstart`, each of x's shape.
         """
-        return self._interpret(model(x, t, **(model_kwargs or {})), x, t, clip_denoised, denoised_fn)
+        return self._interpret(self._call(model, x, t, model_kwargs), x, t, clip_denoised, denoised_fn)
+
+    def _call(self, function, x, t, kwargs):
+        """The output of a model or a `cond_fn` at this process's steps."""
+        return function(x, self.model_timesteps(t), **(kwargs or {}))
 
     def _interpret(self, model_output, x, t, clip_denoised, denoised_fn=None):
         """`p_mean_variance` for an output that is already there."""
@@ -237,13 +154,13 @@ class GaussianDiffusion:
 
     def condition_mean(self, cond_fn, p_mean_var, x, t, model_kwargs=None):
         """The mean shifted by a classifier's gradient `cond_fn(x, t, **model_kwargs)` (ADM, algorithm 1)."""
-        gradient = cond_fn(x, t, **(model_kwargs or {}))
+        gradient = self._call(cond_fn, x, t, model_kwargs)
         return p_mean_var["mean"].float() + p_mean_var["variance"] * gradient.float()
 
     def condition_score(self, cond_fn, p_mean_var, x, t, model_kwargs=None):
         """`p_mean_var` with its score shifted by a classifier's gradient (ADM, algorithm 2; Song et al. 2020)."""
         eps = self._predict_eps_from_xstart(x, t, p_mean_var["pred_xstart"])
-        gradient = cond_fn(x, t, **(model_kwargs or {}))
+        gradient = self._call(cond_fn, x, t, model_kwargs)
         eps = eps - self._extract("sqrt_one_minus_alphas_cumprod", t, x) * gradient
         pred_xstart = self._predict_xstart_from_eps(x, t, eps)
         mean, _, _ = self.q_posterior_mean_variance(pred_xstart, x, t)
@@ -275,29 +192,55 @@ class GaussianDiffusion:
         sample = out["mean"] + nonzero_mask * torch.exp(0.5 * out["log_variance"]) * noise
         return {"sample": sample, "pred_xstart": out["pred_xstart"]}
 
-    def p_sample_loop(self, model, shape, **options):
-        """Samples of `shape` by all ancestral steps; options as in `p_sample_loop_progressive`."""
-        return _last(self.p_sample_loop_progressive(model, shape, **options))
+    def p_sample_loop(
+        self,
+        model,
+        shape,
+        noise=None,
+        clip_denoised=True,
+        denoised_fn=None,
+        cond_fn=None,
+        model_kwargs=None,
+        device=None,
+        progress=False,
+        randn_like=torch.randn_like,
+    ):
+        """Samples of `shape` by all ancestral steps; arguments as of `p_sample_loop_progressive`."""
+        step = (clip_denoised, denoised_fn, cond_fn, model_kwargs)
+        return _last(self.p_sample_loop_progressive(model, shape, noise, *step, device, progress, randn_like))
 
-    def p_sample_loop_progressive(self, model, shape, noise=None, device=None, progress=False, **step_options):
+    def p_sample_loop_progressive(
+        self,
+        model,
+        shape,
+        noise=None,
+        clip_denoised=True,
+        denoised_fn=None,
+        cond_fn=None,
+        model_kwargs=None,
+        device=None,
+        progress=False,
+        randn_like=torch.randn_like,
+    ):
         """Yields `p_sample`'s dict after every step.
 
         :param shape: (N, C, ...) of the samples.
         :param noise: x_T; drawn where it is not given.
+        :param clip_denoised, denoised_fn, cond_fn, model_kwargs, randn_like: as in `p_sample`.
         :param device: where x_T is drawn; the model's by default.
         :param progress: show a bar.
-        :param step_options: `clip_denoised, denoised_fn, cond_fn, model_kwargs, randn_like`, as in `p_sample`.
         """
-        yield from self._loop(self.p_sample, model, shape, noise, device, progress, step_options)
+        step = (clip_denoised, denoised_fn, cond_fn, model_kwargs, randn_like)
+        yield from self._loop(self.p_sample, model, shape, noise, device, progress, step)
 
-    def _loop(self, step, model, shape, noise, device, progress, step_options):
+    def _loop(self, step, model, shape, noise, device, progress, step_arguments):
         if device is None:
             device = noise.device if noise is not None else next(model.parameters()).device
         x = torch.randn(*shape, device=device) if noise is None else noise
         for i in tqdm(range(self.num_timesteps)[::-1], disable=not progress):
             t = torch.full((shape[0],), i, dtype=torch.long, device=device)
             with torch.no_grad():
-                out = step(model, x, t, **step_options)
+                out = step(model, x, t, *step_arguments)
             yield out
             x = out["sample"]
 
@@ -330,7 +273,15 @@ class GaussianDiffusion:
     def ddim_reverse_sample(
         self, model, x, t, clip_denoised=True, denoised_fn=None, cond_fn=None, model_kwargs=None, eta=0.0
     ):
-        """One step of the deterministic ODE the other way, from x_t to x_{t+1} (eta must be 0)."""
+        """One step of the deterministic ODE the other way, from x_t to x_{t+1} (eta must be 0).
+
+        The positions are DiT's and MDT's. ADM's, which has no `cond_fn` (..., denoised_fn, model_kwargs, eta), are
+        told apart by their types: a dict in the place of the function, or a number in the place of the dict.
+        """
+        if isinstance(cond_fn, Mapping) or isinstance(model_kwargs, Number):
+            cond_fn, model_kwargs, eta = None, cond_fn, eta if model_kwargs is None else model_kwargs
+            if callable(model_kwargs) or not isinstance(eta, Number):
+                raise TypeError("ddim_reverse_sample takes cond_fn, model_kwargs, eta, or as in ADM model_kwargs, eta")
         if eta != 0.0:
             raise UserError(f"eta is {eta}: the reverse ODE is deterministic, so eta must be 0")
         out = self.p_mean_variance(model, x, t, clip_denoised, denoised_fn, model_kwargs)
@@ -341,13 +292,41 @@ class GaussianDiffusion:
         sample = out["pred_xstart"] * alpha_bar_next.sqrt() + torch.sqrt(1 - alpha_bar_next) * eps
         return {"sample": sample, "pred_xstart": out["pred_xstart"]}
 
-    def ddim_sample_loop(self, model, shape, **options):
-        """Samples of `shape` by DDIM; options as in `ddim_sample_loop_progressive`."""
-        return _last(self.ddim_sample_loop_progressive(model, shape, **options))
+    def ddim_sample_loop(
+        self,
+        model,
+        shape,
+        noise=None,
+        clip_denoised=True,
+        denoised_fn=None,
+        cond_fn=None,
+        model_kwargs=None,
+        device=None,
+        progress=False,
+        eta=0.0,
+        randn_like=torch.randn_like,
+    ):
+        """Samples of `shape` by DDIM; arguments as of `ddim_sample_loop_progressive`."""
+        step = (clip_denoised, denoised_fn, cond_fn, model_kwargs)
+        return _last(self.ddim_sample_loop_progressive(model, shape, noise, *step, device, progress, eta, randn_like))
 
-    def ddim_sample_loop_progressive(self, model, shape, noise=None, device=None, progress=False, **step_options):
-        """Yields `ddim_sample`'s dict after every step; options as in `p_sample_loop_progressive`, and `eta`."""
-        yield from self._loop(self.ddim_sample, model, shape, noise, device, progress, step_options)
+    def ddim_sample_loop_progressive(
+        self,
+        model,
+        shape,
+        noise=None,
+        clip_denoised=True,
+        denoised_fn=None,
+        cond_fn=None,
+        model_kwargs=None,
+        device=None,
+        progress=False,
+        eta=0.0,
+        randn_like=torch.randn_like,
+    ):
+        """Yields `ddim_sample`'s dict after every step; arguments as of `p_sample_loop_progressive`, and `eta`."""
+        step = (clip_denoised, denoised_fn, cond_fn, model_kwargs, eta, randn_like)
+        yield from self._loop(self.ddim_sample, model, shape, noise, device, progress, step)
 
     # ------------------------------------------------------------ losses
 
@@ -382,7 +361,7 @@ class GaussianDiffusion:
         if noise is None:
             noise = torch.randn_like(x_start)
         x_t = self.q_sample(x_start, t, noise)
-        model_output = model(x_t, t, **(model_kwargs or {}))
+        model_output = self._call(model, x_t, t, model_kwargs)
 
         if self.loss_type.is_vb():
             loss = self._vb_terms_bpd(model_output, x_start, x_t, t, clip_denoised=False)["output"]
@@ -425,7 +404,7 @@ class GaussianDiffusion:
             noise = torch.randn_like(x_start)
             x_t = self.q_sample(x_start, t, noise)
             with torch.no_grad():
-                output = model(x_t, t, **(model_kwargs or {}))
+                output = self._call(model, x_t, t, model_kwargs)
                 out = self._vb_terms_bpd(output, x_start, x_t, t, clip_denoised)
             eps = self._predict_eps_from_xstart(x_t, t, out["pred_xstart"])
             vb.append(out["output"])
@@ -445,3 +424,9 @@ class GaussianDiffusion:
 def _last(steps):
     """The sample of the last of a loop's dicts; the others are let go as they come."""
     return deque(steps, maxlen=1).pop()["sample"]
+
+
+def _extract_into_tensor(arr, timesteps, broadcast_shape):
+    """ADM's name: entries of a numpy table at (N,) timesteps as float32, expanded to `broadcast_shape`."""
+    entries = torch.from_numpy(arr).to(timesteps.device)[timesteps].float()
+    return entries.view(-1, *[1] * (len(broadcast_shape) - 1)).expand(broadcast_shape)

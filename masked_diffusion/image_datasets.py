@@ -4,22 +4,29 @@ Which image comes when is a function of (seed, position in the stream) alone, an
 (seed, epoch, image): neither the number of ranks nor of workers changes them.
 """
 
-import ctypes
+import hashlib
+import json
 import math
+import os
 import random
-import signal
 import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
 
 import blobfile as bf
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from . import dist_util
+from . import dist_util, logger
 from .utils.errors import UserError
+from .utils.loader_processes import LoaderIterator, init_loader_process
+from .utils.loader_processes import LoaderWorkerDied as LoaderWorkerDied  # what `next()` of `load_data` may raise
 from .utils.random_numbers import fold_seed
 
 EXTENSIONS = ("jpg", "jpeg", "png", "gif")
+# Images that are not read, since ADM, whose order of files this is, does not read them.
+OTHER_EXTENSIONS = ("webp", "bmp", "tif", "tiff", "avif", "heic", "heif", "jfif", "jp2", "jxl", "ppm", "pgm", "tga")
 
 
 def load_data(
@@ -54,6 +61,7 @@ def load_data(
     :param on_bad_image: `error`, or `skip` to take the next image in the place of one that cannot be read.
     :raises UserError: for a folder without images, with fewer than a global batch, with names that carry no class,
         and, on the way, for an image that cannot be read.
+    :raises LoaderWorkerDied: on the way, when a loader process was killed, most often for lack of memory.
     """
     paths = list_image_files(data_dir) if paths is None else paths
     dataset = ImageDataset(
@@ -68,11 +76,19 @@ def load_data(
     return stream(dataset, data_dir, batch_size, num_workers, seed, start_step, shuffle=not deterministic)
 
 
-def stream(dataset, source, batch_size, num_workers, seed, start_step, shuffle=True):
+def stream(
+    dataset: Dataset,
+    source: str,
+    batch_size: int,
+    num_workers: int,
+    seed: int,
+    start_step: int,
+    shuffle: bool = True,
+) -> Iterator:
     """An endless iterator over this rank's batches of a dataset; see `load_data`.
 
     :param source: what an error calls the dataset.
-    :raises UserError: for fewer items than a global batch.
+    :raises UserError: for fewer items than a global batch; `next()` raises what `LoaderIterator` does.
     """
     global_batch = batch_size * dist_util.get_world_size()
     if len(dataset) < global_batch:
@@ -81,52 +97,78 @@ def stream(dataset, source, batch_size, num_workers, seed, start_step, shuffle=T
             f"({batch_size} per rank): lower --batch_size"
         )
     sampler = StreamSampler(len(dataset), batch_size, seed=seed, shuffle=shuffle, start_step=start_step)
-    return iter(
+    return LoaderIterator(
         DataLoader(
             dataset,
             batch_sampler=sampler,
             num_workers=num_workers,
             pin_memory=dist_util.dev().type == "cuda",
             prefetch_factor=4 if num_workers else None,
-            worker_init_fn=_die_with_parent,
+            worker_init_fn=init_loader_process,
         )
     )
 
 
-def _die_with_parent(worker_id):
-    """Let the kernel end a loader process whose rank was killed: by itself it waits for ever on a full pipe."""
-    if sys.platform == "linux":
-        set_parent_death_signal = 1
-        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
-
-
-def list_image_files(data_dir):
+def list_image_files(data_dir: str) -> list[str]:
     """Paths of all images below a folder, in ADM's order: each folder's entries sorted, subfolders in their place.
 
-    :raises UserError: when there is no such folder or no image in it.
+    One line is logged when images of other kinds are passed over.
+
+    :raises UserError: when there is no such folder, no image in it, or a subfolder that may not be read.
     """
     if not data_dir:
         raise UserError("data_dir is empty: name a folder of images (--data_dir PATH)")
     if not bf.isdir(data_dir):
-        raise UserError(f"{data_dir} is not a folder: name one that holds images")
-    paths = _list_image_files_recursively(data_dir)
+        raise UserError(f"--data_dir {data_dir} is not a folder: name one that holds images")
+    other_kinds = Counter()
+    paths = _list_image_files_recursively(data_dir, other_kinds)
+    kinds = ", ".join(f".{extension} {count}" for extension, count in other_kinds.most_common())
+    convert = "convert them to jpg or png"
     if not paths:
-        raise UserError(f"{data_dir} holds no image ({', '.join(EXTENSIONS)}), in no subfolder either")
+        but = f", but {other_kinds.total()} of other kinds ({kinds}): {convert}" if other_kinds else ""
+        raise UserError(f"{data_dir} holds no image ({', '.join(EXTENSIONS)}) in any folder{but}")
+    if other_kinds:
+        logger.log(
+            f"{other_kinds.total()} images of other kinds ({kinds}) in {data_dir} are passed over: {convert} to train "
+            "on them"
+        )
     return paths
 
 
-def _list_image_files_recursively(folder):
+def _list_image_files_recursively(folder, other_kinds=None):
+    other_kinds = Counter() if other_kinds is None else other_kinds
+    try:
+        # Not blobfile's for local folders: it looks at every file, and fails at a link that leads nowhere.
+        names = sorted(bf.listdir(folder) if "://" in folder else os.listdir(folder))
+    except OSError as error:
+        raise UserError(f"{folder} cannot be listed ({error.strerror}): allow it to be read, or remove it") from error
     paths = []
-    for name in sorted(bf.listdir(folder)):
+    for name in names:
         path = bf.join(folder, name)
-        if "." in name and name.rsplit(".", 1)[1].lower() in EXTENSIONS:
+        extension = name.rpartition(".")[2].lower() if "." in name else ""
+        if extension in EXTENSIONS:
             paths.append(path)
         elif bf.isdir(path):
-            paths.extend(_list_image_files_recursively(path))
+            paths.extend(_list_image_files_recursively(path, other_kinds))
+        elif extension in OTHER_EXTENSIONS:
+            other_kinds[extension] += 1
     return paths
 
 
-def image_classes(paths):
+def relative_names(paths: Sequence[str], data_dir: str) -> list[str]:
+    """Paths as `list_image_files(data_dir)` gives them -> names relative to `data_dir`."""
+    return [path.removeprefix(data_dir).lstrip("/") for path in paths]
+
+
+def data_signature(names: Sequence[str]) -> str:
+    """SHA-256, in hexadecimal, over the names of a dataset's images in their order; see `relative_names`.
+
+    A latent cache records the same of the images that it was made of (`files_sha256`).
+    """
+    return hashlib.sha256(json.dumps(list(names)).encode()).hexdigest()
+
+
+def image_classes(paths: Sequence[str]) -> tuple[np.ndarray, list[str]]:
     """Labels from file names: the class is the name up to its first underscore, the label the rank of the class.
 
     :return: (len(paths),) int64 labels, and the sorted class names.
@@ -137,7 +179,8 @@ def image_classes(paths):
         name, underscore, _ = bf.basename(path).partition("_")
         if not underscore:
             raise UserError(
-                f"{path} carries no class: name it CLASS_ANYTHING, or train without labels (--class_cond False)"
+                f"{path} carries no class: name it CLASS_ANYTHING (datasets/class_folders.py does it for a folder per "
+                "class), or train without labels (--class_cond False)"
             )
         names.append(name)
     classes, labels = np.unique(names, return_inverse=True)
@@ -181,6 +224,9 @@ class ImageDataset(Dataset):
     """Images as (3, resolution, resolution) float32 in [-1, 1], with `{}` or `{"y": int64}`.
 
     Items are asked for by index, or by `(index, epoch)`, of which crop and flip are a function.
+
+    :param shard, num_shards: take every num_shards-th image, from number `shard` on. `load_data` leaves them alone:
+        its sampler shares the images out among the ranks.
     """
 
     def __init__(
@@ -188,12 +234,15 @@ class ImageDataset(Dataset):
         resolution,
         image_paths,
         classes=None,
+        shard=0,
+        num_shards=1,
         random_crop=False,
         random_flip=True,
         seed=0,
         on_bad_image="error",
     ):
-        self.resolution, self.image_paths, self.classes = resolution, image_paths, classes
+        self.resolution, self.image_paths = resolution, image_paths[shard::num_shards]
+        self.classes = None if classes is None else classes[shard::num_shards]
         self.random_crop, self.random_flip, self.seed = random_crop, random_flip, seed
         self.on_bad_image = on_bad_image
 
@@ -218,27 +267,38 @@ class ImageDataset(Dataset):
         for _ in range(len(self)):
             try:
                 return index, read_image(self.image_paths[index])
-            except ValueError as error:
+            except UserError as error:
                 if self.on_bad_image == "error":
                     raise
                 print(f"skipped: {error}", file=sys.stderr, flush=True)
                 index = (index + 1) % len(self)
-        raise UserError(f"none of the {len(self)} images can be read")
+        raise UserError(f"none of the {len(self)} images can be read, such as {self.image_paths[index]}")
 
 
-def read_image(path):
-    """A decoded RGB image.
+def read_image(path: str) -> Image.Image:
+    """A decoded RGB image. Its EXIF rotation is not applied, as in ADM.
 
-    :raises UserError: for a file that is no image or is cut short; the message names it.
+    :raises UserError: for a file that is not there, is no image, is cut short or is a decompression bomb; the message
+        names it.
     """
     try:
         with bf.BlobFile(path, "rb") as file, Image.open(file) as image:
-            return image.convert("RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+            return _to_rgb(image)
+    except MemoryError:
+        raise
+    except Exception as error:  # on damaged files Pillow's readers raise nearly anything
         raise UserError(f"{path} cannot be read as an image ({error}): mend or remove it") from error
 
 
-def center_crop_arr(pil_image, image_size):
+def _to_rgb(image):
+    if image.mode.startswith("I"):
+        # 16-bit grey, which Pillow's own conversion clips at 255: nearly all of it becomes white. The high byte is
+        # what Pillow takes of 16-bit colour.
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
+    return image.convert("RGB")
+
+
+def center_crop_arr(pil_image: Image.Image, image_size: int) -> np.ndarray:
     """The centre crop of ADM: (image_size, image_size, 3) uint8."""
     pixels = np.array(_resize_short_side(pil_image, image_size))
     crop_y = (pixels.shape[0] - image_size) // 2
@@ -246,7 +306,13 @@ def center_crop_arr(pil_image, image_size):
     return pixels[crop_y : crop_y + image_size, crop_x : crop_x + image_size]
 
 
-def random_crop_arr(pil_image, image_size, min_crop_frac=0.8, max_crop_frac=1.0, rng=random):
+def random_crop_arr(
+    pil_image: Image.Image,
+    image_size: int,
+    min_crop_frac: float = 0.8,
+    max_crop_frac: float = 1.0,
+    rng: random.Random = random,
+) -> np.ndarray:
     """The random crop of ADM, a share of the short side between the two fractions; (image_size, image_size, 3) uint8.
 
     :param rng: where `randrange` comes from, which draws the resized short side, then the row, then the column.

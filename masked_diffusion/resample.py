@@ -21,7 +21,7 @@ class ScheduleSampler:
         self.num_timesteps = diffusion.num_timesteps
 
     def weights(self):
-        """(num_timesteps,) float64 positive weights, not normalised."""
+        """(num_timesteps,) float64 positive weights, not normalised; a tensor, or in ADM's way a numpy array."""
         raise NotImplementedError
 
     def sample(self, batch_size, device, rand=torch.rand):
@@ -29,11 +29,11 @@ class ScheduleSampler:
         :param rand: where the (batch_size,) uniform numbers on `device` come from.
         :return: (batch_size,) int64 timesteps, and (batch_size,) float32 weights of their losses.
         """
-        p = self.weights().to(device)
+        p = torch.as_tensor(self.weights()).to(device)
         p = p / p.sum()
         uniform = rand(batch_size, device=device).double()
-        t = torch.searchsorted(p.cumsum(0), uniform, right=True).clamp_(max=self.num_timesteps - 1)
-        return t, (1 / (self.num_timesteps * p[t])).float()
+        t = torch.searchsorted(p.cumsum(0), uniform, right=True).clamp_(max=len(p) - 1)
+        return t, (1 / (len(p) * p[t])).float()
 
     def update_with_local_losses(self, local_ts, local_losses):
         """Learn from this rank's (N,) timesteps and (N,) losses. All ranks call it together."""
@@ -54,7 +54,21 @@ class UniformSampler(ScheduleSampler):
         return t, torch.ones(batch_size, device=device)
 
 
-class LossSecondMomentResampler(ScheduleSampler):
+class LossAwareSampler(ScheduleSampler):
+    """A sampler that learns from the losses of all ranks."""
+
+    def update_with_local_losses(self, local_ts, local_losses):
+        """Learn from every rank's (N,) timesteps and (N,) losses. All ranks call it together, with the same N."""
+        ts = dist_util.all_gather_rows(local_ts)
+        losses = dist_util.all_gather_rows(local_losses.detach())
+        self.update_with_all_losses(ts.tolist(), losses.double().tolist())
+
+    def update_with_all_losses(self, ts, losses):
+        """Learn from two lists: timesteps, and their losses; the same on every rank."""
+        raise NotImplementedError
+
+
+class LossSecondMomentResampler(LossAwareSampler):
     """Timesteps in proportion to the root of their losses' second moment (improved DDPM, eq. 18).
 
     Uniform until every timestep has been seen `history_per_term` times.
@@ -73,9 +87,7 @@ class LossSecondMomentResampler(ScheduleSampler):
         weights = weights / weights.sum()
         return weights * (1 - self.uniform_prob) + self.uniform_prob / len(weights)
 
-    def update_with_local_losses(self, local_ts, local_losses):
-        ts = dist_util.all_gather_rows(local_ts).tolist()
-        losses = dist_util.all_gather_rows(local_losses.detach()).double().cpu()
+    def update_with_all_losses(self, ts, losses):
         for t, loss in zip(ts, losses, strict=True):
             if self.loss_counts[t] == self.history_per_term:
                 self.loss_history[t] = self.loss_history[t].roll(-1)

@@ -1,10 +1,15 @@
 """Diffusions that use only some of the original timesteps."""
 
+from numbers import Integral
+
 import numpy as np
 import torch
 
 from .gaussian_diffusion import GaussianDiffusion, LossType, ModelMeanType, ModelVarType, get_named_beta_schedule
 from .utils.errors import UserError
+from .utils.not_rebuilt import module_getattr
+
+__getattr__ = module_getattr(__name__)
 
 
 def space_timesteps(num_timesteps, section_counts):
@@ -12,7 +17,7 @@ def space_timesteps(num_timesteps, section_counts):
 
     :param num_timesteps: steps of the original process.
     :param section_counts: "250" evenly spread steps; "10,15,20" for so many in each of three equal sections; or
-        "ddim50" for DDIM's fixed stride with exactly that many steps. A list of counts works too.
+        "ddim50" for DDIM's fixed stride with exactly that many steps. A number or a list of counts works too.
     :return: set of ints.
     :raises UserError: where the counts cannot be had.
     """
@@ -21,8 +26,14 @@ def space_timesteps(num_timesteps, section_counts):
         if not all(count.strip().isdigit() for count in counts):
             raise UserError(f'timestep_respacing is {section_counts!r}: write "250", "10,15,20" or "ddim50"')
         if section_counts.startswith("ddim"):
+            if len(counts) > 1:
+                raise UserError(f'timestep_respacing is {section_counts!r}: ddim takes one number, such as "ddim50"')
             return _ddim_stride(num_timesteps, int(counts[0]))
         section_counts = [int(count) for count in counts]
+    elif isinstance(section_counts, Integral):
+        section_counts = [section_counts]
+    elif not isinstance(section_counts, (list, tuple)):
+        raise UserError(f'timestep_respacing is {section_counts!r}: write 250, "250", "10,15,20" or "ddim50"')
     size, extra = divmod(num_timesteps, len(section_counts))
     start, steps = 0, set()
     for i, count in enumerate(section_counts):
@@ -65,31 +76,40 @@ class SpacedDiffusion(GaussianDiffusion):
         super().__init__(betas=1 - kept / np.append(1.0, kept[:-1]), **options)
         self._device_maps = {}
 
-    def original_timesteps(self, t):
-        """(N,) steps of this process -> (N,) steps of the original one."""
+    def model_timesteps(self, t):
+        """(N,) steps of this process -> (N,) steps of the original one, which models and `cond_fn`s are given."""
         if t.device not in self._device_maps:
             self._device_maps[t.device] = torch.tensor(self.timestep_map, device=t.device)
-        return self._device_maps[t.device][t]
+        t = self._device_maps[t.device][t]
+        return t.float() * (1000.0 / self.original_num_steps) if self.rescale_timesteps else t
 
-    def _wrap(self, function):
-        if function is None:
-            return None
-        return lambda x, t, **kwargs: function(x, self.original_timesteps(t), **kwargs)
 
-    def p_mean_variance(self, model, *args, **kwargs):
-        return super().p_mean_variance(self._wrap(model), *args, **kwargs)
-
-    def training_losses(self, model, *args, **kwargs):
-        return super().training_losses(self._wrap(model), *args, **kwargs)
-
-    def calc_bpd_loop(self, model, *args, **kwargs):
-        return super().calc_bpd_loop(self._wrap(model), *args, **kwargs)
-
-    def condition_mean(self, cond_fn, *args, **kwargs):
-        return super().condition_mean(self._wrap(cond_fn), *args, **kwargs)
-
-    def condition_score(self, cond_fn, *args, **kwargs):
-        return super().condition_score(self._wrap(cond_fn), *args, **kwargs)
+def create_gaussian_diffusion(
+    *,
+    steps=1000,
+    learn_sigma=False,
+    sigma_small=False,
+    noise_schedule="linear",
+    use_kl=False,
+    predict_xstart=False,
+    rescale_timesteps=False,
+    rescale_learned_sigmas=False,
+    timestep_respacing="",
+):
+    """ADM's way to make a diffusion, with ADM's defaults: a fixed variance and no Min-SNR; see `create_diffusion`."""
+    diffusion = create_diffusion(
+        timestep_respacing,
+        noise_schedule,
+        use_kl,
+        sigma_small,
+        predict_xstart,
+        learn_sigma,
+        rescale_learned_sigmas,
+        diffusion_steps=steps,
+        snr_gamma=None,
+    )
+    diffusion.rescale_timesteps = rescale_timesteps
+    return diffusion
 
 
 def create_diffusion(
@@ -105,6 +125,11 @@ def create_diffusion(
     snr_gamma=5.0,
 ):
     """Make a diffusion.
+
+    The first eight arguments are DiT's and MDT's. The published defaults of the families differ in the loss: MDTv2
+    is trained with a Min-SNR weight of 5, which is the default here; DiT and MDT are trained without, so that
+    training them takes `snr_gamma=None` (`image_train.py` asks for what its model needs). Sampling does not depend
+    on it.
 
     :param timestep_respacing: see `space_timesteps`; "" or None keeps all steps.
     :param noise_schedule: `linear` or `squaredcos_cap_v2`.

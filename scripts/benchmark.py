@@ -16,14 +16,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from masked_diffusion import create_diffusion, create_model, script_util
+from masked_diffusion.config import OPTIMIZERS
 from masked_diffusion.guidance import Guidance, GuidedDenoiser
 from masked_diffusion.layers.attention import Attention
 from masked_diffusion.training.objective import TwoPassObjective
-from masked_diffusion.training.optim import OPTIMIZERS, create_optimizer, default_grad_clip
+from masked_diffusion.training.optim import create_optimizer, default_grad_clip
 from masked_diffusion.utils.errors import UserError
 from masked_diffusion.utils.files import write_json
 from masked_diffusion.utils.flops import forward_flops
-from masked_diffusion.utils.precision import PRECISIONS, autocast, check_precision
+from masked_diffusion.utils.precision import PRECISIONS, autocast, check_precision, set_matmul_precision
 
 WARMUP_STEPS = 2
 # name: precision, whether blocks are compiled, whether attention is written out as in the published code
@@ -224,7 +225,7 @@ def timed(step, device):
 
 def matmul_peak(device, precision):
     """FLOP/s of the fastest of ten large square matrix products in `precision`."""
-    check_precision(precision, torch.device(device))
+    set_matmul_precision(precision)
     size = 8192 if device == "cuda" else 2048
     a, b = (torch.randn(size, size, device=device, dtype=PRECISIONS[precision] or torch.float32) for _ in range(2))
     return 2 * size**3 / min(timed(lambda: a @ b, device) for _ in range(10))
@@ -258,7 +259,7 @@ class Variant:
 
     def run(self, record=True):
         """One step in this variant's settings."""
-        check_precision(self.precision, torch.device(self.args.device))
+        set_matmul_precision(self.precision)
         if self.args.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
         with naive_attention() if self.naive else nullcontext():

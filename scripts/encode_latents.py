@@ -1,40 +1,44 @@
 """Encode a folder of images for --latent_dir of training. Run the same command again to go on where it stopped."""
 
+from dataclasses import dataclass
+
 from masked_diffusion import dist_util, logger, script_util
+from masked_diffusion.image_datasets import image_classes, list_image_files
 from masked_diffusion.latents.autoencoder import create_first_stage
 from masked_diffusion.latents.cache import encode_latents
+from masked_diffusion.utils.errors import UserError
+from masked_diffusion.utils.options import Config, option
 
 
-def parse_args():
-    parser = script_util.make_parser(__doc__)
-    files = parser.add_argument_group("files")
-    files.add_argument("--data_dir", required=True, help="folder of images named CLASS_ANYTHING, with subfolders")
-    files.add_argument("--latent_dir", required=True, help="folder that the latents go to")
-    files.add_argument("--class_cond", type=script_util.str2bool, default=True, help="keep class labels")
-    files.add_argument("--shard_size", type=int, default=1024, help="images per file")
+@dataclass(frozen=True)
+class EncodeConfig(Config):
+    """encoding"""
 
-    encoding = parser.add_argument_group("encoding")
-    encoding.add_argument("--image_size", type=int, default=256, help="height and width of the centre crops")
-    encoding.add_argument("--vae", default="ema", help="first stage: ema, mse, a hub id, a folder; identity for pixels")
-    encoding.add_argument("--batch_size", type=int, default=32, help="images per rank at a time")
-    encoding.add_argument(
-        "--num_workers", type=int, default=4, help="loader processes per rank; 0: in the encoding process"
-    )
-    encoding.add_argument(
-        "--verify", type=script_util.str2bool, default=False, help="compare the shards that are there with checksums"
-    )
-    return parser.parse_args()
+    data_dir: str = option("", "folder of images named CLASS_ANYTHING.jpg, searched with its subfolders")
+    latent_dir: str = option("", "folder to write the latents to")
+    class_cond: bool = option(True, "keep class labels")
+    image_size: int = option(256, "height and width of the centre crops in pixels", at_least=1)
+    vae: str = option("ema", "first stage: ema or mse (Stable Diffusion's), a hub id, a folder, or identity for pixels")
+    batch_size: int = option(32, "images per rank at a time", at_least=1)
+    shard_size: int = option(1024, "images per file", at_least=1)
+    num_workers: int = option(4, "data loading processes per rank; 0: load in the encoding process", at_least=0)
+    verify: bool = option(False, "compare the existing shards with their checksums, and encode damaged ones again")
 
 
-def main():
-    args = parse_args()
-    script_util.check_positive(args, "image_size", "batch_size", "shard_size")
-    dist_util.setup_dist()
-    logger.configure(args.latent_dir, quiet=not dist_util.is_main())
+def main() -> None:
+    config = script_util.parse_flags(EncodeConfig, __doc__)
+    if not config.latent_dir:
+        raise UserError("latent_dir is empty: name a folder to write the latents to (--latent_dir PATH)")
+    dist_util.join_process_group()
+    logger.configure(config.latent_dir, quiet=not dist_util.is_main())
+    # The images first: a wrong folder is found before a VAE is downloaded.
+    paths = list_image_files(config.data_dir)
+    if config.class_cond:
+        image_classes(paths)
     with dist_util.main_first():
-        first_stage = create_first_stage(args.vae, dist_util.dev())
-    encode_latents(first_stage=first_stage, **{key: value for key, value in vars(args).items() if key != "local_rank"})
-    logger.log(f"{args.latent_dir} is complete")
+        first_stage = create_first_stage(config.vae, dist_util.dev())
+    encode_latents(first_stage=first_stage, paths=paths, **config.values())
+    logger.log(f"{config.latent_dir} is complete")
 
 
 if __name__ == "__main__":

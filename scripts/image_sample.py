@@ -42,7 +42,7 @@ class Flags(Config):
 def main() -> None:
     flags = script_util.parse_flags(Flags, __doc__)
     images = flags.images
-    dist_util.setup_dist()
+    dist_util.join_process_group()
     logger.configure(images.log_dir, quiet=not dist_util.is_main())
     image_sampler, weights = load_image_sampler(flags.sample, images.batch_size, images.quantize)
     num_classes, size = image_sampler.model.num_classes, image_sampler.size

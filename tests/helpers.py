@@ -20,16 +20,14 @@ from sklearn.datasets import load_sample_images
 
 from evaluations import console, evaluator
 from masked_diffusion import create_diffusion, create_model, logger, script_util
-from masked_diffusion.config import SampleConfig
+from masked_diffusion.config import RunConfig, SampleConfig
 from masked_diffusion.guidance import Guidance
 from masked_diffusion.latents.autoencoder import IdentityFirstStage
-from masked_diffusion.resample import create_named_schedule_sampler
 from masked_diffusion.sampling.image_sampler import ImageSampler
 from masked_diffusion.sampling.solvers import create_solver
 from masked_diffusion.train_util import TrainLoop
-from masked_diffusion.training.finetune import load_pretrained
-from masked_diffusion.training.guardian import Guardian
 from masked_diffusion.training.objective import TwoPassObjective
+from masked_diffusion.training.resume import resolve
 
 DATA = Path(__file__).parent / "data"
 REPO = Path(__file__).parent.parent
@@ -60,25 +58,32 @@ def stream(start_step, seed, batch_size=8):
         step += 1
 
 
-def make_loop(
-    log_dir, max_steps=4, sampler="uniform", precision="fp32", mask_ratio=0.3, device="cpu", guardian=None, **options
-):
+class Batches:
+    """`training.data.TrainingData` in memory."""
+
+    def stream(self, start_step, seed, first_stage):
+        return stream(start_step, seed)
+
+    def batch_names(self, step, seed):
+        return [f"image_{step}_{i}.png" for i in range(8)]
+
+
+def make_loop(log_dir, device="cpu", hooks=(), data=None, **flags):
+    """A loop over `stream` that has resumed, with the flags of image_train.py."""
     torch.manual_seed(0)
     logger.configure(str(log_dir))
-    model = create_model("MDTv2_Nano_2", input_size=8, in_channels=3, num_classes=10, mask_ratio=mask_ratio, depth=2)
-    diffusion = create_diffusion()
-    options = {"batch_size": 8, "lr": 1e-3, "ema_rate": "0.9,0.99", "log_interval": 2, "save_interval": 2} | options
-    return TrainLoop(
-        objective=TwoPassObjective(model.to(device), diffusion, precision),
-        first_stage=IdentityFirstStage(),
-        make_data=stream,
-        schedule_sampler=create_named_schedule_sampler(sampler, diffusion),
-        guardian=Guardian(**(guardian or {})),
-        load_weights=load_pretrained,
-        log_dir=log_dir,
-        max_steps=max_steps,
-        **options,
+    small = {"model": "MDTv2_Nano_2", "image_size": 8, "vae": "identity", "mask_ratio": 0.3, "max_steps": 4}
+    small |= {"batch_size": 8, "lr": 1e-3, "ema_rate": "0.9,0.99", "log_interval": 2, "save_interval": 2}
+    config = resolve(RunConfig().replaced(**small | flags).check())
+    options = {"input_size": 8, "in_channels": 3, "num_classes": 10, "mask_ratio": config.model.mask_ratio, "depth": 2}
+    objective = TwoPassObjective(
+        create_model("MDTv2_Nano_2", **options).to(device), create_diffusion(), config.precision
     )
+    loop = TrainLoop(
+        config, objective, data or Batches(), first_stage=IdentityFirstStage(), log_dir=log_dir, hooks=hooks
+    )
+    loop.resume()
+    return loop
 
 
 def trained(log_dir, **options):

@@ -46,7 +46,7 @@ def test_lower_precisions_compute_nearly_the_same_loss(precision, tmp_path):
         loop = trained(tmp_path / kind, precision=kind, device="cuda", max_steps=20, log_interval=20, save_interval=20)
         rows = (tmp_path / kind / "progress.jsonl").read_text().splitlines()
         losses[kind] = json.loads(rows[-1])["loss"]
-        assert {p.dtype for p in loop.params} == {torch.float32}
+        assert {p.dtype for p in loop.state.params} == {torch.float32}
     assert losses[precision] == pytest.approx(losses["fp32"], rel=0.05)
 
 

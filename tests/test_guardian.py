@@ -16,11 +16,11 @@ from masked_diffusion.weights.checkpoint import complete_steps, latest_step
 def planted(loop, faults):
     """Give the batches of some steps a factor."""
 
-    def data(start_step, seed):
+    def data(start_step, seed, first_stage):
         for step, (batch, cond) in enumerate(stream(start_step, seed), start_step):
             yield batch * faults.get((step, seed), 1.0), cond
 
-    loop.make_data = data
+    loop.source.stream = data
     loop._start_data()
     return loop
 
@@ -28,19 +28,25 @@ def planted(loop, faults):
 def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path, capsys):
     loop = planted(make_loop(tmp_path, max_steps=1, log_interval=1), {(1, 0): float("nan")})
     loop.run_step(*next(loop.data))
-    before = [p.detach().clone() for p in loop.params], [e.clone() for e in loop.ema["0.9"]], str(loop.opt.state_dict())
+    before = (
+        [p.detach().clone() for p in loop.state.params],
+        [e.clone() for e in loop.state.ema["0.9"]],
+        str(loop.state.opt.state_dict()),
+    )
     loop.run_step(*next(loop.data))
     assert loop.step == 2 and loop.guardian.bad_steps == 1
-    assert all(map(torch.equal, loop.params, before[0])) and all(map(torch.equal, loop.ema["0.9"], before[1]))
-    assert str(loop.opt.state_dict()) == before[2]
+    assert all(map(torch.equal, loop.state.params, before[0])) and all(
+        map(torch.equal, loop.state.ema["0.9"], before[1])
+    )
+    assert str(loop.state.opt.state_dict()) == before[2]
     loop.run_step(*next(loop.data))
-    assert not all(map(torch.equal, loop.params, before[0])) and loop.guardian.bad_in_a_row == 0
+    assert not all(map(torch.equal, loop.state.params, before[0])) and loop.guardian.bad_in_a_row == 0
     assert "step 2 was not finite and is skipped, 1 in all" in capsys.readouterr().out
 
 
 def test_too_many_in_a_row_stop_the_run_with_the_checkpoint_intact(tmp_path):
     faults = {(step, 0): float("inf") for step in range(3, 100)}
-    loop = planted(make_loop(tmp_path, max_steps=50, guardian={"max_bad_steps": 4}), faults)
+    loop = planted(make_loop(tmp_path, max_steps=50, max_bad_steps=4), faults)
     with pytest.raises(TrainingFault, match="4 steps in a row were not finite"):
         loop.run_loop()
     assert latest_step(tmp_path) == 6 and loop.step == 6
@@ -59,8 +65,8 @@ def test_spikes_are_measured_against_the_recent_mean():
 
 
 def test_a_spike_is_reported_with_its_files(tmp_path, capsys):
-    loop = make_loop(tmp_path, max_steps=41, log_interval=100, guardian={"spike_zscore": 5.0}, mask_ratio=None)
-    loop.batch_names = lambda step, seed: [f"file{step}_{i}.png" for i in range(8)]
+    loop = make_loop(tmp_path, max_steps=41, log_interval=100, spike_zscore=5.0, mask_ratio=None)
+    loop.source.batch_names = lambda step, seed: [f"file{step}_{i}.png" for i in range(8)]
     planted(loop, {(40, 0): 300.0}).run_loop()
     out = capsys.readouterr().out
     assert "step 41: the loss" in out and "standard deviations above its mean" in out
@@ -68,16 +74,16 @@ def test_a_spike_is_reported_with_its_files(tmp_path, capsys):
 
 
 def test_a_spike_rolls_back_to_the_last_checkpoint_with_other_data(tmp_path, capsys):
-    options = {"log_interval": 1, "save_interval": 30, "max_steps": 45, "max_rollbacks": 2, "mask_ratio": None}
-    loop = planted(make_loop(tmp_path, guardian={"spike_zscore": 5.0}, **options), {(40, 0): 300.0})
+    options = {"log_interval": 1, "save_interval": 30, "max_steps": 45, "rollback_on_spike": 2, "mask_ratio": None}
+    loop = planted(make_loop(tmp_path, spike_zscore=5.0, **options), {(40, 0): 300.0})
     loop.run_loop()
     assert "rolled back to step 30 with other data, 1 of at most 2 times" in capsys.readouterr().out
-    assert loop.rollbacks == 1 and loop.run_seed != loop.seed and loop.step == 45
+    assert loop.state.rollbacks == 1 and loop.run_seed != loop.config.train.seed and loop.step == 45
     assert torch.load(tmp_path / "opt000045.pt", weights_only=True)["rollbacks"] == 1
 
 
 def test_rolling_back_restores_everything(tmp_path):
-    loop = make_loop(tmp_path, max_steps=4, max_rollbacks=1)
+    loop = make_loop(tmp_path, max_steps=4, rollback_on_spike=1)
     loop.run_loop()
     saved = tensors(tmp_path, 4)
     loop.run_step(*next(loop.data))

@@ -1,8 +1,13 @@
 """Crops byte for byte, order, sharding, classes, bad folders."""
 
 import io
+import os
 import random
+import signal
+import subprocess
+import sys
 import tarfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -11,15 +16,21 @@ import torch
 from helpers import REPO, write_images
 from PIL import Image
 
+from masked_diffusion import image_datasets
 from masked_diffusion.image_datasets import (
     ImageDataset,
+    LoaderWorkerDied,
     StreamSampler,
     center_crop_arr,
     image_classes,
     list_image_files,
     load_data,
     random_crop_arr,
+    read_image,
 )
+from masked_diffusion.utils import loader_processes
+from masked_diffusion.utils.errors import UserError
+from masked_diffusion.weights.checkpoint import complete_steps
 
 PHOTOS = REPO.parent / "shared" / "data" / "imagenet_sample_120.tar"
 
@@ -62,6 +73,34 @@ def test_center_crop_of_an_image_of_the_right_size_is_the_image():
     np.testing.assert_array_equal(center_crop_arr(Image.fromarray(pixels), 16), pixels)
 
 
+# ---------------------------------------------------------------- kinds of pixels
+
+
+def test_16_bit_grey_stays_a_ramp(tmp_path):
+    ramp = np.arange(65536, dtype=np.uint16).reshape(256, 256)
+    Image.fromarray(ramp).save(tmp_path / "ramp.png")
+    pixels = np.asarray(read_image(str(tmp_path / "ramp.png")))
+    np.testing.assert_array_equal(pixels, np.repeat((ramp >> 8)[..., None], 3, axis=2))
+
+
+@pytest.mark.parametrize("mode", ["I;16B", "I"])
+def test_16_bit_grey_in_pillows_other_modes(mode):
+    values = np.array([[0, 255, 256, 40000, 65535]])
+    image = Image.frombytes(mode, (5, 1), values.astype({"I;16B": ">u2", "I": np.int32}[mode]).tobytes())
+    assert np.asarray(image_datasets._to_rgb(image))[0, :, 1].tolist() == [0, 0, 1, 156, 255]
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK"])
+def test_other_pixels_are_converted_as_in_adm(tmp_path, mode):
+    rng = np.random.default_rng(0)
+    image = Image.fromarray(rng.integers(0, 256, (8, 8, 4), dtype=np.uint8)).convert("RGB").convert(mode)
+    path = tmp_path / ("a.jpg" if mode == "CMYK" else "a.png")
+    image.save(path)
+    with Image.open(path) as saved:
+        assert saved.mode == mode
+        np.testing.assert_array_equal(read_image(str(path)), saved.convert("RGB"))
+
+
 # ---------------------------------------------------------------- the dataset
 
 
@@ -96,6 +135,28 @@ def test_files_are_listed_in_adms_order(tmp_path):
     Path(tmp_path, "notes.txt").write_text("no image")
     listed = [str(Path(p).relative_to(tmp_path)) for p in list_image_files(str(tmp_path))]
     assert listed == ["a/b/d_0.gif", "a/c_0.png", "a.png", "b_0.JPG", "e_0.jpeg"]
+
+
+def test_other_kinds_of_images_are_counted(tmp_path, capsys):
+    write_images(tmp_path, ["a_0.png", "a_1.webp", "b/a_2.WEBP", "b/a_3.bmp"])
+    Path(tmp_path, "c.webp").mkdir()
+    assert len(list_image_files(str(tmp_path))) == 1
+    passed = f"3 images of other kinds (.webp 2, .bmp 1) in {tmp_path} are passed over: convert them to jpg or png"
+    assert capsys.readouterr().out.count(passed) == 1
+    Path(tmp_path, "a_0.png").unlink()
+    with pytest.raises(UserError, match=r"holds no image .*, but 3 of other kinds \(\.webp 2, \.bmp 1\): convert"):
+        list_image_files(str(tmp_path))
+
+
+def test_a_folder_that_may_not_be_read_is_named(tmp_path, monkeypatch):
+    write_images(tmp_path, ["a_0.png"])
+
+    def refuse(folder):
+        raise PermissionError(13, "Permission denied", folder)
+
+    monkeypatch.setattr(image_datasets.os, "listdir", refuse)
+    with pytest.raises(UserError, match=f"{tmp_path} cannot be listed \\(Permission denied\\)"):
+        list_image_files(str(tmp_path))
 
 
 # ---------------------------------------------------------------- order and sharding
@@ -172,7 +233,7 @@ def test_fewer_images_than_a_batch(tmp_path):
 
 def test_a_name_without_a_class(tmp_path):
     write_images(tmp_path, ["a_0.png", "plain.png"])
-    with pytest.raises(ValueError, match=r"plain\.png carries no class"):
+    with pytest.raises(ValueError, match=r"plain\.png carries no class: .*datasets/class_folders\.py"):
         load(tmp_path, class_cond=True)
     assert next(load(tmp_path, class_cond=False))[1] == {}
 
@@ -182,5 +243,121 @@ def test_a_name_without_a_class(tmp_path):
 def test_an_unreadable_image_is_named(tmp_path, content, num_workers):
     good, bad = write_images(tmp_path, ["a_0.jpg", "a_1.jpg"], size=(40, 40))
     Path(bad).write_bytes(Path(good).read_bytes()[:600] if content == "truncated" else content)
-    with pytest.raises(ValueError, match=r"a_1\.jpg cannot be read as an image"):
+    data, start = load(tmp_path, num_workers=num_workers), time.monotonic()
+    with pytest.raises(UserError, match=rf"^{bad} cannot be read as an image \([^\n]*\): mend or remove it$") as caught:
+        next(data)
+    del data, caught
+    assert time.monotonic() - start < 4  # torch's own limit is 5 s for each process that does not end
+
+
+def break_image(path, kind, monkeypatch):
+    """Make a file an image that cannot be read."""
+    if kind == "bomb":
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 64)
+        Image.new("RGB", (12, 12)).save(path)
+    elif kind == "dangling link":
+        path.unlink()
+        path.symlink_to("/nowhere/a_1.png")
+    else:
+        path.unlink()
+        path.symlink_to(path)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize("kind, reason", [("bomb", "decompression bomb"), ("dangling link", "No such file")])
+def test_bombs_and_broken_links_are_named_and_skipped(tmp_path, monkeypatch, kind, reason, num_workers):
+    good, bad = map(Path, write_images(tmp_path, ["a_0.png", "a_1.png"], size=(8, 8)))
+    break_image(bad, kind, monkeypatch)
+    with pytest.raises(UserError, match=rf"^{bad} cannot be read as an image \(.*{reason}.*\): mend or remove it$"):
         next(load(tmp_path, num_workers=num_workers))
+    batch, _ = next(load(tmp_path, num_workers=num_workers, on_bad_image="skip", random_flip=False))
+    expected = np.asarray(Image.open(good)).transpose(2, 0, 1).astype(np.float32) / 127.5 - 1
+    np.testing.assert_array_equal(batch, np.stack([expected] * 2))
+
+
+def test_lack_of_memory_is_no_bad_image(tmp_path, monkeypatch):
+    (path,) = write_images(tmp_path, ["a_0.png"])
+
+    def run_out(file):
+        raise MemoryError
+
+    monkeypatch.setattr(image_datasets.Image, "open", run_out)
+    with pytest.raises(MemoryError):
+        read_image(path)
+
+
+# ---------------------------------------------------------------- loader processes
+
+
+def start_loading(tmp_path):
+    """A running loader of two processes, and these."""
+    write_images(tmp_path, [f"a_{i}.png" for i in range(8)])
+    data = load(tmp_path, num_workers=2)
+    next(data)
+    return data, data._batches._workers
+
+
+def test_loader_processes_obey_their_own_training_process_alone(tmp_path):
+    data, processes = start_loading(tmp_path)
+    for process in processes:
+        numbers = [str(int(number)) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)]
+        send = "import os, sys; [os.kill(int(sys.argv[1]), int(number)) for number in sys.argv[2:]]"
+        subprocess.run([sys.executable, "-c", send, str(process.pid), *numbers], check=True)
+    for _ in range(20):
+        next(data)
+    assert all(process.is_alive() for process in processes)
+    start = time.monotonic()
+    processes[0].terminate()
+    processes[0].join(4)
+    assert processes[0].exitcode == 0
+    del data, processes
+    assert time.monotonic() - start < 4  # torch's own limit is 5 s for each process that does not end
+
+
+def test_a_killed_loader_process_is_heard_of_at_the_next_batch(tmp_path):
+    data, processes = start_loading(tmp_path)
+    pid = processes[1].pid
+    os.kill(pid, signal.SIGKILL)
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+    time.sleep(0.05)  # torch by itself raises here, wherever the training step is
+    start = time.monotonic()
+    with pytest.raises(
+        LoaderWorkerDied, match=rf"^loader process {pid} was killed by a signal \(Killed\): most likely"
+    ):
+        next(data)
+    del data, processes
+    assert time.monotonic() - start < 4
+
+
+def test_what_killed_a_loader_process_is_told():
+    explain = loader_processes._explain_death
+    for message, expected in (
+        (
+            "DataLoader worker (pid 12) is killed by signal: Killed. ",
+            "process 12 was killed by a signal (Killed): most",
+        ),
+        ("DataLoader worker (pid 12) is killed by signal: Bus error. It is possible ...", "/dev/shm"),
+        ("DataLoader worker (pid(s) 12, 13) exited unexpectedly", "process 12, 13 ended: run with --num_workers 0"),
+        ("DataLoader worker (pid 12) exited unexpectedly with exit code 7. Details", "12 ended with exit code 7: run"),
+    ):
+        assert expected in explain(message)
+    assert explain("CUDA error: DataLoader") is None
+
+
+def test_a_signal_to_the_process_group_saves(tmp_path):
+    write_images(tmp_path / "images", [f"{'ab'[i % 2]}_{i}.png" for i in range(8)], size=(8, 8))
+    flags = {"data_dir": tmp_path / "images", "log_dir": tmp_path, "model": "MDTv2_Nano_2", "image_size": 8}
+    flags |= {"vae": "identity", "batch_size": 4, "num_workers": 2, "log_interval": 1}
+    command = [
+        sys.executable,
+        REPO / "scripts" / "image_train.py",
+        *(f"--{key}={value}" for key, value in flags.items()),
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    while not (tmp_path / "progress.jsonl").exists():
+        time.sleep(0.05)
+        assert process.poll() is None
+    os.killpg(process.pid, signal.SIGTERM)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and "stopped by a signal" in out
+    assert len(complete_steps(tmp_path)) == 1

@@ -1,6 +1,8 @@
 """Cached posteriors: equal to live encoding, resumable, the same on any number of ranks, refused where unfit."""
 
 import copy
+import errno
+import hashlib
 import json
 import sys
 
@@ -11,10 +13,11 @@ import torch
 from helpers import run_script, write_images
 
 from masked_diffusion import script_util
-from masked_diffusion.image_datasets import ImageDataset, list_image_files, load_data
+from masked_diffusion.image_datasets import ImageDataset, data_signature, list_image_files, load_data, relative_names
 from masked_diffusion.latents import cache as latent_cache
 from masked_diffusion.latents.autoencoder import create_first_stage
 from masked_diffusion.latents.cache import LatentCache, LatentDataset, encode_latents, fingerprint, load_latents
+from masked_diffusion.utils.errors import UserError
 from masked_diffusion.utils.random_numbers import GlobalBatchRandom
 
 NUM_IMAGES, SIZE = 13, 32
@@ -310,6 +313,45 @@ def test_training_names_what_is_not_there_yet(stages, copied, tmp_path_factory):
         load(tmp_path_factory.mktemp("empty"), stages["vae"])
 
 
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("[]", "it holds a list instead of a dictionary"),
+        ('{"shards": 3}', "its 'shards' is 3"),
+        ('{"shards": [], "version": 1, "image_size": "32"}', "its 'image_size' is '32'"),
+    ],
+)
+def test_a_header_of_another_shape_is_refused(copied, content, message):
+    (copied / "latents.json").write_text(content)
+    with pytest.raises(UserError, match=rf"latents\.json cannot be read \({message}\): run scripts/encode_latents"):
+        LatentCache(copied)
+
+
+def test_a_full_disk_is_a_sentence_and_leaves_nothing_half_written(images, stages, copied, monkeypatch):
+    (copied / "shard_00001.json").unlink()
+
+    def fill_disk(file, array, allow_pickle):
+        file.write(array.tobytes()[:100])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(np, "save", fill_disk)
+    with pytest.raises(
+        UserError, match=r"shard_00001\.npy could not be written \(No space left on device\): make room"
+    ):
+        encode(images, copied, stages["vae"])
+    monkeypatch.undo()
+    assert not list(copied.glob(".*"))
+    encode(images, copied, stages["vae"])
+
+
+def test_images_and_their_cache_have_one_signature(images, caches):
+    names = relative_names(list_image_files(images), images)
+    assert LatentCache(caches["vae"]).header["files_sha256"] == data_signature(names)
+    assert names == relative_names(list_image_files(f"{images}/"), f"{images}/")
+    assert data_signature(["a", "b"]) == hashlib.sha256(b'["a", "b"]').hexdigest()  # what older caches hold
+    assert len({data_signature(n) for n in (["a", "b"], ["b", "a"], ["ab"], ["a"], [])}) == 5
+
+
 def test_a_cache_of_a_later_format_is_refused(stages, copied, monkeypatch):
     monkeypatch.setattr(latent_cache, "VERSION", 2)
     with pytest.raises(ValueError, match=r"made with version 1 .*, now it is 2"):
@@ -319,9 +361,12 @@ def test_a_cache_of_a_later_format_is_refused(stages, copied, monkeypatch):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"image_size": 30}, "image_size (30) must be a multiple of 8"),
-        ({"shard_size": 0}, "shard_size is 0: it must be positive"),
+        ({"image_size": 30}, "--image_size is 30: it must be a multiple of 8"),
+        ({"shard_size": 0}, "--shard_size is 0: it must be at least 1"),
         ({"data_dir": ""}, "data_dir is empty"),
+        ({"latent_dir": ""}, "latent_dir is empty"),
+        ({"data_dir": "/nowhere", "vae": "/no/vae"}, "/nowhere is not a folder"),
+        ({"vae": "/no/vae"}, "no VAE at '/no/vae'"),
         ({"image_size": 64}, "was made with image_size 32"),
     ],
     ids=str,

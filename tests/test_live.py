@@ -2,7 +2,6 @@
 
 import json
 
-import image_train
 import numpy as np
 import pytest
 import torch
@@ -14,6 +13,7 @@ from evaluations.live import LiveEvaluation
 from evaluations.metrics import frechet_distance, gaussian_statistics, kernel_distance
 from masked_diffusion import load_model
 from masked_diffusion.latents.autoencoder import IdentityFirstStage
+from masked_diffusion.sampling import during_training
 from masked_diffusion.sampling.image_sampler import ImageSampler, choose_labels
 from masked_diffusion.sampling.solvers import create_solver
 
@@ -45,7 +45,7 @@ def pixels(images):
 
 
 def test_evaluation_changes_nothing_and_resumes_bitwise(images, reference, tmp_path, monkeypatch):
-    monkeypatch.setattr(image_train, "GRID_STEPS", "4")
+    monkeypatch.setattr(during_training, "STEPS", 4)
     flags = evaluation_flags(reference)
     run_train(monkeypatch, train_flags(images, tmp_path / "without", **OPTIONS))
     run_train(monkeypatch, train_flags(images, tmp_path / "with", **flags))

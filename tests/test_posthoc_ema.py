@@ -8,7 +8,7 @@ import reconstruct_ema
 import torch
 
 from masked_diffusion import create_model, load_model, logger, script_util
-from masked_diffusion.train_util import find_resume_step
+from masked_diffusion.config import LogConfig
 from masked_diffusion.training.ema import (
     PowerEMA,
     mix_snapshots,
@@ -20,6 +20,7 @@ from masked_diffusion.training.ema import (
     sigma_rel_to_gamma,
     solve_posthoc_weights,
 )
+from masked_diffusion.training.resume import Start, find_start
 from masked_diffusion.weights.checkpoint import newest_ema, parse_step, save_checkpoint
 
 TRACKED = (0.05, 0.10)
@@ -241,7 +242,7 @@ def test_the_script_makes_a_file_that_loads(tmp_path, monkeypatch, capsys):
         assert relative_error(loaded[name], expected) < 1e-2, name
     # Neither the folder's newest EMA nor a step to resume from.
     assert newest_ema(tmp_path).name == "ema_0.9_000040.pt" and load_model(tmp_path).depth == 4
-    assert find_resume_step(tmp_path / "new_run", str(path)) == (path, 0)
+    assert find_start(tmp_path / "new_run", LogConfig(resume_checkpoint=str(path))) == Start(path, 0, True)
     with pytest.raises(ValueError, match="names no step"):
         parse_step(path)
 

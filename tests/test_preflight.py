@@ -1,17 +1,30 @@
+"""The screen before training: bad images, classes, masking, memory; and the check of the number format."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
+import torch
 from helpers import write_images
-from PIL import Image
+from PIL import ExifTags, Image, ImageFile
+from test_image_datasets import break_image
 
 from masked_diffusion import create_model
+from masked_diffusion.config import RunConfig
 from masked_diffusion.training import preflight
+from masked_diffusion.training.resume import resolve
+from masked_diffusion.utils.errors import UserError
+from masked_diffusion.utils.precision import check_precision, set_matmul_precision
 
 
 def test_bad_images_are_listed_with_their_reason(tmp_path):
     paths = write_images(tmp_path, ["a_0.png", "a_1.png", "b_2.png"], size=(16, 16))
     (tmp_path / "a_1.png").write_bytes(b"nothing")
     Image.fromarray(np.zeros((3, 90, 3), dtype=np.uint8)).save(tmp_path / "b_2.png")
-    bad = dict(preflight.find_bad_images(paths, 16))
+    bad, rotated = preflight.inspect_images(paths, 16)
+    assert rotated == []
+    bad = dict(bad)
     assert bad.keys() == set(paths[1:])
     assert "cannot be read" in bad[paths[1]] and "is 90 x 3, tiny for an image_size of 16" in bad[paths[2]]
     assert preflight.check_images(paths, 16, "skip") == paths[:1]
@@ -42,3 +55,107 @@ def test_memory_is_that_of_the_tensors():
     assert preflight.memory_estimate(num, 2, "adan", 1, "none") == 4 * num * 8
     assert preflight.memory_estimate(num, 1, "adamw", 4, "zero1") == 4 * num * (3 + 0.5)
     assert preflight.memory_estimate(num, 1, "adamw", 4, "fsdp") == 4 * num * 5 / 4
+
+
+@pytest.mark.parametrize(
+    "kind, reason", [("bomb", "decompression bomb"), ("dangling link", "No such file"), ("loop", "symbolic links")]
+)
+def test_bombs_and_broken_links_are_bad_images(tmp_path, monkeypatch, kind, reason):
+    good, bad = map(Path, write_images(tmp_path, ["a_0.png", "a_1.png"], size=(8, 8)))
+    break_image(bad, kind, monkeypatch)
+    with pytest.raises(UserError, match=rf"1 bad images, the first: {bad} cannot be read: .*{reason}"):
+        preflight.check_images([str(good), str(bad)], 8, "error")
+    assert preflight.check_images([str(good), str(bad)], 8, "skip") == [str(good)]
+
+
+@pytest.mark.parametrize("on_bad_image", ["error", "skip"])
+def test_all_images_bad_is_said(tmp_path, on_bad_image):
+    paths = write_images(tmp_path, ["a_0.png", "a_1.png"], size=(8, 8))
+    with pytest.raises(UserError, match=rf"^all 2 images of data are bad, the first: {paths[0]} is 8 x 8, tiny"):
+        preflight.check_images(paths, 64, on_bad_image, "data")
+
+
+@pytest.mark.parametrize("ending", ["jpg", "png"])
+def test_exif_rotations_are_counted_without_decoding(tmp_path, monkeypatch, capsys, ending):
+    paths = []
+    for i, orientation in enumerate((1, 6, 3, None)):
+        exif = Image.Exif()
+        exif[ExifTags.Base.Make] = "a camera"
+        if orientation:
+            exif[ExifTags.Base.Orientation] = orientation
+        paths.append(str(tmp_path / f"a_{i}.{ending}"))
+        Image.new("RGB", (16, 16)).save(paths[-1], exif=exif)
+    monkeypatch.setattr(ImageFile.ImageFile, "load", None)
+    assert preflight.check_images(paths, 16, "error") == paths
+    assert f"2 images carry an EXIF rotation, such as {paths[1]}: it is not applied" in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+def test_damaged_exif_makes_no_bad_image(tmp_path):
+    Image.new("RGB", (16, 16)).save(tmp_path / "a_0.jpg", exif=b"Exif\x00\x00II*\x00\xff\xff\xff\xff")
+    paths = [str(tmp_path / "a_0.jpg")]
+    assert preflight.inspect_images(paths, 16) == ([], [])
+
+
+def show(capsys, model_name="MDTv2_Nano_2", vae_factor=1, world_size=1, labels=None, classes=(), **flags):
+    """The lines of the screen for a small model of 16 tokens."""
+    config = resolve(RunConfig().replaced(**{"model": model_name, "optimizer": "adan"} | flags))
+    config = config.replaced(classes=classes, global_batch=config.train.batch_size * world_size)
+    options = {} if config.model.mask_ratio is None else {"mask_ratio": config.model.mask_ratio}
+    model = create_model(model_name, input_size=8, in_channels=4, num_classes=2, **options)
+    preflight.report(config, model, SimpleNamespace(downsample=vae_factor), num_images=960, labels=labels)
+    return capsys.readouterr().out.splitlines()
+
+
+@pytest.mark.parametrize(
+    "model_name, mask_ratio, line",
+    [
+        ("MDTv2_Nano_2", 0.3, "masking: 30 % to 50 % of 16 tokens dropped in the masked pass"),
+        ("MDT_Nano_2", 0.3, "masking: 30 % of 16 tokens dropped in the masked pass"),
+        (
+            "MDTv2_Nano_2", None,
+            "no masked pass: MDTv2_Nano_2 trains without masking, since --mask_ratio is not set (the paper's runs have "
+            "0.3)",
+        ),
+        ("DiT_Nano_2", None, "no masked pass: DiT_Nano_2 has none"),
+    ],
+)  # fmt: skip
+def test_the_screen_shows_masking(capsys, model_name, mask_ratio, line):
+    assert line in show(capsys, model_name, mask_ratio=mask_ratio)
+
+
+def test_the_screen_shows_what_is_trained_how(capsys):
+    assert {
+        "960 images, no labels",
+        "first stage: ema, diffusion in pixels of 4 x 8 x 8",
+        "precision: fp32, not compiled",
+        "optimizer: adan, lr 0.0003, gradients clipped to a norm of 1",
+        "batch: 32 images x 1 ranks = global batch 32 per step, in microbatches of 32; 30.0 steps per epoch",
+    } <= set(show(capsys))
+    changes = {"world_size": 8, "microbatch": 16, "precision": "bf16", "compile": True, "lr_anneal_steps": 70}
+    changes |= {"optimizer": "adamw", "weight_decay": 0.1, "labels": np.arange(960) % 2, "classes": ("cat", "dog")}
+    assert {
+        "960 images of 2 classes",
+        "first stage: ema, latents of 4 x 8 x 8, 8 times smaller than the images",
+        "precision: bf16, compiled blocks",
+        "optimizer: adamw, lr 0.0003 annealed to 0 at step 70, weight decay 0.1, gradients not clipped",
+        "batch: 32 images x 8 ranks = global batch 256 per step, in microbatches of 16; 3.8 steps per epoch",
+    } <= set(show(capsys, vae_factor=8, **changes))
+
+
+def test_checking_a_precision_changes_nothing():
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        check_precision("bf16", torch.device("cpu"))
+        check_precision("tf32", torch.device("cuda"))
+        assert torch.get_float32_matmul_precision() == "medium"
+        for precision, expected in (("tf32", "high"), ("bf16", "highest"), ("fp32", "highest")):
+            set_matmul_precision(precision)
+            assert torch.get_float32_matmul_precision() == expected
+    finally:
+        torch.set_float32_matmul_precision(before)
+    with pytest.raises(UserError, match="--precision tf32 needs a GPU"):
+        check_precision("tf32", torch.device("cpu"))
+    with pytest.raises(UserError, match="--precision is 'fp8': choose one of fp32"):
+        check_precision("fp8", torch.device("cpu"))

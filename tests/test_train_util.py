@@ -15,7 +15,6 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from masked_diffusion import script_util
-from masked_diffusion.train_util import find_resume_step
 
 # ---------------------------------------------------------------- resume
 
@@ -23,7 +22,7 @@ from masked_diffusion.train_util import find_resume_step
 @pytest.mark.parametrize("sampler", ["uniform", "loss-second-moment"])
 @pytest.mark.parametrize("optimizer", ["adan", "adan-pytorch", "adamw"])
 def test_a_stopped_run_goes_on_bitwise(tmp_path, sampler, optimizer):
-    options = {"sampler": sampler, "optimizer": optimizer}
+    options = {"schedule_sampler": sampler, "optimizer": optimizer}
     trained(tmp_path / "whole", **options)
     trained(tmp_path / "parts", max_steps=2, **options)
     resumed = trained(tmp_path / "parts", **options)
@@ -37,19 +36,6 @@ def test_a_finished_run_does_nothing(tmp_path, capsys):
     trained(tmp_path, max_steps=2)
     assert "nothing to train" in capsys.readouterr().out
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.pt")}
-
-
-def test_where_training_goes_on(tmp_path):
-    assert find_resume_step(tmp_path, "auto") == (None, 0)
-    trained(tmp_path, max_steps=4)
-    assert find_resume_step(tmp_path, "auto") == (tmp_path / "model000004.pt", 4)
-    assert find_resume_step(tmp_path, str(tmp_path / "model000002.pt")) == (tmp_path / "model000002.pt", 2)
-    assert find_resume_step(tmp_path, "") == (None, 0)
-    foreign = tmp_path / "mdt_xl2_v2_ckpt.pt"
-    (tmp_path / "model000002.pt").rename(foreign)
-    assert find_resume_step(tmp_path, str(foreign)) == (foreign, 0)
-    with pytest.raises(ValueError, match=r"absent\.pt does not exist"):
-        find_resume_step(tmp_path, str(tmp_path / "absent.pt"))
 
 
 def test_foreign_weights_start_at_step_0(tmp_path):
@@ -81,11 +67,11 @@ def test_microbatches_add_up_to_the_batch(tmp_path):
 
 def test_ema_follows_the_weights(tmp_path):
     loop = make_loop(tmp_path)
-    expected = [p.detach().clone() for p in loop.params]
+    expected = [p.detach().clone() for p in loop.state.params]
     for _ in range(3):
         loop.run_step(*next(loop.data))
-        expected = [0.9 * e + 0.1 * p.detach() for e, p in zip(expected, loop.params, strict=True)]
-    for ours, theirs in zip(loop.ema["0.9"], expected, strict=True):
+        expected = [0.9 * e + 0.1 * p.detach() for e, p in zip(expected, loop.state.params, strict=True)]
+    for ours, theirs in zip(loop.state.ema["0.9"], expected, strict=True):
         torch.testing.assert_close(ours, theirs)
 
 
@@ -104,14 +90,14 @@ def test_annealing_ends_the_run_at_zero(tmp_path):
 def test_the_gradient_is_clipped_to_its_global_norm(tmp_path):
     loop = make_loop(tmp_path, grad_clip=1e-3, optimizer="adamw")
     seen = []
-    loop.opt.step = lambda: seen.append(torch.cat([p.grad.flatten() for p in loop.params]).norm())
+    loop.state.opt.step = lambda: seen.append(torch.cat([p.grad.flatten() for p in loop.state.params]).norm())
     loop.run_step(*next(loop.data))
     assert seen[0] == pytest.approx(1e-3, rel=1e-2)
 
 
 def test_bf16_trains_float32_weights(tmp_path):
     loop = trained(tmp_path, precision="bf16", max_steps=2)
-    assert {p.dtype for p in loop.params} == {torch.float32}
+    assert {p.dtype for p in loop.state.params} == {torch.float32}
 
 
 # ---------------------------------------------------------------- logs
@@ -234,7 +220,7 @@ def test_metrics_after_a_resume_go_on_where_the_checkpoint_was(tmp_path):
     loop = make_loop(tmp_path, max_steps=10, log_interval=1, save_interval=4)
     for _ in range(6):  # two steps beyond the checkpoint, then a crash while a row is written
         loop.run_step(*next(loop.data))
-        loop._log()
+        loop._log_row()
         if loop.step == 4:
             loop.save()
     with (tmp_path / "progress.jsonl").open("a") as file:
@@ -257,7 +243,7 @@ def test_metrics_after_a_resume_go_on_where_the_checkpoint_was(tmp_path):
         ({"batch_size": 64}, "holds 24 images, fewer than one global batch of 64"),
         ({"resume_checkpoint": "nowhere/model000001.pt"}, "nowhere/model000001.pt does not exist"),
         ({"model": "DiT_Nano_2"}, "DiT has no masked pass"),
-        ({"schedule_sampler": "best"}, "schedule_sampler is 'best'"),
+        ({"schedule_sampler": "best"}, "--schedule_sampler is best: it must be one of uniform, loss-second-moment"),
     ]
     + ([] if torch.cuda.is_available() else [({"use_fp16": True}, "precision fp16 needs a GPU")]),
     ids=str,

@@ -10,28 +10,33 @@ import hashlib
 import json
 import random
 import time
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from .. import dist_util, logger
-from ..image_datasets import ImageDataset, image_classes, list_image_files, stream
+from ..image_datasets import ImageDataset, data_signature, image_classes, list_image_files, relative_names, stream
 from ..utils.errors import UserError
-from ..utils.files import atomic_write, file_hash, write_json
+from ..utils.files import atomic_write, disk_errors, file_hash, write_json
+from ..utils.loader_processes import LoaderIterator, init_loader_process
 from ..utils.random_numbers import fold_seed
-from .autoencoder import IdentityFirstStage
+from .autoencoder import FirstStage, IdentityFirstStage
 
 VERSION = 1
 HEADER_NAME = "latents.json"
+ADVICE = "make room, or choose another --latent_dir; the same command goes on where it stopped"
+HEADER_NUMBERS = ("version", "image_size", "channels", "latent_size", "num_images", "shard_size")
 
 # ---------------------------------------------------------------- the folder
 
 
-def fingerprint(first_stage):
+def fingerprint(first_stage: FirstStage) -> str:
     """SHA-256 over names, shapes, formats and numbers of a VAE's weights, in hexadecimal; `identity` for pixels."""
     if isinstance(first_stage, IdentityFirstStage):
         return "identity"
@@ -48,13 +53,16 @@ class LatentCache:
     :raises UserError: when the folder holds no cache, or one of another format.
     """
 
-    def __init__(self, folder):
+    def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        self.header = _read_json(self.folder / HEADER_NAME)
+        self.header = _read_json(self.folder / HEADER_NAME, {"shards": list} | dict.fromkeys(HEADER_NUMBERS, int))
         self.check(version=VERSION)
 
-    def check(self, **wanted):
-        """Raise a UserError when an item of the header is not as wanted, with both values."""
+    def check(self, **wanted: Any) -> None:
+        """Refuse the cache when an item of the header is not as wanted.
+
+        :raises UserError: with the item and both values.
+        """
         for key, value in wanted.items():
             if self.header.get(key) != value:
                 raise UserError(
@@ -62,25 +70,26 @@ class LatentCache:
                     f"now it is {value}: repeat its settings, or choose another --latent_dir"
                 )
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.header["shards"])
 
-    def path(self, shard):
+    def path(self, shard: int) -> Path:
+        """The file of a shard's array."""
         return self.folder / self.header["shards"][shard]
 
-    def rows(self, shard):
+    def rows(self, shard: int) -> range:
         """The images of a shard, as a range of their indices."""
         start, size = shard * self.header["shard_size"], self.header["shard_size"]
         return range(start, min(start + size, self.header["num_images"]))
 
-    def describe(self, shard):
+    def describe(self, shard: int) -> dict[str, Any]:
         """`sha256`, `files` and `labels` (None without classes) of a complete shard; its array is not read.
 
         :raises UserError: when the shard is not complete.
         """
-        return _read_json(self.path(shard).with_suffix(".json"))
+        return _read_json(self.path(shard).with_suffix(".json"), {"sha256": str, "files": list})
 
-    def open(self, shard):
+    def open(self, shard: int) -> np.memmap:
         """A shard as a memory-mapped (n, 2, 2, C, h, w) float16 array.
 
         :raises UserError: for an array that is not there, cut short, or not of this shape.
@@ -95,33 +104,42 @@ class LatentCache:
             raise UserError(f"{path} cannot be read ({error}): run scripts/encode_latents.py again") from error
         return array
 
-    def is_complete(self, shard, verify=False):
+    def is_complete(self, shard: int, verify: bool = False) -> bool:
         """Whether a shard needs no encoding; `verify` reads all of it for its checksum."""
         try:
             described = self.describe(shard)
             self.open(shard)
-        except ValueError:
+        except UserError:
             return False
         return not verify or file_hash(self.path(shard)) == described["sha256"]
 
-    def write(self, shard, latents, files, labels):
+    def write(self, shard: int, latents: np.ndarray, files: list[str], labels: list[int] | None) -> None:
         """Complete a shard.
 
-        :raises UserError: for latents that float16 cannot hold.
+        :param latents: (n, 2, 2, C, h, w) float16; see the head of this module.
+        :raises UserError: for latents that float16 cannot hold, and when the disk does not take the files.
         """
         path = self.path(shard)
         if not np.isfinite(latents).all():
             raise UserError(f"{files[0]} to {files[-1]}: a latent is infinite or NaN in float16: train without a cache")
-        # An old description must not vouch for the new array.
-        path.with_suffix(".json").unlink(missing_ok=True)
-        with atomic_write(path) as file:
-            np.save(file, latents, allow_pickle=False)
-        write_json(path.with_suffix(".json"), {"sha256": file_hash(path), "files": files, "labels": labels})
+        with disk_errors(path, ADVICE):
+            # An old description must not vouch for the new array.
+            path.with_suffix(".json").unlink(missing_ok=True)
+            with atomic_write(path, ADVICE) as file:
+                np.save(file, latents, allow_pickle=False)
+            write_json(path.with_suffix(".json"), {"sha256": file_hash(path), "files": files, "labels": labels})
 
 
-def _read_json(path):
+def _read_json(path, required):
+    """The dictionary in a file, with the `required` keys, whose values are of the given types."""
     try:
-        return json.loads(path.read_text())
+        found = json.loads(path.read_text())
+        if not isinstance(found, dict):
+            raise UserError(f"it holds a {type(found).__name__} instead of a dictionary")
+        for key, kind in required.items():
+            if not isinstance(found.get(key), kind):
+                raise UserError(f"its {key!r} is {found.get(key)!r}")
+        return found
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}): run scripts/encode_latents.py") from error
 
@@ -130,8 +148,19 @@ def _read_json(path):
 
 
 def encode_latents(
-    *, data_dir, latent_dir, image_size, first_stage, vae, batch_size, shard_size, class_cond, num_workers, verify
-):
+    *,
+    data_dir: str,
+    latent_dir: str,
+    image_size: int,
+    first_stage: FirstStage,
+    vae: str,
+    batch_size: int,
+    shard_size: int,
+    class_cond: bool,
+    num_workers: int,
+    verify: bool,
+    paths: Sequence[str] | None = None,
+) -> None:
     """Encode all images of a folder, centre-cropped, plain and mirrored; what is there already is not done again.
 
     The ranks share out the missing shards. A shard is the same whichever rank makes it.
@@ -140,13 +169,17 @@ def encode_latents(
     :param batch_size: images per rank at a time.
     :param class_cond: take labels from the file names; see `image_classes`.
     :param verify: compare complete shards with their checksums, and encode the damaged ones again.
+    :param paths: the images of `data_dir`, where they have been listed already.
     :raises UserError: for a cache that was made with other settings or files, an image size that the first stage
-        cannot reduce, and bad image folders, as `load_data` does.
+        cannot reduce, bad image folders, as `load_data` does, and a disk that does not take the files.
     """
     if image_size % first_stage.downsample:
-        raise UserError(f"image_size ({image_size}) must be a multiple of {first_stage.downsample}")
-    paths = list_image_files(data_dir)
-    files = [path.removeprefix(data_dir).lstrip("/") for path in paths]
+        raise UserError(
+            f"--image_size is {image_size}: it must be a multiple of {first_stage.downsample}, by which --vae {vae} "
+            "reduces images"
+        )
+    paths = list_image_files(data_dir) if paths is None else paths
+    files = relative_names(paths, data_dir)
     labels, classes = image_classes(paths) if class_cond else (None, [])
     header = {
         "version": VERSION,
@@ -156,7 +189,7 @@ def encode_latents(
         "channels": first_stage.channels,
         "latent_size": image_size // first_stage.downsample,
         "num_images": len(files),
-        "files_sha256": hashlib.sha256(json.dumps(files).encode()).hexdigest(),
+        "files_sha256": data_signature(files),
         "class_cond": class_cond,
         "classes": classes,
         "shard_size": shard_size,
@@ -167,7 +200,9 @@ def encode_latents(
     own = missing[dist_util.get_rank() :: dist_util.get_world_size()]
     batches = [rows[i : i + batch_size] for rows in map(cache.rows, own) for i in range(0, len(rows), batch_size)]
     dataset, pin = ImageDataset(image_size, paths, random_flip=False), dist_util.dev().type == "cuda"
-    loader = DataLoader(dataset, batch_sampler=batches, num_workers=num_workers, pin_memory=pin)
+    loader = DataLoader(
+        dataset, batch_sampler=batches, num_workers=num_workers, pin_memory=pin, worker_init_fn=init_loader_process
+    )
     encoded = _encode_batches(first_stage, loader, sum(map(len, batches)), sum(len(cache.rows(i)) for i in missing))
     for shard in own:
         rows = cache.rows(shard)
@@ -179,11 +214,12 @@ def encode_latents(
 
 def _start_cache(folder, header, vae):
     if dist_util.is_main():
-        folder.mkdir(parents=True, exist_ok=True)
-        for path in folder.glob(".*.partial"):  # of a run that was killed
-            path.unlink()
-        if not (folder / HEADER_NAME).exists():
-            write_json(folder / HEADER_NAME, header | {"vae": vae})
+        with disk_errors(folder / HEADER_NAME, ADVICE):
+            folder.mkdir(parents=True, exist_ok=True)
+            for path in folder.glob(".*.partial"):  # of a run that was killed
+                path.unlink()
+            if not (folder / HEADER_NAME).exists():
+                write_json(folder / HEADER_NAME, header | {"vae": vae})
     dist_util.barrier()
     cache = LatentCache(folder)
     cache.check(**header)
@@ -208,7 +244,7 @@ def _encode_batches(first_stage, loader, own, total):
     """Yield batches as (N, 2, 2, C, h, w) float16, and log: this rank encodes `own` of all ranks' `total` images."""
     start = last_log = time.perf_counter()
     count = 0
-    for images, _ in loader:
+    for images, _ in LoaderIterator(loader):
         images = images.to(dist_util.dev(), non_blocking=True)
         flips = [torch.stack(first_stage.moments(flip), dim=1) for flip in (images, images.flip(3))]
         latents = torch.stack(flips, dim=1).to(torch.float16).cpu().numpy()
@@ -227,17 +263,17 @@ def _encode_batches(first_stage, loader, own, total):
 
 def load_latents(
     *,
-    latent_dir,
-    batch_size,
-    image_size,
-    first_stage,
-    class_cond=False,
-    random_crop=False,
-    random_flip=True,
-    num_workers=1,
-    seed=0,
-    start_step=0,
-):
+    latent_dir: str,
+    batch_size: int,
+    image_size: int,
+    first_stage: FirstStage,
+    class_cond: bool = False,
+    random_crop: bool = False,
+    random_flip: bool = True,
+    num_workers: int = 1,
+    seed: int = 0,
+    start_step: int = 0,
+) -> Iterator:
     """`load_data` from a cache: an endless iterator over `(batch, cond)` of the same images, flips and labels.
 
     `batch` is (batch_size, 2, C, h, w) float32, mean and standard deviation, of which `first_stage.sample` makes
@@ -263,7 +299,9 @@ class LatentDataset(Dataset):
     :raises UserError: for a cache that is not complete, or has no labels although they are asked for.
     """
 
-    def __init__(self, latent_dir, class_cond=False, random_flip=True, seed=0):
+    def __init__(
+        self, latent_dir: str | Path, class_cond: bool = False, random_flip: bool = True, seed: int = 0
+    ) -> None:
         self.cache, self.random_flip, self.seed = LatentCache(latent_dir), random_flip, seed
         if class_cond:
             self.cache.check(class_cond=True)

@@ -12,7 +12,7 @@ from ..latents.autoencoder import create_first_stage
 from ..models import create_model
 from ..utils.errors import UserError
 from ..utils.files import file_hash
-from ..utils.precision import check_precision
+from ..utils.precision import check_precision, set_matmul_precision
 from ..weights.pretrained import OpenedWeights, build_model, open_weights
 from .class_names import class_names
 from .image_sampler import ImageSampler
@@ -56,6 +56,7 @@ def load_weights(config: SampleConfig) -> LoadedWeights:
     """
     device = dist_util.dev()
     check_precision(config.precision, device)
+    set_matmul_precision(config.precision)
     with dist_util.main_first():
         opened = open_weights(config.weights.model_path)
         guide = open_weights(config.guidance.guide_path) if config.guidance.guide_path else None

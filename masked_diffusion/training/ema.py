@@ -14,12 +14,12 @@ import numpy as np
 import torch
 
 from .. import dist_util
+from ..config import MAX_SIGMA_REL
 from ..utils.errors import UserError
 from ..utils.files import atomic_write
 from .optim import update_ema
-from .parallel import like, whole
+from .parallel import gather_full, shard_like
 
-MAX_SIGMA_REL = 12**-0.5  # gamma = 0: the plain average of all steps
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 
 
@@ -113,7 +113,7 @@ class PowerEMA:
 
     def state_dict(self):
         """Lists of whole tensors by width. All ranks call it."""
-        return {width: list(map(whole, averages)) for width, averages in self.averages.items()}
+        return {width: list(map(gather_full, averages)) for width, averages in self.averages.items()}
 
     def load_state_dict(self, state):
         """Go on from a state dict of whole tensors.
@@ -127,7 +127,7 @@ class PowerEMA:
             )
         for width, averages in self.averages.items():
             for average, saved in zip(averages, state[width], strict=True):
-                average.copy_(like(saved, average))
+                average.copy_(shard_like(saved, average))
 
 
 def save_snapshots(folder, step, averages, model_state, names, dtype="fp32"):
@@ -142,6 +142,12 @@ def save_snapshots(folder, step, averages, model_state, names, dtype="fp32"):
         tensors = [tensor.to(DTYPES[dtype]) for tensor in tensors]
         with atomic_write(Path(folder, f"phema_{width}_{step:06d}.pt")) as file:
             torch.save(model_state | dict(zip(names, tensors, strict=True)), file)
+
+
+def remove_snapshots(folder: str | Path, step: int) -> None:
+    """Remove the snapshots of a step, whose checkpoint could not be written."""
+    for path in Path(folder).glob(f"phema_*_{step:06d}.pt"):
+        path.unlink()
 
 
 # ---------------------------------------------------------------- after training

@@ -2,9 +2,8 @@
 
 import torch
 
+from ..config import OPTIMIZERS
 from ..utils.errors import UserError
-
-OPTIMIZERS = ("adan", "adan-pytorch", "adamw")
 
 
 def create_optimizer(name, params, lr, weight_decay=0.0):
@@ -28,9 +27,9 @@ def create_optimizer(name, params, lr, weight_decay=0.0):
     raise UserError(f"optimizer is {name!r}: choose one of {', '.join(OPTIMIZERS)}")
 
 
-def default_grad_clip(name):
-    """The global gradient norm that training clips to: Adan is trained with 1, AdamW without."""
-    return None if name == "adamw" else 1.0
+def default_grad_clip(name: str) -> float:
+    """The global gradient norm that training clips to: Adan is trained with 1, AdamW without clipping (0)."""
+    return 0.0 if name == "adamw" else 1.0
 
 
 def annealed_lr(lr, step, anneal_steps):

@@ -11,10 +11,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from .. import dist_util
+from ..config import SHARDS
 from ..utils.errors import UserError
 from .optim import create_optimizer
-
-SHARDS = ("none", "zero1", "fsdp")
 
 
 def parallelize(objective, shard):
@@ -54,12 +53,12 @@ def make_optimizer(name, params, lr, weight_decay, shard):
     return create_optimizer(name, params, lr, weight_decay)
 
 
-def whole(tensor):
+def gather_full(tensor):
     """A tensor put together from its shards. All ranks call it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def like(tensor, param):
+def shard_like(tensor, param):
     """A whole tensor cut as `param` is."""
     if isinstance(param, DTensor):
         return distribute_tensor(tensor.to(param.device), param.device_mesh, param.placements)
@@ -80,7 +79,9 @@ def optimizer_state(optimizer):
     state = optimizer.state_dict()
     return state | {
         "state": {
-            index: {key: whole(value) if isinstance(value, torch.Tensor) else value for key, value in entry.items()}
+            index: {
+                key: gather_full(value) if isinstance(value, torch.Tensor) else value for key, value in entry.items()
+            }
             for index, entry in state["state"].items()
         }
     }
@@ -90,7 +91,7 @@ def load_optimizer_state(optimizer, state, params):
     """Give the optimizer a state dict of whole tensors, whatever its sharding."""
     entries = {
         index: {
-            key: like(value, params[index]) if isinstance(value, torch.Tensor) and value.ndim else value
+            key: shard_like(value, params[index]) if isinstance(value, torch.Tensor) and value.ndim else value
             for key, value in entry.items()
         }
         for index, entry in state["state"].items()

@@ -1,57 +1,99 @@
 """What a person wants to know before weeks of training, on one screen."""
 
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import blobfile as bf
-from PIL import Image
+import numpy as np
+import torch.nn as nn
+from PIL import ExifTags, Image
 
 from .. import logger
+from ..config import RunConfig, TrainConfig, split_numbers
 from ..utils.errors import UserError
+from ..utils.flops import forward_flops
 
 SHOWN_CLASSES, SHOWN_BAD_IMAGES, BAR = 10, 20, 40
+PAPER_MASK_RATIO = 0.3
+
+# ---------------------------------------------------------------- the images
 
 
-def find_bad_images(paths, image_size, num_threads=16):
-    """Files whose header cannot be read, or whose short side is less than half of `image_size`.
+def inspect_images(paths: Sequence[str], image_size: int, num_threads: int = 16) -> tuple[list, list[str]]:
+    """Read the header of every image.
 
-    :return: list of (path, reason).
+    :return: `(path, reason)` of the bad ones, whose header cannot be read or whose short side is less than half of
+        `image_size`; and the paths of those that carry an EXIF rotation.
     """
 
-    def check(path):
+    def inspect(path):
         try:
             with bf.BlobFile(path, "rb") as file, Image.open(file) as image:
-                width, height = image.size
-        except (OSError, SyntaxError, ValueError) as error:
-            return path, f"cannot be read: {error}"
+                (width, height), rotated = image.size, _is_rotated(image)
+        except MemoryError:
+            raise
+        except Exception as error:  # on damaged files Pillow's readers raise nearly anything
+            return f"cannot be read: {error}", False
         if 2 * min(width, height) < image_size:
-            return path, f"is {width} x {height}, tiny for an image_size of {image_size}"
-        return None
+            return f"is {width} x {height}, tiny for an image_size of {image_size}", False
+        return None, rotated
 
     with ThreadPoolExecutor(num_threads) as pool:
-        return [bad for bad in pool.map(check, paths, chunksize=64) if bad]
+        found = list(zip(paths, pool.map(inspect, paths, chunksize=64), strict=True))
+    bad = [(path, reason) for path, (reason, _) in found if reason]
+    return bad, [path for path, (_, rotated) in found if rotated]
 
 
-def check_images(paths, image_size, on_bad_image):
+def _is_rotated(image):
+    # A PNG may carry EXIF behind its pixels, for which Pillow would decode them all.
+    if "exif" not in image.info:
+        return False
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9)
+    except Exception:  # damaged EXIF does not make an image bad, since training does not read it
+        return False
+
+
+def check_images(paths: Sequence[str], image_size: int, on_bad_image: str, data_dir: str = "--data_dir") -> list[str]:
     """The paths to train on.
 
     :param on_bad_image: `error`, or `skip` to leave bad images out; each is listed either way.
-    :raises UserError: with `error` and a bad image.
+    :param data_dir: what a message calls the place of the images.
+    :raises UserError: with `error` and a bad image, and when all images are bad.
     """
-    bad = find_bad_images(paths, image_size)
+    bad, rotated = inspect_images(paths, image_size)
     for path, reason in bad[:SHOWN_BAD_IMAGES]:
         logger.log(f"{path} {reason}")
     if len(bad) > SHOWN_BAD_IMAGES:
         logger.log(f"... and {len(bad) - SHOWN_BAD_IMAGES} more")
-    if bad and on_bad_image == "error":
+    if rotated:
+        logger.log(
+            f"{len(rotated)} images carry an EXIF rotation, such as {rotated[0]}: it is not applied, as in ADM; "
+            "rotate their pixels first if they should stand upright (PIL.ImageOps.exif_transpose)"
+        )
+    if bad:
         path, reason = bad[0]
-        raise UserError(f"{len(bad)} bad images, the first: {path} {reason}; mend them, or use --on_bad_image skip")
+        if len(bad) == len(paths):
+            raise UserError(f"all {len(bad)} images of {data_dir} are bad, the first: {path} {reason}")
+        if on_bad_image == "error":
+            raise UserError(
+                f"{len(bad)} bad images, the first: {path} {reason}; mend or remove them, or leave them out with "
+                "--on_bad_image skip"
+            )
     skipped = {path for path, _ in bad}
     return [path for path in paths if path not in skipped]
 
 
-def describe_classes(labels, names):
-    """Lines that show how many images each class has: every class, or a histogram when there are many."""
+# ---------------------------------------------------------------- the classes
+
+
+def describe_classes(labels: np.ndarray, names: Sequence[str]) -> list[str]:
+    """Lines that show how many images each class has: every class, or a histogram when there are many.
+
+    :param labels: (N,) integers. :param names: of the classes, in the order of their labels.
+    """
     counts = Counter(labels.tolist())
     if len(names) <= SHOWN_CLASSES:
         return [f"  {name:20} {counts[i]:8} {_bar(counts[i], max(counts.values()))}" for i, name in enumerate(names)]
@@ -70,7 +112,7 @@ def _bar(count, largest):
     return "#" * round(BAR * count / largest)
 
 
-def check_classes(data_dir, names, num_classes):
+def check_classes(data_dir: str, names: Sequence[str], num_classes: int) -> None:
     """Refuse names that cannot be meant.
 
     :raises UserError: for one class only, or more than the model has.
@@ -78,7 +120,8 @@ def check_classes(data_dir, names, num_classes):
     if len(names) == 1:
         raise UserError(
             f"all images of {data_dir} are of one class, {names[0]!r}: the class is the file name up to its first "
-            "underscore; rename the files, or train without labels (--class_cond False)"
+            "underscore; rename the files (datasets/class_folders.py does it for a folder per class), or train without "
+            "labels (--class_cond False)"
         )
     if len(names) > num_classes:
         raise UserError(
@@ -86,18 +129,70 @@ def check_classes(data_dir, names, num_classes):
         )
 
 
-def memory_estimate(num_params, num_emas, optimizer, world_size, shard):
+# ---------------------------------------------------------------- the run
+
+
+def memory_estimate(num_params: int, num_emas: int, optimizer: str, world_size: int, shard: str) -> float:
     """Bytes per rank for weights, gradients, optimizer state and EMAs, all float32; activations come on top."""
     states = {"adan": 4, "adan-pytorch": 4, "adamw": 2}[optimizer]
     sharded = {"none": 0, "zero1": states, "fsdp": 2 + states + num_emas}[shard]
     return 4 * num_params * (2 + states + num_emas - sharded + sharded / world_size)
 
 
-def report(*, labels, names, num_images, model_name, num_params, gflop, global_batch, memory):
-    """Log the screen."""
-    logger.log(f"{num_images} images" + (f" of {len(names)} classes" if names else ", no labels"))
-    for line in describe_classes(labels, names) if names else ():
+def report(
+    config: RunConfig, model: nn.Module, first_stage: Any, *, num_images: int, labels: np.ndarray | None
+) -> None:
+    """Log the screen.
+
+    :param config: resolved, with its facts. :param labels: (num_images,) integers, or None without classes.
+    """
+    train, class_names = config.train, config.classes
+    logger.log(f"{num_images} images" + (f" of {len(class_names)} classes" if class_names else ", no labels"))
+    for line in describe_classes(labels, class_names) if class_names else ():
         logger.log(line)
-    logger.log(f"{model_name}: {num_params / 1e6:.3f} M parameters, {gflop:.2f} GFLOP per image and full forward pass")
-    logger.log(f"global batch {global_batch}: {num_images / global_batch:.1f} steps per epoch")
+    num_params = sum(p.numel() for p in model.parameters())
+    logger.log(
+        f"{config.model.model}: {num_params / 1e6:.3f} M parameters, {forward_flops(model) / 1e9:.2f} GFLOP per image "
+        "and full forward pass"
+    )
+    logger.log(_describe_masking(model, config.model.model))
+    logger.log(_describe_first_stage(model, first_stage, config.model.vae))
+    logger.log(f"precision: {config.precision}, {'compiled blocks' if train.compile else 'not compiled'}")
+    logger.log(f"optimizer: {', '.join(_describe_optimizer(train))}")
+    world_size = config.global_batch // train.batch_size
+    micro = train.microbatch if 0 < train.microbatch < train.batch_size else train.batch_size
+    logger.log(
+        f"batch: {train.batch_size} images x {world_size} ranks = global batch {config.global_batch} per step, in "
+        f"microbatches of {micro}; {num_images / config.global_batch:.1f} steps per epoch"
+    )
+    num_emas = len(train.ema_rate.split(",")) + len(split_numbers(train.phema))
+    memory = memory_estimate(num_params, num_emas, train.optimizer, world_size, train.shard)
     logger.log(f"about {memory / 2**30:.2f} GiB per rank for weights, gradients, optimizer and EMA, before activations")
+
+
+def _describe_masking(model: nn.Module, model_name: str) -> str:
+    if model.mask_ratio is not None:
+        most = model.mask_ratio + model.mask_ratio_spread
+        shares = f"{model.mask_ratio:.0%}" + (f" to {most:.0%}" if model.mask_ratio_spread else "")
+        return f"masking: {shares.replace('%', ' %')} of {model.num_patches} tokens dropped in the masked pass"
+    if not hasattr(model, "draw_kept"):
+        return f"no masked pass: {model_name} has none"
+    return (
+        f"no masked pass: {model_name} trains without masking, since --mask_ratio is not set (the paper's runs have "
+        f"{PAPER_MASK_RATIO})"
+    )
+
+
+def _describe_first_stage(model: nn.Module, first_stage, vae: str) -> str:
+    shape = f"{model.in_channels} x {model.input_size} x {model.input_size}"
+    if first_stage.downsample == 1:
+        return f"first stage: {vae}, diffusion in pixels of {shape}"
+    return f"first stage: {vae}, latents of {shape}, {first_stage.downsample} times smaller than the images"
+
+
+def _describe_optimizer(train: TrainConfig) -> Iterator[str]:
+    annealed = f" annealed to 0 at step {train.lr_anneal_steps}" if train.lr_anneal_steps else ""
+    yield f"{train.optimizer}, lr {train.lr:g}{annealed}"
+    if train.weight_decay:
+        yield f"weight decay {train.weight_decay:g}"
+    yield f"gradients clipped to a norm of {train.grad_clip:g}" if train.grad_clip else "gradients not clipped"

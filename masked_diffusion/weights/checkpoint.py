@@ -4,8 +4,10 @@ File names are the published ones: `model{step:06d}.pt`, `ema_{rate}_{step:06d}.
 are plain state dicts. `opt` is written last: where it is, the checkpoint is complete.
 """
 
+import itertools
 import json
 import re
+import shutil
 from pathlib import Path
 
 import torch
@@ -15,6 +17,7 @@ from ..utils.errors import UserError
 from ..utils.files import atomic_write
 
 CONFIG_NAME = "config.json"
+SAVE_ADVICE = "make room and run the same command again; the last checkpoint is intact"
 
 # ---------------------------------------------------------------- writing
 
@@ -36,25 +39,14 @@ def save_checkpoint(folder, step, model_state, ema_states, train_state):
 
     :param ema_states: dict of EMA rates, as the user wrote them, to state dicts.
     :param train_state: dict of everything else that a resumed run needs.
-    :raises OSError: when the disk is full, say; no partial file stays.
+    :raises DiskError: when the disk is full, say; no partial file stays.
     """
     files = {model_name(step): model_state}
     files |= {ema_name(rate, step): state for rate, state in ema_states.items()}
     files[opt_name(step)] = train_state
     for name, state in files.items():
-        try:
-            with atomic_write(Path(folder, name)) as file:
-                torch.save(state, file)
-        except (OSError, RuntimeError) as error:
-            # torch hides the disk's error behind one of its own.
-            cause = error if isinstance(error, OSError) else error.__context__
-            if not isinstance(cause, OSError):
-                raise
-            raise OSError(
-                cause.errno,
-                f"{Path(folder, name)} could not be written ({cause.strerror}): make room and run the same command "
-                "again; the last checkpoint is intact",
-            ) from error
+        with atomic_write(Path(folder, name), SAVE_ADVICE) as file:
+            torch.save(state, file)
 
 
 def prune_checkpoints(folder, keep):
@@ -69,6 +61,32 @@ def prune_checkpoints(folder, keep):
         step = parse_step(mark.name[1:].removesuffix(".pruned"))
         for path in (Path(folder, model_name(step)), *Path(folder).glob(f"ema_*_{step:06d}.pt"), mark):
             path.unlink(missing_ok=True)
+
+
+def set_aside(folder: str | Path, step: int) -> Path | None:
+    """Move the checkpoints after a step into a folder of their own, with copies of the logs and the configuration.
+
+    :param step: 0 moves them all.
+    :return: that folder, or None where there was nothing to move.
+    """
+    found = (
+        path
+        for path in Path(folder).glob("*.pt")
+        if re.fullmatch(r"(model|opt|ema_.+_|phema_.+_)\d{6,}\.pt", path.name)
+    )
+    files = [path for path in found if int(re.search(r"(\d+)\.pt$", path.name)[1]) > step]
+    if not files:
+        return None
+    number = next(n for n in itertools.count(1) if not Path(folder, f"earlier_run_{n}").exists())
+    aside = Path(folder, f"earlier_run_{number}")
+    aside.mkdir()
+    for name in (CONFIG_NAME, "progress.csv", "progress.jsonl", "log.txt"):
+        if Path(folder, name).exists():
+            shutil.copy2(Path(folder, name), aside / name)
+    # `opt` first: a checkpoint without it is none, so a killed move leaves no mixture behind.
+    for path in sorted(files, key=lambda path: not path.name.startswith("opt")):
+        path.rename(aside / path.name)
+    return aside
 
 
 # ---------------------------------------------------------------- finding
