@@ -111,27 +111,6 @@ def _optional(read: Callable[[str], Any]) -> Callable[[str], Any]:
     return read_optional
 
 
-def optional_float(text):
-    return None if text.lower() == "none" else float(text)
-
-
-def make_parser(description):
-    parser = Parser(description=description)
-    parser.add_argument("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)
-    return parser
-
-
-def check_positive(args, *names):
-    """Refuse flags that are not positive, before anything starts."""
-    for name in names:
-        if getattr(args, name) <= 0:
-            raise UserError(f"{name} is {getattr(args, name)}: it must be positive")
-
-
-def precision_of(args):
-    return "fp16" if args.use_fp16 else args.precision
-
-
 # ---------------------------------------------------------------- how a script ends
 
 
