@@ -14,7 +14,7 @@ from timm.layers import PatchEmbed
 from torch import Tensor
 
 from .guidance import Guidance, guide
-from .layers.attention import Attention, gather_pairs  # noqa: F401 (published here)
+from .layers.attention import Attention, RelativePositionBias, gather_pairs  # noqa: F401 (published here)
 from .layers.base import BlockModel
 from .layers.blocks import DiTBlock, FinalLayer, MDTBlock, modulate  # noqa: F401 (published here)
 from .layers.embeddings import (  # noqa: F401 (published here)

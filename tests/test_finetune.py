@@ -6,6 +6,7 @@ from fill import fill
 
 from masked_diffusion import create_model
 from masked_diffusion.training.finetune import load_pretrained
+from masked_diffusion.weights.checkpoint import save_checkpoint
 
 
 def make(**options):
@@ -67,11 +68,33 @@ def test_smooth_tables_survive_interpolation(tmp_path):
     torch.testing.assert_close(grid[3:5, 3:5].mean(dim=(0, 1)), middle, atol=0.12, rtol=0)
 
 
+def test_a_training_folder_gives_its_newest_ema(tmp_path, capsys):
+    old, new = fill(make()).state_dict(), {key: v * 2 for key, v in fill(make()).state_dict().items()}
+    new = {key: old[key] if key.endswith("relative_position_index") else v for key, v in new.items()}
+    save_checkpoint(tmp_path, 5, old, {"0.9": old}, {"step": 5})
+    save_checkpoint(tmp_path, 9, old, {"0.9": new}, {"step": 9})
+    (tmp_path / "config.json").write_text(json.dumps({"classes": ["cat", "dog", "owl"]}))
+    model = make(num_classes=2)
+    load_pretrained(model, tmp_path, class_names=["owl", "yak"])
+    assert torch.equal(model.pos_embed, new["pos_embed"])
+    assert torch.equal(model.y_embedder.embedding_table.weight[0], new["y_embedder.embedding_table.weight"][2])
+    said = capsys.readouterr().out
+    assert f"weights of {tmp_path} from {tmp_path / 'ema_0.9_000009.pt'}" in said
+    assert "1 of 2 classes start afresh: yak" in said
+
+
+def test_classes_beyond_the_names_are_listed_by_number(weights, capsys):
+    load_pretrained(make(num_classes=4), weights, class_names=["ant", "bee"])
+    assert "4 of 4 classes start afresh: ant, bee, 2, 3" in capsys.readouterr().out
+
+
 def test_another_model_is_refused(weights, tmp_path):
     with pytest.raises(ValueError, match=r"is of another model: it lacks"):
         load_pretrained(create_model("DiT_Nano_2", input_size=8, in_channels=3, num_classes=3), weights)
     with pytest.raises(ValueError, match=r"choose its own --model"):
         load_pretrained(make(hidden_size=64), weights)
+    with pytest.raises(ValueError, match=r"absent does not exist: name a checkpoint"):
+        load_pretrained(make(), tmp_path / "absent")
     torch.save({"conv": torch.zeros(1)}, tmp_path / "foreign.pt")
     with pytest.raises(ValueError, match="holds no state dict of DiT, MDT or MDTv2"):
         load_pretrained(make(), tmp_path / "foreign.pt")

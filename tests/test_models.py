@@ -345,6 +345,14 @@ def test_options_left_at_none_are_those_of_the_size():
     assert (model.mask_ratio, model.decode_layer) == (None, 6)
 
 
+def test_published_names_are_here():
+    names = (
+        "modulate Attention RelativePositionBias TimestepEmbedder LabelEmbedder DiTBlock MDTBlock FinalLayer DiT MDTv2 "
+        "get_2d_sincos_pos_embed get_2d_sincos_pos_embed_from_grid get_1d_sincos_pos_embed_from_grid DiT_models"
+    )
+    assert [name for name in names.split() if name not in models.__dict__] == []
+
+
 def test_published_classes_take_the_published_arguments():
     x, c = torch.randn(2, 16, 32), torch.randn(2, 32)
     assert models.DiTBlock(32, 4, mlp_ratio=2.0)(x, c).shape == x.shape

@@ -13,8 +13,10 @@ from helpers import DATA
 from safetensors.torch import save_file
 
 from masked_diffusion import create_model, load_model
-from masked_diffusion.models import DiT, MDTv2
-from masked_diffusion.weights.pretrained import find_architecture
+from masked_diffusion.models import MDT, DiT, MDTv2
+from masked_diffusion.utils.errors import UserError
+from masked_diffusion.weights import pretrained
+from masked_diffusion.weights.pretrained import find_architecture, find_weights
 
 LAYOUTS = json.loads((DATA / "state_dicts.json").read_text())
 
@@ -113,10 +115,35 @@ def test_an_exported_folder_is_read_by_the_hub_and_by_us(family, name, options, 
         assert all(torch.equal(value, loaded.state_dict()[key]) for key, value in model.state_dict().items())
 
 
-def load_offline(source, cache):
-    code = f"from masked_diffusion import load_model; load_model({source!r})"
+def test_the_hub_refuses_the_folder_of_another_family(tmp_path):
+    create_model("DiT_Nano_2", **SMALL).save_pretrained(tmp_path / "dit")
+    create_model("MDT_Nano_2", **SMALL).save_pretrained(tmp_path / "mdt")
+    for family, folder in ((MDTv2, "dit"), (DiT, "mdt"), (MDTv2, "mdt"), (MDT, "dit")):
+        with pytest.raises(
+            ValueError, match=rf"{folder} does not hold the weights of a {family.__name__} \(.*load_model"
+        ):
+            family.from_pretrained(tmp_path / folder)
+
+
+def test_a_folder_exported_by_an_older_version_loads(tmp_path):
+    model = fill(create_model("DiT_Nano_2", **SMALL))
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"mask_ratio": None, "decode_layer": None}))
+    assert torch.equal(load_model(tmp_path).pos_embed, model.pos_embed)
+    assert torch.equal(DiT.from_pretrained(tmp_path).pos_embed, model.pos_embed)
+
+
+def load_offline(sources, cache):
+    """What loading says of each source, or the last line of the refusal."""
+    code = (
+        "import sys\nfrom masked_diffusion import load_model\nfor source in sys.argv[1:]:\n"
+        "    try: load_model(source)\n    except ValueError as error: print(error)"
+    )
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(cache)}
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    return subprocess.run(
+        [sys.executable, "-c", code, *sources], capture_output=True, text=True, env=env, check=True
+    ).stdout.splitlines()
 
 
 def test_a_hub_id_is_found_in_the_cache_or_refused_in_a_sentence(tmp_path):
@@ -127,10 +154,11 @@ def test_a_hub_id_is_found_in_the_cache_or_refused_in_a_sentence(tmp_path):
     for version, name in (("v1", "MDT_Nano_2"), ("v2", "MDTv2_Nano_2")):
         weights = repository / "snapshots" / commit / f"mdt_xl2_{version}_ckpt.pt"
         torch.save(create_model(name, **SMALL).state_dict(), weights)
-    assert "MDTv2 of 4 blocks, 2 of them decoder blocks" in load_offline("shgao/MDT-XL2", tmp_path).stdout
-    assert "MDT of 4 blocks" in load_offline("shgao/MDT-XL2/mdt_xl2_v1_ckpt.pt", tmp_path).stdout
-    refused = load_offline("shgao/absent", tmp_path).stderr.strip().splitlines()[-1]
-    assert refused.startswith("ValueError: shgao/absent is neither a local path nor in reach on the hub")
+    sources = ("shgao/MDT-XL2", "shgao/MDT-XL2/mdt_xl2_v1_ckpt.pt", "shgao/absent")
+    second, first, refused = load_offline(sources, tmp_path)
+    assert "MDTv2 of 4 blocks, 2 of them decoder blocks" in second
+    assert "MDT of 4 blocks" in first
+    assert refused.startswith("shgao/absent is neither a local path nor in reach on the hub")
     assert "mdt_xl2_v2_ckpt.pt" in refused
 
 
@@ -185,3 +213,108 @@ def test_broken_and_foreign_files(tmp_path):
     torch.save(state, tmp_path / "lacking.pt")
     with pytest.raises(ValueError, match=r"lacking\.pt does not fit.*fc1"):
         load_model(tmp_path / "lacking.pt")
+
+
+BIAS_TABLE = "de_blocks.0.attn.rel_pos_bias.relative_position_bias_table"
+INDEX = "de_blocks.0.attn.rel_pos_bias.relative_position_index"
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (
+            {"bias": lambda v: v.index_fill(0, torch.tensor([3]), float("nan"))},
+            "qkv.bias holds numbers that are not fin",
+        ),
+        ({"bias": lambda v: v.half().fill_(float("inf"))}, "qkv.bias holds numbers that are not finite"),
+        ({"bias": lambda v: v.long()}, r"qkv.bias is of torch\.int64, but must be of torch\.float32 or"),
+        ({"bias": lambda v: v.to(torch.complex64)}, r"qkv.bias is of torch\.complex64"),
+        ({"bias": lambda v: v > 0}, r"qkv.bias is of torch\.bool"),
+        ({"bias": lambda v: v[:0]}, r"qkv.bias is empty, of shape \(0,\)"),
+        ({"bias": lambda v: v.to_sparse()}, "qkv.bias holds no numbers in plain rows"),
+        ({"bias": "text"}, "qkv.bias is a str instead of a tensor"),
+        ({"pos_embed": lambda v: v.flatten()}, r"pos_embed has the shape \(2048,\), but must have \(1, square, 128\)"),
+        ({"pos_embed": lambda v: v[:, :15]}, r"pos_embed has the shape \(1, 15, 128\)"),
+        ({"pos_embed": lambda v: v[:, :0]}, "pos_embed is empty"),
+        (
+            {"pos_embed": lambda v: v[:, :9]},
+            r"decoder_pos_embed has the shape \(1, 16, 128\), but must have \(1, 9, 128\)",
+        ),
+        ({"x_embedder.proj.weight": lambda v: v[:, :, :, :1]}, r"x_embedder.proj.weight has the shape"),
+        ({"x_embedder.proj.weight": lambda v: v.flatten(1)}, r"x_embedder.proj.weight has the shape"),
+        ({"table": lambda v: v[:0]}, "embedding_table.weight is empty"),
+        ({"table": lambda v: v[0]}, r"embedding_table.weight has the shape \(128,\)"),
+        ({"final_layer.linear.weight": lambda v: v[:5]}, r"final_layer.linear.weight has the shape \(5, 128\)"),
+        ({BIAS_TABLE: lambda v: v[:2]}, r"bias_table has the shape \(2, 4\), but must have \(52, heads\)"),
+        ({INDEX: lambda v: v.float()}, r"relative_position_index is of torch\.float32"),
+        ({INDEX: lambda v: v + 40}, "relative_position_index points beyond the 52 rows"),
+        (
+            {"bias": lambda v: v[:5]},
+            r"bad\.pt does not fit .*it has of another shape en_inblocks.0.attn.qkv.bias \(5,\)",
+        ),
+        ({"blocks.": torch.ones(1)}, r"depth \(5\) - decode_layer \(2\) must be even"),
+        ({"head.weight": torch.ones(1)}, r"bad\.pt does not fit .*it has beyond head\.weight"),
+        ({7: torch.ones(1)}, r"bad\.pt does not fit .*it has beyond 7"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Validating sparse")
+def test_malformed_weights_are_refused_in_a_sentence(changes, message, tmp_path):
+    state = create_model("MDTv2_Nano_2", **SMALL).state_dict()
+    for key, change in changes.items():
+        key = {"bias": "en_inblocks.0.attn.qkv.bias", "table": "y_embedder.embedding_table.weight"}.get(key, key)
+        state[key] = change(state[key]) if callable(change) else change
+    torch.save(state, tmp_path / "bad.pt")
+    with pytest.raises(UserError, match=message) as refusal:
+        load_model(tmp_path / "bad.pt")
+    assert str(refusal.value).startswith(str(tmp_path / "bad.pt")) and len(str(refusal.value)) < 600
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_of_other_precisions_become_float32(dtype, tmp_path):
+    model = fill(create_model("MDTv2_Nano_2", **SMALL))
+    state = {key: v.to(dtype) if v.is_floating_point() else v for key, v in model.state_dict().items()}
+    torch.save(state, tmp_path / "weights.pt")
+    loaded = load_model(tmp_path / "weights.pt")
+    assert {p.dtype for p in loaded.parameters()} == {torch.float32}
+    torch.testing.assert_close(loaded.pos_embed, model.pos_embed, rtol=0.01, atol=0.001)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("", "cannot be read as JSON"),
+        ("{", "cannot be read as JSON"),
+        ("[" * 5000, "cannot be read as JSON"),
+        ("[]", "holds a list instead of a dictionary"),
+        ('{"classes": [1, 2]}', "'classes' are no list of names"),
+        ('{"classes": "abc"}', "'classes' are no list of names"),
+        ('{"diffusion": [1]}', "'diffusion' is"),
+        ('{"model": {"name": 3}}', "'model' is"),
+        ('{"model": {"name": "DiT_Nano_2", "options": []}}', "'model' is"),
+        ('{"model": {"name": "DiT_Nana_2"}}', "no model is called 'DiT_Nana_2': the nearest are DiT_Nano_2, "),
+        (
+            '{"model": {"name": "DiT_Nano_2", "options": {"depth": 1000000000}}}',
+            "has depth 1000000000, but the weights",
+        ),
+        ('{"model": {"name": "DiT_Nano_2", "options": {"input_size": "8"}}}', "has input_size '8', but the weights"),
+        ('{"model": {"name": "DiT_Nano_2", "options": {"num_heads": "4"}}}', "cannot be made"),
+        ('{"model": {"name": "DiT_Nano_2", "options": {"num_classes": 99999999999999}}}', "cannot be made"),
+        ('{"model": {"name": "DiT_Nano_2", "options": {"colour": 3}}}', "cannot be made.*colour"),
+        ('{"num_heads": "abc", "depth": 4}', "cannot be made"),
+    ],
+)
+def test_a_malformed_configuration_is_refused_in_a_sentence(text, message, tmp_path):
+    torch.save(create_model("DiT_Nano_2", **SMALL).state_dict(), tmp_path / "weights.pt")
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(UserError, match=message) as refusal:
+        load_model(tmp_path / "weights.pt")
+    assert str(tmp_path) in str(refusal.value)
+
+
+@pytest.mark.parametrize("name", ["notes.pt", "notes.safetensors", "notes"])
+@pytest.mark.parametrize("content", [b"Once upon a time", b""])
+def test_a_file_that_is_no_checkpoint_is_refused_by_its_first_bytes(name, content, tmp_path, monkeypatch):
+    (tmp_path / name).write_bytes(content * 100)
+    monkeypatch.setattr(pretrained, "read_weights", None)  # nothing more is read
+    with pytest.raises(UserError, match=rf"{name} cannot be read as .*it begins with {content[:9]!r}"):
+        find_weights(tmp_path / name)

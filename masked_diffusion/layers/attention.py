@@ -8,6 +8,8 @@ import torch.nn.functional as F
 
 from ..utils.errors import UserError
 
+UNREAD_ROWS = 3  # at the end of every bias table: nothing reads them, but the released weights carry them
+
 
 def relative_position_index(height: int, width: int) -> torch.Tensor:
     """Row of the bias table for every ordered pair of tokens on a (height, width) grid.
@@ -37,8 +39,7 @@ class RelativePositionBias(nn.Module):
     def __init__(self, window_size: tuple[int, int], num_heads: int):
         super().__init__()
         height, width = window_size
-        # The last three rows are never read: the released weights carry them.
-        num_offsets = (2 * height - 1) * (2 * width - 1) + 3
+        num_offsets = (2 * height - 1) * (2 * width - 1) + UNREAD_ROWS
         self.relative_position_bias_table = nn.Parameter(torch.zeros(num_offsets, num_heads))
         self.register_buffer("relative_position_index", relative_position_index(height, width))
 

@@ -1,37 +1,43 @@
 """Start a model from weights that were trained for other classes or another image size."""
 
 import math
+from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 from .. import logger
+from ..layers.attention import UNREAD_ROWS
+from ..models import DiT
 from ..utils.errors import UserError
 from ..weights.checkpoint import read_config
-from ..weights.pretrained import read_weights
+from ..weights.pretrained import find_weights, read_weights
 
 POSITION_TABLES = ("pos_embed", "decoder_pos_embed")
 BIAS_TABLE = "relative_position_bias_table"
 LABEL_TABLE = "y_embedder.embedding_table.weight"
-UNREAD_ROWS = 3  # at the end of every bias table; see attention.RelativePositionBias
 
 
-def load_pretrained(model, path, class_names=()):
-    """Load weights into a model that may have other classes or another input size.
+def load_pretrained(model: DiT, source: str | Path, class_names: Sequence[str] = ()) -> None:
+    """Load weights into a model that may have other classes or another input size; what was adapted is logged.
 
     Position and bias tables are interpolated. Rows of the label table move by class name where both sides know their
     names (the file through the configuration beside it), else by number where the numbers of classes agree; the null
     class always moves. All other classes keep their fresh rows and are listed.
 
-    :param path: a state dict of the same family, depth and width.
+    :param source: weights of the same family, depth and width: a file, a training folder (its newest EMA), an exported
+        folder or a hub id; see `find_weights`. A remote path (`gs://...`) is read as a file.
     :param class_names: of the model's classes, in the order of their labels.
-    :raises UserError: when something other than these tables differs.
+    :raises UserError: when there are no such weights, and when something other than these tables differs.
     """
+    path = source if "://" in str(source) else find_weights(source)
     state, own = read_weights(path), model.state_dict()
     missing, unknown = own.keys() - state.keys(), state.keys() - own.keys()
     if missing or unknown:
+        differences = [f"lacks {sorted(missing)[:3]}"] * bool(missing) + [f"has {sorted(unknown)[:3]}"] * bool(unknown)
         raise UserError(
-            f"{path} is of another model: it lacks {sorted(missing)[:3]} and has {sorted(unknown)[:3]} beyond; "
+            f"{path} is of another model: it {' and it '.join(differences)}; "
             "choose the --model and --decode_layer that it was trained with"
         )
     run = read_config(path)
@@ -44,9 +50,11 @@ def load_pretrained(model, path, class_names=()):
         elif state[name].shape != value.shape:
             state[name] = _interpolate(name, state[name], value.shape)
     model.load_state_dict(state)
+    if str(path) != str(source):
+        logger.log(f"weights of {source} from {path}")
 
 
-def _interpolate(name, value, shape):
+def _interpolate(name: str, value: torch.Tensor, shape: torch.Size) -> torch.Tensor:
     if name in POSITION_TABLES and value.shape[2] == shape[2]:
         old, new = math.isqrt(value.shape[1]), math.isqrt(shape[1])
         grid = value.view(1, old, old, -1).permute(0, 3, 1, 2)
@@ -62,11 +70,11 @@ def _interpolate(name, value, shape):
     )
 
 
-def _resize(grid, size):
+def _resize(grid: torch.Tensor, size: int) -> torch.Tensor:
     return F.interpolate(grid.float(), (size, size), mode="bicubic", align_corners=False).to(grid.dtype)
 
 
-def _move_labels(old, own, old_names, names):
+def _move_labels(old: torch.Tensor, own: torch.Tensor, old_names: Sequence[str], names: Sequence[str]) -> torch.Tensor:
     """The label table of the model, with every row that has a counterpart in the old one."""
     if old.shape[1] != own.shape[1]:
         raise UserError(
@@ -80,7 +88,7 @@ def _move_labels(old, own, old_names, names):
     table[-1] = old[-1]
     for new_row, old_row in rows.items():
         table[new_row] = old[old_row]
-    fresh = [str(names[i]) if names else str(i) for i in range(len(own) - 1) if i not in rows]
+    fresh = [str(names[i]) if i < len(names) else str(i) for i in range(len(own) - 1) if i not in rows]
     if fresh:
         shown = ", ".join(fresh[:20]) + (", ..." if len(fresh) > 20 else "")
         logger.log(f"{len(fresh)} of {len(own) - 1} classes start afresh: {shown}")

@@ -6,15 +6,18 @@ are plain state dicts. `opt` is written last: where it is, the checkpoint is com
 
 import itertools
 import json
+import os
 import re
 import shutil
+from contextlib import ExitStack, suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ..config import RunConfig
 from ..utils.errors import UserError
-from ..utils.files import atomic_write
+from ..utils.files import DiskError, atomic_write
 
 CONFIG_NAME = "config.json"
 SAVE_ADVICE = "make room and run the same command again; the last checkpoint is intact"
@@ -22,34 +25,54 @@ SAVE_ADVICE = "make room and run the same command again; the last checkpoint is 
 # ---------------------------------------------------------------- writing
 
 
-def model_name(step):
+def model_name(step: int) -> str:
     return f"model{step:06d}.pt"
 
 
-def ema_name(rate, step):
+def ema_name(rate: float | str, step: int) -> str:
     return f"ema_{rate}_{step:06d}.pt"
 
 
-def opt_name(step):
+def opt_name(step: int) -> str:
     return f"opt{step:06d}.pt"
 
 
-def save_checkpoint(folder, step, model_state, ema_states, train_state):
-    """Write a complete checkpoint.
+def save_checkpoint(
+    folder: str | Path,
+    step: int,
+    model_state: dict[str, torch.Tensor],
+    ema_states: dict[str, dict[str, torch.Tensor]],
+    train_state: dict[str, Any],
+) -> None:
+    """Write a complete checkpoint, or nothing.
 
-    :param ema_states: dict of EMA rates, as the user wrote them, to state dicts.
-    :param train_state: dict of everything else that a resumed run needs.
-    :raises DiskError: when the disk is full, say; no partial file stays.
+    :param ema_states: EMA rates, as the user wrote them, and their state dicts.
+    :param train_state: everything else that a resumed run needs.
+    :raises DiskError: when the disk is full, say; nothing of this step stays on it.
     """
-    files = {model_name(step): model_state}
-    files |= {ema_name(rate, step): state for rate, state in ema_states.items()}
-    files[opt_name(step)] = train_state
-    for name, state in files.items():
-        with atomic_write(Path(folder, name), SAVE_ADVICE) as file:
-            torch.save(state, file)
+    states = {opt_name(step): train_state}
+    states |= {ema_name(rate, step): state for rate, state in ema_states.items()}
+    states[model_name(step)] = model_state
+    files, renaming = [Path(folder, name) for name in states], False
+    try:
+        # Every file is whole on the disk before the first one gets its name. The stack renames the last one first, so
+        # `opt`, which makes the checkpoint complete, is the last to appear.
+        with ExitStack() as stack:
+            for path, state in zip(files, states.values(), strict=True):
+                file = stack.enter_context(atomic_write(path, SAVE_ADVICE))
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())
+            # An older checkpoint of this step must not look complete while its files are replaced one by one.
+            files[0].unlink(missing_ok=True)
+            renaming = True
+    except DiskError:
+        for path in files if renaming else ():
+            path.unlink(missing_ok=True)
+        raise
 
 
-def prune_checkpoints(folder, keep):
+def prune_checkpoints(folder: str | Path, keep: int) -> None:
     """Remove all but the newest `keep` complete checkpoints, and what killed writers left; 0 keeps all of them."""
     for pattern in (".model*.partial", ".ema_*.partial", ".phema_*.partial", ".opt*.partial"):
         for path in Path(folder).glob(pattern):
@@ -92,7 +115,7 @@ def set_aside(folder: str | Path, step: int) -> Path | None:
 # ---------------------------------------------------------------- finding
 
 
-def parse_step(path):
+def parse_step(path: str | Path) -> int:
     """The step in a checkpoint's file name.
 
     :raises UserError: for a name that carries none.
@@ -103,38 +126,45 @@ def parse_step(path):
     return int(match.group(1))
 
 
-def complete_steps(folder):
+def complete_steps(folder: str | Path) -> list[int]:
     """The steps of all complete checkpoints in a folder, ascending."""
     steps = [parse_step(path) for path in Path(folder).glob("opt*.pt") if re.fullmatch(r"opt\d{6,}\.pt", path.name)]
     return sorted(step for step in steps if Path(folder, model_name(step)).exists())
 
 
-def latest_step(folder):
+def latest_step(folder: str | Path) -> int | None:
     """The step of the newest complete checkpoint in a folder, or None."""
     return max(complete_steps(folder), default=None)
 
 
-def newest_ema(folder):
+def newest_ema(folder: str | Path) -> Path:
     """The newest EMA of a training folder, of the slowest rate where there are several.
 
     :raises UserError: when the folder has no checkpoint.
     """
-    emas = [path for path in Path(folder).glob("ema_*.pt") if re.fullmatch(r"ema_.+_\d{6,}\.pt", path.name)]
+    emas = []
+    for path in Path(folder).glob("ema_*_*.pt"):
+        with suppress(ValueError):  # the file of another program
+            emas.append((parse_step(path), float(path.name.split("_")[1]), path))
     if not emas:
         raise UserError(f"{folder} holds no checkpoint (no ema_RATE_STEP.pt): name a file, or train first")
-    return max(emas, key=lambda path: (parse_step(path), float(path.name.split("_")[1])))
+    return max(emas)[-1]
 
 
 def read_config(path: str | Path) -> RunConfig | None:
     """The configuration that training, `scripts/export.py` or `save_pretrained` left beside a checkpoint, if any.
 
     :param path: a checkpoint, or the folder that holds it.
-    :raises UserError: for a file that cannot be read or holds something else; names it.
+    :raises UserError: for a file that cannot be read, or holds no such configuration; names the file.
     """
     file = Path(path if Path(path).is_dir() else Path(path).parent, CONFIG_NAME)
     if not file.exists():
         return None
     try:
-        return RunConfig.from_json(json.loads(file.read_text()))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{file} is no configuration of a run: {error}") from error
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:  # of the disk, of UTF-8, and of JSON
+        raise UserError(f"{file} cannot be read as JSON ({error}): restore it, or remove it") from error
+    try:
+        return RunConfig.from_json(found)
+    except UserError as error:
+        raise UserError(f"{file} is no configuration of these models: {error}") from error
