@@ -271,7 +271,9 @@ class RunConfig(Config):
             "data_signature": found.get("data_signature"),
             "global_batch": global_batch,
         }
-        return cls.from_values(known | parts["diffusion"] | {"vae": vae} | facts)
+        run = cls.from_values(known | parts["diffusion"] | {"vae": vae} | facts)
+        run.diffusion.check()  # sampling depends on it, whatever the file is
+        return run
 
     def differences(self, before: Self) -> Iterator[tuple[str, Any, Any]]:
         """What a run that is resumed would compute otherwise: name, value of `before` and of this one.

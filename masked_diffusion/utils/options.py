@@ -119,9 +119,12 @@ def check_value(each: dataclasses.Field, value: Any) -> None:
     requirement = None
     if value is None:
         return  # the parser gives None only to fields that may be None
-    numbers = [v for v in (value if isinstance(value, tuple) else (value,)) if type(v) in (int, float)]
+    values = value if isinstance(value, tuple) else (value,)
+    numbers = [v for v in values if type(v) in (int, float)]
     if not all(map(math.isfinite, numbers)):
         requirement = " and ".join(filter(None, ("finite", describe_bounds(meta["bounds"]))))
+    elif meta["bounds"] and len(numbers) < len(values):  # of a file: argparse has read the flags
+        requirement = "a number"
     elif any(_outside(number, meta["bounds"]) for number in numbers):
         requirement = describe_bounds(meta["bounds"])
     elif meta["choices"] and value not in meta["choices"]:
