@@ -153,7 +153,7 @@ def small_model(**options):
     return fill(create_model("MDTv2_Nano_2", **{"input_size": 8, "in_channels": 3, "num_classes": 10} | options)).eval()
 
 
-def make_sampler(model=None, solver="ddpm", **options):
+def make_image_sampler(model=None, solver="ddpm", **options):
     options = {"guidance": Guidance("power-cosine", 2.0), "seed": 4} | options
     return ImageSampler(model or small_model(), create_solver(solver, "6", {}), IdentityFirstStage(), **options)
 

@@ -13,12 +13,14 @@ import numpy as np
 import pytest
 import torch
 from fill import fill
-from helpers import REPO, make_sampler, read, run_sample, run_script, sample_flags
+from helpers import REPO, make_image_sampler, read, run_sample, run_script, sample_flags, small_model
 from PIL import Image
 
 from masked_diffusion import create_model
 from masked_diffusion.config import SOLVERS, RunConfig
 from masked_diffusion.guidance import Guidance
+from masked_diffusion.latents.autoencoder import IdentityFirstStage
+from masked_diffusion.sampling.during_training import Evaluation, SampleGrid
 from masked_diffusion.sampling.image_sampler import ImageSampler, choose_labels, last_sample, to_uint8
 from masked_diffusion.sampling.shards import ShardStore
 from masked_diffusion.utils.files import file_hash
@@ -28,20 +30,20 @@ from masked_diffusion.utils.files import file_hash
 
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_an_image_does_not_depend_on_its_batch(solver):
-    sampler, labels = make_sampler(solver=solver), choose_labels(range(6), "random", 10, seed=4)
-    whole = sampler(range(6), labels).astype(int)
-    parts = np.concatenate([sampler([5, 0], labels[[5, 0]]), sampler([3], labels[[3]])]).astype(int)
+    image_sampler, labels = make_image_sampler(solver=solver), choose_labels(range(6), "random", 10, seed=4)
+    whole = image_sampler(range(6), labels).astype(int)
+    parts = np.concatenate([image_sampler([5, 0], labels[[5, 0]]), image_sampler([3], labels[[3]])]).astype(int)
     assert np.abs(whole[[5, 0, 3]] - parts).max() <= 1
     assert np.abs(whole[0] - whole[1]).max() > 10
-    assert np.abs(make_sampler(solver=solver, seed=5)(range(6), labels) - whole).max() > 10
-    padded = make_sampler(solver=solver, batch_size=4, decode_batch=1)([5], labels[[5]]).astype(int)
+    assert np.abs(make_image_sampler(solver=solver, seed=5)(range(6), labels) - whole).max() > 10
+    padded = make_image_sampler(solver=solver, batch_size=4, decode_batch=1)([5], labels[[5]]).astype(int)
     assert padded.shape == (1, 8, 8, 3) and np.abs(whole[[5]] - padded).max() <= 1
 
 
 def test_leaving_out_the_guiding_half_changes_no_pixel():
     labels = choose_labels(range(6), "random", 10, seed=4)
     never, exact = (
-        make_sampler(guidance=Guidance("power-cosine", 3.8, 4.0, skip_below=skip))(range(6), labels) for skip in (-1, 0)
+        make_image_sampler(guidance=Guidance("power-cosine", 3.8, 4.0, skip_below=skip))(range(6), labels) for skip in (-1, 0)
     )
     assert np.array_equal(never, exact)
 
@@ -106,13 +108,13 @@ def test_pixels_are_rounded_or_truncated_and_clipped():
 
 
 def test_an_image_that_is_not_finite_is_named():
-    image_sampler, latents = make_sampler(decode_batch=2), torch.zeros(5, 3, 8, 8)
+    image_sampler, latents = make_image_sampler(decode_batch=2), torch.zeros(5, 3, 8, 8)
     latents[3, 1, 2, 2] = float("inf")
     with pytest.raises(ValueError, match=r"image 17 has pixels that are NaN or infinite \(1 of 2 images .* diverged"):
         image_sampler.decode(latents, range(14, 19))
     with pytest.raises(ValueError, match=r"image 3 has .* use --precision bf16 or fp32"):
-        make_sampler(precision="fp16").decode(latents)
-    assert make_sampler(check_finite=False).decode(latents).shape == (5, 8, 8, 3)
+        make_image_sampler(precision="fp16").decode(latents)
+    assert make_image_sampler(check_finite=False).decode(latents).shape == (5, 8, 8, 3)
 
 
 # ---------------------------------------------------------------- shards
@@ -259,6 +261,18 @@ def test_broken_output_ends_the_run_before_it_is_written(checkpoint, tmp_path, m
         run_sample(monkeypatch, sample_flags(checkpoint, tmp_path, num_samples=4))
     assert stop.value.code == 2 and "error: image 1 has pixels that are NaN" in capsys.readouterr().err
     assert not list(tmp_path.rglob("shard_*")) and not list(tmp_path.rglob("*.png"))
+
+
+def test_what_a_run_in_training_draws_does_not_end_it():
+    config = RunConfig().replaced(sample_interval=1, eval_interval=1, image_size=8, batch_size=2)
+    model = small_model()
+    torch.nn.init.constant_(model.final_layer.linear.bias, float("nan"))
+    grid = SampleGrid(config, model, IdentityFirstStage())
+    evaluation = Evaluation(config, model, IdentityFirstStage(), create_comparison=lambda *_: None)
+    for image_sampler in (grid.image_sampler, evaluation.image_sampler):
+        assert image_sampler(range(2), torch.tensor([0, 1])).shape == (2, 8, 8, 3)
+    # Live values compare with those of the npz.
+    assert evaluation.image_sampler.quantize == "truncate" and grid.image_sampler.quantize == "round"
 
 
 def test_weights_and_configuration_are_read_once(checkpoint, tmp_path, monkeypatch):
