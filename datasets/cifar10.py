@@ -6,10 +6,12 @@ their bytes. Of a source with train/ and test/ only the asked split is taken.
 
 import pickle
 from functools import partial
+from typing import BinaryIO
 
 import numpy as np
 from common import (
     File,
+    UserError,
     encode_png,
     images_by_class,
     is_image,
@@ -26,7 +28,7 @@ CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "hors
 BATCHES = {"train": tuple(f"data_batch_{i}" for i in range(1, 6)), "test": ("test_batch",)}
 
 
-def main():
+def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--split", choices=tuple(BATCHES), default="train", help="which images to write")
     args = parser.parse_args()
@@ -42,7 +44,7 @@ def main():
 # ---------------------------------------------------------------- folders of images
 
 
-def folder_images(files, split, source):
+def folder_images(files: list[File], split: str, source: str) -> list[File]:
     """The images below `[SPLIT/]CLASS/`, wherever in the source such folders are."""
     images = []
     for file in files:
@@ -52,7 +54,9 @@ def folder_images(files, split, source):
     classes = images_by_class(images, (), f"the {split} split of {source}")
     differing = sorted(classes.keys() ^ set(CLASSES))
     if differing:
-        raise ValueError(f"{source} and CIFAR-10 differ in class {differing[0]!r}: other trees go to class_folders.py")
+        raise UserError(
+            f"{source} and CIFAR-10 differ in class {differing[0]!r}: for other data use datasets/class_folders.py"
+        )
     return [image for name in classes for image in name_images(name, classes[name], source)]
 
 
@@ -80,7 +84,7 @@ class BatchUnpickler(pickle.Unpickler):
         return PickledArray
 
 
-def read_batch(file, name):
+def read_batch(file: File, name: str) -> tuple[np.ndarray, list[str]]:
     """The (N, 32, 32, 3) uint8 pixels and N labels of a batch, read without running code of the pickle's."""
     try:
         with file.open() as opened:
@@ -92,25 +96,26 @@ def read_batch(file, name):
         pixels = pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
         labels = [CLASSES[label] for label in batch[b"labels"]]
     except Exception as error:  # a damaged pickle raises nearly anything
-        raise ValueError(f"{name} cannot be read as a CIFAR-10 batch ({error}): fetch the archive again") from error
+        raise UserError(f"{name} cannot be read as a CIFAR-10 batch ({error}): fetch the archive again") from error
     if len(pixels) != len(labels):
-        raise ValueError(f"{name} holds {len(pixels)} images and {len(labels)} labels: fetch the archive again")
+        raise UserError(f"{name} holds {len(pixels)} images and {len(labels)} labels: fetch the archive again")
     return pixels, labels
 
 
-def pickled_images(batches, split, source):
+def pickled_images(batches: dict[str, File], split: str, source: str) -> list[File]:
     """The images of a split, numbered in the order of its batches."""
     images = []
     for name in BATCHES[split]:
         if name not in batches:
-            raise ValueError(f"{source} lacks {name}: fetch the archive again")
+            raise UserError(f"{source} lacks {name}: fetch the archive again")
         for pixels, label in zip(*read_batch(batches[name], f"{source}: {name}"), strict=True):
             image_id = f"{label}_{split}-{len(images):05d}.png"
             images.append(File(image_id, partial(png, pixels)))
     return images
 
 
-def png(pixels):
+def png(pixels: np.ndarray) -> BinaryIO:
+    """(H, W, 3) uint8 pixels as an open file of PNG."""
     return encode_png(Image.fromarray(pixels))
 
 

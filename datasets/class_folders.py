@@ -6,7 +6,7 @@ SOURCE is a folder, or a tar, whose first level are the class folders; what lies
 from common import class_ids, images_by_class, make_parser, name_images, open_source, progress, run, write_images
 
 
-def main():
+def main() -> None:
     args = make_parser(__doc__).parse_args()
     with open_source(args.source, args.out) as (files, folders):
         classes = images_by_class(files, folders, args.source)

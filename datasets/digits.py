@@ -7,7 +7,7 @@ import argparse
 from pathlib import Path
 
 import numpy as np
-from common import whole_file
+from common import run, whole_file
 from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
@@ -15,7 +15,7 @@ from sklearn.model_selection import train_test_split
 TEST_SHARE = 0.2
 
 
-def write_digits(out):
+def write_digits(out: str) -> tuple[int, int]:
     """Write both splits, the same every time. Returns the number of images in each."""
     digits = load_digits()
     pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)
@@ -31,8 +31,12 @@ def write_digits(out):
     return len(train), len(test)
 
 
-if __name__ == "__main__":
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", help="folder to write train/ and test/ into")
     num_train, num_test = write_digits(parser.parse_args().out)
     print(f"{num_train} training and {num_test} test digits")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -4,9 +4,12 @@ SOURCE is ILSVRC2012_img_train.tar, a folder with the tars of the classes (n0144
 """
 
 import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from common import (
+    File,
+    UserError,
     images_by_class,
     is_image,
     make_parser,
@@ -21,7 +24,7 @@ from common import (
 WNID = re.compile("n[0-9]{8}")
 
 
-def main():
+def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--names", help="text file of `n01440764 tench, Tinca tinca`: names for classes.json")
     args = parser.parse_args()
@@ -37,20 +40,33 @@ def main():
         write_images(args.out, {wnid: names.get(wnid, wnid) for wnid in wnids}, images, args.link == "True")
 
 
-def read_names(path):
-    lines = Path(path).read_text(encoding="utf-8").splitlines()
+def read_names(path: str) -> dict[str, str]:
+    """`{WNID: name}` of a text file of lines `n01440764 tench, Tinca tinca`.
+
+    :raises UserError: for a file of anything else.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(f"--names {path} is not a text file in UTF-8 ({error.reason}): name another file") from error
     names = dict(line.strip().split(maxsplit=1) for line in lines if len(line.split()) > 1)
     check(names)
     return names
 
 
-def check(wnids):
+def check(wnids: Iterable[str]) -> None:
+    """Refuse what is not a WNID such as n01440764.
+
+    :raises UserError: with the first such name.
+    """
     for wnid in wnids:
         if not WNID.fullmatch(wnid):
-            raise ValueError(f"{wnid} is no ImageNet class such as n01440764: other trees go to class_folders.py")
+            raise UserError(
+                f"{wnid} is not an ImageNet class such as n01440764: for other data use datasets/class_folders.py"
+            )
 
 
-def class_tars(files, source):
+def class_tars(files: list[File], source: str) -> dict[str, File]:
     """`{WNID: its tar}` in sorted order. Other tars, such as the one that these came from, are left alone."""
     tars = {}
     for file in files:
@@ -58,22 +74,22 @@ def class_tars(files, source):
         wnid = name.removesuffix(".tar")
         if name.endswith(".tar") and WNID.fullmatch(wnid):
             if wnid in tars:
-                raise ValueError(f"{source} holds {tars[wnid].name} and {file.name}: keep one of them")
+                raise UserError(f"{source} holds {tars[wnid].name} and {file.name}: keep one of them")
             tars[wnid] = file
     images = [file.name for file in files if is_image(file.name)]
     if tars and images:
-        raise ValueError(f"{source} holds class tars and images such as {images[0]}: keep one kind")
+        raise UserError(f"{source} holds class tars and images such as {images[0]}: keep one kind")
     return dict(sorted(tars.items()))
 
 
-def tar_images(tars, source):
+def tar_images(tars: dict[str, File], source: str) -> Iterator[File]:
     """The images of all class tars, one tar at a time: only the headers of a tar are read before its images."""
     for wnid, tar in progress(tars.items(), "class"):
         name = f"{source}: {tar.name}"
         with tar.open() as file, open_tar(file, name) as (files, _):
             images = [file for file in files if is_image(file.name)]
             if not images:
-                raise ValueError(f"{name} holds no image: fetch it again")
+                raise UserError(f"{name} holds no image: fetch it again")
             yield from name_images(wnid, images, name)
 
 

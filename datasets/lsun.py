@@ -4,69 +4,84 @@ SOURCE is the folder of an lmdb, such as bedroom_train_lmdb. JPEG, PNG and GIF k
 as LSUN's WebP, become PNG with the same pixels. Further categories may go to the same OUT.
 """
 
+import argparse
 import io
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from types import ModuleType
+from typing import Any, BinaryIO
 
-from common import File, class_ids, encode_png, make_parser, progress, run, write_images
+from common import File, UserError, class_ids, encode_png, make_parser, progress, run, write_images
 from PIL import Image
 
 SIGNATURES = {b"\xff\xd8\xff": "jpg", b"\x89PNG\r\n\x1a\n": "png", b"GIF8": "gif"}
 
 
-def main():
+def main() -> None:
     parser = make_parser(__doc__, link=False)
     parser.add_argument("--category", required=True, help="the class of these images: bedroom, church_outdoor, ...")
-    parser.add_argument("--max_images", type=int, help="take the first so many images")
+    parser.add_argument("--max_images", type=int, help="take this many images, the first ones; all if left out")
     args = parser.parse_args()
     class_id = args.category.replace("_", "-")
     if class_ids([class_id])[class_id] != class_id:
-        raise ValueError(f"--category {args.category!r} is no name of letters and digits: give one such as bedroom")
+        raise UserError(f"--category {args.category!r} is not a name of letters and digits: give one such as bedroom")
     if args.max_images is not None and args.max_images < 1:
-        raise ValueError(f"--max_images {args.max_images} is less than 1: leave it out to take all images")
+        raise UserError(f"--max_images {args.max_images} is less than 1: leave it out to take all images")
     lmdb = import_lmdb()
     if not Path(args.source).exists():
-        raise ValueError(f"{args.source} does not exist: name the folder of an lmdb")
+        raise UserError(f"{args.source} does not exist: name the folder of an lmdb")
     try:
         # Without a lock, a source that may not be written to can be read too.
         with lmdb.open(args.source, subdir=Path(args.source).is_dir(), readonly=True, lock=False) as env:
             write_category(env, class_id, args)
     except lmdb.Error as error:
-        raise ValueError(f"{args.source} cannot be read as an lmdb ({error}): name the folder of data.mdb") from error
+        raise UserError(f"{args.source} cannot be read as an lmdb ({error}): name the folder of data.mdb") from error
 
 
-def import_lmdb():
+def import_lmdb() -> ModuleType:
+    """The package lmdb.
+
+    :raises UserError: where it is not installed.
+    """
     try:
         import lmdb
     except ImportError as error:
-        raise ValueError("LSUN is read with the package lmdb, which is not here: pip install lmdb") from error
+        raise UserError("LSUN is read with the package lmdb, which is not installed: pip install lmdb") from error
     return lmdb
 
 
-def write_category(env, class_id, args):
+def write_category(env: Any, class_id: str, args: argparse.Namespace) -> None:
+    """Write the images of an open lmdb, in the order of their keys."""
     total = min(env.stat()["entries"], args.max_images or env.stat()["entries"])
     if not total:
-        raise ValueError(f"{args.source} holds no image: fetch it again")
+        raise UserError(f"{args.source} holds no image: fetch it again")
     with env.begin(buffers=True) as transaction:
         records = islice(transaction.cursor(), total)
         images = (image_file(class_id, i, *record, args.source) for i, record in enumerate(records))
         write_images(args.out, {class_id: args.category}, progress(images, total=total))
 
 
-def image_file(class_id, index, key, value, source):
+def image_file(class_id: str, index: int, key: memoryview, value: memoryview, source: str) -> File:
+    """A record as a file: its bytes, or a PNG of its pixels where the loader does not read its encoding."""
     for signature, extension in SIGNATURES.items():
         if value[: len(signature)] == signature:
             return File(f"{class_id}_{index:07d}.{extension}", partial(io.BytesIO, value), size=len(value))
     return File(f"{class_id}_{index:07d}.png", partial(decoded_png, value, f"{source}: {bytes(key)!r}"))
 
 
-def decoded_png(value, name):
+def decoded_png(value: memoryview, name: str) -> BinaryIO:
+    """An encoded image as an open file of PNG.
+
+    :raises UserError: where it cannot be decoded.
+    """
     try:
         with Image.open(io.BytesIO(value)) as image:
             return encode_png(image.convert("RGB"))
-    except (OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"{name} cannot be read as an image ({error}): fetch the data again") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # on damaged files Pillow's readers raise nearly anything
+        raise UserError(f"{name} cannot be read as an image ({error}): fetch the data again") from error
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ from pathlib import Path
 def run_script(path):
     """Run the file `path` of this folder anew, as `evaluations.NAME` and as the main module."""
     folder = Path(__file__).resolve().parent
-    sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != folder]  # nor do ours stand for others'
+    # Python put the folder on the path, where another package's `import metrics` would find ours.
+    sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != folder]
     spec = spec_from_file_location("evaluations", folder / "__init__.py", submodule_search_locations=[str(folder)])
     sys.modules["evaluations"] = module_from_spec(spec)
     spec.loader.exec_module(sys.modules["evaluations"])

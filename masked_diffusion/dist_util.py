@@ -219,8 +219,7 @@ def end_restarts() -> None:
         return
     with suppress(OSError):  # no /proc on this system
         if b"torch" in Path(f"/proc/{os.getppid()}/cmdline").read_bytes():
-            note = "torchrun is told not to start this again; what it says of a signal 15 below comes of that"
-            print(note, file=sys.stderr, flush=True)
+            print("torchrun is told to end the job; what it prints below says no more", file=sys.stderr, flush=True)
             os.kill(os.getppid(), signal.SIGTERM)
 
 

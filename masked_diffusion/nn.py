@@ -12,5 +12,5 @@ __getattr__ = module_getattr(__name__)
 
 
 def timestep_embedding(timesteps: torch.Tensor, dim: int, max_period: float = 10000) -> torch.Tensor:
-    """Cosine-then-sine embedding of (N,) timesteps, (N, dim) float32; an odd `dim` ends in a column of zeros."""
+    """`layers.embeddings.timestep_embedding` with ADM's name of the first argument."""
     return _timestep_embedding(timesteps, dim, max_period)

@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from . import dist_util, logger
-from .models import create_model  # noqa: F401
-from .published import (  # noqa: F401  (where ADM's and MDT's scripts import them from)
+from .published import (  # noqa: F401  (ADM's and MDT's scripts import them from here)
     NUM_CLASSES,
     add_dict_to_argparser,
     args_to_dict,
@@ -23,7 +22,7 @@ from .published import (  # noqa: F401  (where ADM's and MDT's scripts import th
     model_and_diffusion_defaults,
     str2bool,
 )
-from .respace import create_diffusion, create_gaussian_diffusion  # noqa: F401
+from .respace import create_gaussian_diffusion  # noqa: F401  (so do ADM's users)
 from .utils.errors import UserError
 from .utils.not_rebuilt import module_getattr
 from .utils.options import Config, is_optional
@@ -74,8 +73,8 @@ def parse_flags(config_class: type[C], description: str, argv: Sequence[str] | N
             groups[owner], field, typing.get_type_hints(owner)[field.name], defaults.get(field.name, field.default)
         )
     argv = sys.argv[1:] if argv is None else argv
-    found = vars(parser.parse_args([_with_underscores(word) for word in argv]))
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
+    values = vars(parser.parse_args([_with_underscores(word) for word in argv]))
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     return config_class.from_values(values).check()
 
 
@@ -128,7 +127,7 @@ def run(main: Callable[[], None]) -> None:
         key = "error " + hashlib.sha256(str(error).encode()).hexdigest()
         if dist_util.is_first_of_node(key):
             if dist_util.is_first(key):
-                print(f"error: {error or type(error).__name__}", file=sys.stderr, flush=True)
+                print(f"error: {str(error) or type(error).__name__}", file=sys.stderr, flush=True)
             dist_util.end_restarts()  # after the message: torchrun then ends the others
         sys.exit(2)
     except KeyboardInterrupt:

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from . import dist_util, logger
 from .config import RunConfig
 from .image_datasets import LoaderWorkerDied
-from .published import (  # noqa: F401  (where ADM's and MDT's users import them from)
+from .published import (  # noqa: F401  (ADM's and MDT's users import them from here)
     find_ema_checkpoint,
     find_resume_checkpoint,
     get_blob_logdir,
@@ -35,10 +35,10 @@ from .utils.not_rebuilt import module_getattr
 from .utils.random_numbers import GlobalBatchRandom, fold_seed
 from .weights.checkpoint import latest_step, model_name, prune_checkpoints
 
+__getattr__ = module_getattr(__name__)
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 SECOND_INTERRUPT = 0.5  # seconds after which Ctrl-C is the user's second one, not the launcher's copy of the first
 SHOWN_SPIKE_SAMPLES = 8
-__getattr__ = module_getattr(__name__)
 
 
 class Hook(Protocol):

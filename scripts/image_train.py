@@ -19,6 +19,7 @@ from masked_diffusion.training.resume import (
     resolve,
     write_run_config,
 )
+from masked_diffusion.utils.errors import UserError
 from masked_diffusion.utils.evaluations import load_evaluations
 from masked_diffusion.utils.precision import check_precision, set_matmul_precision
 
@@ -32,6 +33,15 @@ def build_model(config):
     if config.train.compile:
         model.compile_blocks(dynamic=config.train.exact_lengths)
     return model
+
+
+def create_comparison(reference, size, device):
+    """What compares samples with `--eval_reference`; see `LiveEvaluation` in evaluations/live.py."""
+    live = load_evaluations("live")
+    try:
+        return live.LiveEvaluation(reference, size, device)
+    except live.UserError as error:  # of evaluations/, which knows nothing of this package's
+        raise UserError(f"--eval_reference: {error}") from error
 
 
 def main():
@@ -67,7 +77,7 @@ def main():
         data,
         first_stage=first_stage,
         log_dir=log_dir,
-        hooks=create_hooks(config, model, first_stage, lambda *given: load_evaluations("live").LiveEvaluation(*given)),
+        hooks=create_hooks(config, model, first_stage, create_comparison),
     )
     start = agree_on_start(log_dir, config, before)
     dist_util.run_on_main(write_run_config, log_dir, config, before, start.begins)

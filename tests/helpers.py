@@ -46,6 +46,19 @@ def write_images(folder, names, size=(12, 10)):
     return [str(Path(folder, name)) for name in names]
 
 
+def break_image(path, kind, monkeypatch):
+    """Make a file an image that cannot be read."""
+    if kind == "bomb":
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 64)
+        Image.new("RGB", (12, 12)).save(path)
+    elif kind == "dangling link":
+        path.unlink()
+        path.symlink_to("/nowhere/a_1.png")
+    else:
+        path.unlink()
+        path.symlink_to(path)
+
+
 def stream(start_step, seed, batch_size=8):
     """A data iterator in memory: the batch of a step is a function of the seed and the step."""
     step = start_step

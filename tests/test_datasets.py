@@ -405,7 +405,7 @@ def test_class_folders_links(tmp_path, monkeypatch):
         ("imagenet", ["n01440764.tar", "n02099601/1.JPEG"], "n02099601/1.JPEG: keep one kind"),
         ("imagenet", ["n01440764.tar", "more/n01440764.tar"], "more/n01440764.tar: keep one"),
         ("imagenet", ["n01440764.tar"], "n01440764.tar holds no image"),
-        ("imagenet", ["tench/1.JPEG"], "tench is no ImageNet class"),
+        ("imagenet", ["tench/1.JPEG"], "tench is not an ImageNet class"),
         ("cifar10", ["boat/1.jpg", *(f"{name}/1.jpg" for name in cifar10.CLASSES)], "differ in class 'boat'"),
         ("cifar10", ["1.jpg"], "differ in class '.'"),
         ("cifar10", ["test/ship/1.jpg"], "the train split of"),
@@ -420,7 +420,7 @@ def test_folders_that_are_refused(script, names, sentence, tmp_path):
 
 def test_a_folder_is_not_written_into_itself(tmp_path):
     for out in (tmp_path, tmp_path / "cat" / "out", tmp_path.parent):
-        assert "one in the other" in refusal("class_folders", tmp_path, out)
+        assert "one inside the other" in refusal("class_folders", tmp_path, out)
 
 
 @pytest.mark.parametrize("name", ["/tmp/cat/1.jpg", "../cat/1.jpg", "cat/../../1.jpg", "cat/..", "./../1.jpg"])
@@ -487,9 +487,9 @@ def test_other_data_in_the_folder_is_not_mixed_in(tmp_path):
     more = write_tree(tmp_path / "more", {"d/1.jpg": b""})
     assert "has 'd' as class 1" in refusal("class_folders", more, out)
     longer = write_tree(tmp_path / "longer", {"b_c/1.jpg": b"more", "d/1.jpg": b""})
-    assert "0_1.jpg is there with" in refusal("class_folders", longer, out)
+    assert "0_1.jpg exists already, with" in refusal("class_folders", longer, out)
     (out / "classes.json").write_text('["b_c", "d"]')
-    assert "classes.json is no JSON map" in refusal("class_folders", tmp_path / "a", out)
+    assert "classes.json is not a JSON map" in refusal("class_folders", tmp_path / "a", out)
     assert {k: v for k, v in times(out).items() if k != "classes.json"}.items() <= before.items()
 
 

@@ -1,6 +1,7 @@
 """One test per fault: not a number, a spike, a full disk, an unreadable checkpoint."""
 
 import errno
+import re
 import shutil
 import subprocess
 
@@ -70,7 +71,7 @@ def test_a_spike_is_reported_with_its_files(tmp_path, capsys):
     planted(loop, {(40, 0): 300.0}).run_loop()
     out = capsys.readouterr().out
     assert "step 41: the loss" in out and "standard deviations above its mean" in out
-    assert "t " in out and "label " in out and "file40_" in out
+    assert re.search(r"loss \d+\.\d{4}  t \d+  label \d  file40_\d\.png", out)
 
 
 def test_a_spike_rolls_back_to_the_last_checkpoint_with_other_data(tmp_path, capsys):

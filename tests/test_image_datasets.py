@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import REPO, write_images
+from helpers import REPO, break_image, write_images
 from PIL import Image
 
 from masked_diffusion import image_datasets
@@ -248,19 +248,6 @@ def test_an_unreadable_image_is_named(tmp_path, content, num_workers):
         next(data)
     del data, caught
     assert time.monotonic() - start < 4  # torch's own limit is 5 s for each process that does not end
-
-
-def break_image(path, kind, monkeypatch):
-    """Make a file an image that cannot be read."""
-    if kind == "bomb":
-        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 64)
-        Image.new("RGB", (12, 12)).save(path)
-    elif kind == "dangling link":
-        path.unlink()
-        path.symlink_to("/nowhere/a_1.png")
-    else:
-        path.unlink()
-        path.symlink_to(path)
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])

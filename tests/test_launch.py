@@ -44,7 +44,8 @@ def test_run_sh_trains(images, tmp_path):
 def test_missing_settings_are_named(script, tmp_path):
     env = {"PATH": os.environ["PATH"]}
     result = subprocess.run([REPO / script], env=env, capture_output=True, text=True)
-    assert result.returncode != 0 and "set " in result.stderr
+    setting = {"run_sample.sh": "REFERENCE", "run_ddp_worker.sh": "NODE_RANK"}.get(script, "DATA_DIR")
+    assert result.returncode != 0 and f"{setting}: set {setting} to " in result.stderr
     result = subprocess.run(["bash", "-n", REPO / script])
     assert result.returncode == 0
 
@@ -104,8 +105,8 @@ def test_what_the_user_must_mend_is_said_once_and_not_restarted(tmp_path):
     env = environment(tmp_path / "log", "empty", NUM_GPUS=2, MAX_RESTARTS=3)
     result = subprocess.run([REPO / "run.sh"], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=200)
     assert result.returncode != 0 and result.stderr.count("error: empty holds no image") == 1
-    assert result.stderr.count("torchrun is told not to start this again") == 1
-    assert "restart" not in result.stderr.lower().replace("torchrun is told not to start this again", "")
+    assert result.stderr.count("torchrun is told to end the job") == 1
+    assert "restart" not in result.stderr.lower().replace("torchrun is told to end the job", "")
 
 
 def test_run_sample_sh_draws_two_rounds(checkpoint, tmp_path):

@@ -105,7 +105,9 @@ def test_references_that_cannot_serve_are_refused(reference, tmp_path, images, m
         LiveEvaluation(tmp_path / "ready.npz", (16, 16))
     for options, message in (
         ({"eval_interval": 2}, "--eval_reference"),
-        (evaluation_flags(reference, eval_samples=1), "is 1"),
+        (evaluation_flags(reference, eval_samples=1), "--eval_samples is 1"),
+        (evaluation_flags(tmp_path / "nowhere.npz"), "error: --eval_reference: "),
+        (evaluation_flags(tmp_path / "ready.npz"), "is not at hand"),
     ):
         with pytest.raises(SystemExit) as stop:
             run_train(monkeypatch, train_flags(images, tmp_path / "run", **options))

@@ -98,4 +98,4 @@ def test_memory_does_not_grow_with_the_number_of_tiles(tmp_path):
     result = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=True)
     peak = int(result.stdout.split()[-1])
     print(f"\npeak memory {peak} MiB")
-    assert peak < 1800
+    assert peak < 2200  # one whole matrix of distances and its half-precision copy would take 2400 more

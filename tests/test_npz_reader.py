@@ -48,6 +48,8 @@ def test_statistics_and_description(tmp_path):
 
 def test_pickles_are_never_loaded(tmp_path):
     trap = Trap(tmp_path / "executed")
+    pickle.loads(pickle.dumps(trap))
+    trap.path.rmdir()  # the trap does work, where it may
     objects = np.array([trap] * 3, dtype=object)
     np.savez(tmp_path / "object.npz", objects)
     np.savez(tmp_path / "beside.npz", IMAGES, settings=objects)

@@ -199,6 +199,11 @@ def test_without_the_repository_evaluation_says_what_is_missing(tmp_path, monkey
         load_evaluations("live")
 
 
+def test_tests_share_their_helpers_in_one_place():
+    for path in (REPO / "tests").glob("*.py"):
+        assert not re.search(r"^ *(from|import) (test_|conftest)", path.read_text(), re.MULTILINE), path
+
+
 def test_modules_stay_readable():
     lengths = {
         path.name: len(path.read_text().splitlines()) for path in REPO.rglob("*.py") if ".venv" not in path.parts

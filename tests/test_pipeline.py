@@ -107,7 +107,7 @@ def test_latents_are_decoded_by_the_vae(vae_folder, tmp_path):
     assert first.shape == (1, 32, 32, 3) and np.array_equal(first, second)
 
 
-def test_a_safetensors_folder_samples_like_its_checkpoint(checkpoint, tmp_path, monkeypatch):
+def test_a_safetensors_folder_samples_like_its_checkpoint(checkpoint, tmp_path, monkeypatch, capsys):
     run_export(monkeypatch, model_path=checkpoint, out=tmp_path / "folder")
     model, again = load_model(checkpoint), load_model(tmp_path / "folder")
     assert all(torch.equal(value, again.state_dict()[key]) for key, value in model.state_dict().items())
@@ -116,6 +116,7 @@ def test_a_safetensors_folder_samples_like_its_checkpoint(checkpoint, tmp_path, 
     assert torch.equal(type(model).from_pretrained(tmp_path / "folder").pos_embed, model.pos_embed)
     with pytest.raises(SystemExit):
         run_export(monkeypatch, model_path=checkpoint, out=tmp_path / "folder")
+    assert f"error: {tmp_path / 'folder'} is there already" in capsys.readouterr().err
 
 
 def test_the_scheduler_says_how_the_model_was_trained():

@@ -6,9 +6,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import write_images
+from helpers import break_image, write_images
 from PIL import ExifTags, Image, ImageFile
-from test_image_datasets import break_image
 
 from masked_diffusion import create_model
 from masked_diffusion.config import RunConfig

@@ -42,9 +42,6 @@ FILES = [(package, file) for package, files in SIGNATURES.items() for file in fi
 DIFFERENT = {
     # ADM's positions are told from DiT's and MDT's by their types: see below.
     ("ADM guided_diffusion", "gaussian_diffusion.GaussianDiffusion.ddim_reverse_sample"),
-    # They are made of a configuration, not of a U-Net's sizes.
-    ("ADM guided_diffusion", "script_util.create_model_and_diffusion"),
-    ("ADM guided_diffusion", "script_util.create_model"),
     # The logger's functions stand for these.
     *((package, f"logger.Logger.{name}") for package in SIGNATURES for name in ("set_comm", "DEFAULT", "CURRENT")),
 }

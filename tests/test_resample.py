@@ -51,7 +51,7 @@ def test_second_moment_forgets_the_oldest():
 
 def test_state_is_saved_and_restored():
     restored = create_named_schedule_sampler("loss-second-moment", DIFFUSION)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError, match="must match the size"):
         restored.load_state_dict(warmed_up().state_dict())  # another history length
     restored = LossSecondMomentResampler(DIFFUSION, history_per_term=4)
     restored.load_state_dict(warmed_up().state_dict())

@@ -43,7 +43,8 @@ def test_an_image_does_not_depend_on_its_batch(solver):
 def test_leaving_out_the_guiding_half_changes_no_pixel():
     labels = choose_labels(range(6), "random", 10, seed=4)
     never, exact = (
-        make_image_sampler(guidance=Guidance("power-cosine", 3.8, 4.0, skip_below=skip))(range(6), labels) for skip in (-1, 0)
+        make_image_sampler(guidance=Guidance("power-cosine", 3.8, 4.0, skip_below=skip))(range(6), labels)
+        for skip in (-1, 0)
     )
     assert np.array_equal(never, exact)
 

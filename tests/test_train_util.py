@@ -175,7 +175,7 @@ def test_the_script_leaves_its_configuration(one_process):
     assert config["diffusion"]["snr_gamma"] == 5.0 and config["vae"] == "identity"
 
 
-def test_training_from_cached_latents_is_training_from_images(images, vae_folder, tmp_path, monkeypatch):
+def test_training_from_cached_latents_is_training_from_images(images, vae_folder, tmp_path, monkeypatch, capsys):
     cache = tmp_path / "latents"
     encode = {"data_dir": images, "latent_dir": cache, "image_size": 32, "vae": vae_folder, "num_workers": 0}
     monkeypatch.setattr(sys, "argv", ["encode_latents.py", *(f"--{key}={value}" for key, value in encode.items())])
@@ -189,6 +189,7 @@ def test_training_from_cached_latents_is_training_from_images(images, vae_folder
     assert cached != live  # the cache is rounded to float16
     with pytest.raises(SystemExit):
         run_train(monkeypatch, train_flags("", tmp_path / "other", latent_dir=cache, **options | {"vae": "identity"}))
+    assert "was made with vae_fingerprint" in capsys.readouterr().err
 
 
 def test_sample_grids_show_the_ema_and_change_nothing(images, tmp_path, monkeypatch):

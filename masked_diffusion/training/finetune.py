@@ -80,7 +80,7 @@ def _move_labels(old: torch.Tensor, own: torch.Tensor, old_names: Sequence[str],
         raise UserError(
             f"the label table is {old.shape[1]} wide, but the model's {own.shape[1]}: choose its own --model"
         )
-    if len(old_names) == len(old) - 1 and len(names) == len(own) - 1:
+    if len(old_names) == len(old) - 1 and names:
         rows = {i: old_names.index(name) for i, name in enumerate(names) if name in old_names}
     else:
         rows = {i: i for i in range(len(own) - 1)} if old.shape == own.shape else {}

@@ -46,6 +46,8 @@ NOT_REBUILT = {
     "nn.normalization": _LAYERS,
     "nn.checkpoint": "use torch.utils.checkpoint, or image_train.py --grad_checkpoint True",
     "nn.CheckpointFunction": "use torch.utils.checkpoint",
+    "script_util.create_model": _UNET,
+    "script_util.create_model_and_diffusion": f"{_UNET}, and masked_diffusion.create_diffusion",
     "script_util.classifier_defaults": _CLASSIFIER,
     "script_util.classifier_and_diffusion_defaults": _CLASSIFIER,
     "script_util.create_classifier": _CLASSIFIER,

@@ -63,7 +63,7 @@ def main() -> None:
         sheets += [emptied[:SHOWN], filled[:SHOWN]]
     write_json(f"{config.out}.json", {"class_accuracy": rows, "num_digits": len(images)})
     framed = np.pad(np.concatenate(sheets), ((0, 0), (0, 1), (0, 1), (0, 0)), constant_values=128)
-    save_grid(f"{config.out}.png", framed, SHOWN, SCALE)
+    save_grid(f"{config.out}.png", framed, min(SHOWN, len(images)), SCALE)
 
 
 if __name__ == "__main__":

@@ -84,8 +84,8 @@ def write_picture(path: str, rows: list[dict], shown: np.ndarray) -> None:
         panel.invert_yaxis()
         panel.set_yticks(range(len(names)), names if key == "class_accuracy" else [""] * len(names))
     sheet = np.pad(shown, ((0, 0), (0, 0), (0, 1), (0, 1), (0, 0)), constant_values=255)
-    count, _, height, width, _ = sheet.shape
-    panels[3].imshow(sheet.transpose(0, 2, 1, 3, 4).reshape(count * height, SHOWN * width, 3), aspect="auto")
+    count, columns, height, width, _ = sheet.shape
+    panels[3].imshow(sheet.transpose(0, 2, 1, 3, 4).reshape(count * height, columns * width, 3), aspect="auto")
     panels[3].set(title="the first digits of each")
     panels[3].axis("off")
     with atomic_write(path) as file:
