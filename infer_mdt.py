@@ -1,98 +1,142 @@
 """Draw pictures of some classes, fill a hole of an image, or vary one. By default what the published script draws."""
 
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
 import numpy as np
 import torch
 from tqdm.auto import tqdm
+from typing_extensions import Self
 
 from masked_diffusion import logger, script_util
+from masked_diffusion.config import SampleConfig
 from masked_diffusion.image_datasets import center_crop_arr, read_image
-from masked_diffusion.sampling import build as sample_util
 from masked_diffusion.sampling import editing
-from masked_diffusion.sampling.class_names import find_label
+from masked_diffusion.sampling.build import load_image_sampler
+from masked_diffusion.sampling.class_names import IMAGENET_CLASSES, find_label
+from masked_diffusion.sampling.image_sampler import ImageSampler
 from masked_diffusion.utils.errors import UserError
+from masked_diffusion.utils.flag_values import check_words
+from masked_diffusion.utils.options import Config, option
 from masked_diffusion.utils.pictures import check_picture_name, save_animation, save_grid
 
-CLASSES = ("19", "23", "106", "108", "278", "282")
+CLASSES = ("19", "23", "106", "108", "278", "282")  # of ImageNet, as published
 TRAJECTORY_FRAMES, ANIMATION_FRAMES = 10, 50
 SMALLEST_PICTURE = 64  # pixels; smaller ones are enlarged without smoothing
 
 
-def parse_args():
-    parser = script_util.make_parser(__doc__)
-    sample_util.add_weights_flags(parser, default="shgao/MDT-XL2")
-    sample_util.add_solver_flags(parser)
-    sample_util.add_guidance_flags(parser)
-    parser.set_defaults(cfg_cond=True, cfg_scale=4.0, scale_pow=0.01, seed=1)
-    pictures = parser.add_argument_group("pictures")
-    pictures.add_argument("--classes", nargs="+", default=CLASSES, help='numbers or names: 279 "golden retriever"')
-    pictures.add_argument("--out", default="sample.jpg", help="the grid of pictures")
-    pictures.add_argument("--columns", type=int, default=3, help="pictures per row")
-    pictures.add_argument("--trajectory", help="file for a strip of the predicted images along the way")
-    pictures.add_argument("--animate", help="GIF of the predicted images along the way")
-    edit = parser.add_argument_group("from an image")
-    edit.add_argument("--inpaint", metavar="IMAGE", help="image to fill a hole of")
-    edit.add_argument("--mask", help="picture of the image's size, white where it is to be filled")
-    edit.add_argument("--jump_length", type=int, default=10, help="steps that inpainting goes back at a time")
-    edit.add_argument("--resamplings", type=int, default=10, help="how often inpainting walks every stretch")
-    edit.add_argument("--variations", metavar="IMAGE", help="image to vary")
-    edit.add_argument("--strength", type=float, default=0.6, help="share of the steps that a variation runs, in (0, 1]")
-    return parser.parse_args()
+@dataclass(frozen=True)
+class PicturesConfig(Config):
+    """pictures"""
+
+    classes: tuple[str, ...] = option(
+        (), 'numbers or names: 279 "golden retriever"; left out: the published six of ImageNet, else the first ones',
+        check=check_words,
+    )  # fmt: skip
+    out: str = option("sample.jpg", "the grid of pictures")
+    columns: int = option(3, "pictures per row", at_least=1)
+    trajectory: str | None = option(None, "file for a strip of the predicted images along the way")
+    animate: str | None = option(None, "animation of the predicted images along the way: .gif, .png or .webp")
+
+    def check(self) -> Self:
+        super().check()
+        for path in filter(None, (self.out, self.trajectory)):
+            check_picture_name(path)
+        if self.animate:
+            check_picture_name(self.animate, animated=True)
+        return self
 
 
-def check_args(args):
-    """Refuse flags that contradict each other, before weights are loaded."""
-    script_util.check_positive(args, "columns", "jump_length", "resamplings")
-    if bool(args.inpaint) != bool(args.mask):
-        raise UserError("--inpaint and --mask go together: give the image and the picture of what to fill")
-    if args.inpaint and args.variations:
-        raise UserError("--inpaint and --variations exclude each other: choose one")
-    for path in filter(None, (args.out, args.trajectory, args.animate)):
-        check_picture_name(path)
+@dataclass(frozen=True)
+class EditConfig(Config):
+    """from an image"""
+
+    inpaint: str | None = option(None, "image to fill a hole of")
+    mask: str | None = option(None, "picture of the image's size, white where it is to be filled")
+    jump_length: int = option(10, "steps that inpainting goes back at a time", at_least=1)
+    resamplings: int = option(10, "how often inpainting walks every stretch", at_least=1)
+    variations: str | None = option(None, "image to vary")
+    strength: float = option(0.6, "share of the steps that a variation runs", above=0, at_most=1)
+
+    def check(self) -> Self:
+        super().check()
+        if bool(self.inpaint) != bool(self.mask):
+            raise UserError("--inpaint and --mask go together: give the image and the picture of what to fill")
+        if self.inpaint and self.variations:
+            raise UserError("--inpaint and --variations exclude each other: choose one")
+        return self
 
 
-def draw(args, sampler, labels):
+@dataclass(frozen=True)
+class Flags(Config):
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    pictures: PicturesConfig = PicturesConfig()
+    edit: EditConfig = EditConfig()
+
+
+def parse_flags() -> Flags:
+    """The command line, with the published script's defaults."""
+    published = {"model_path": "shgao/MDT-XL2", "cfg_cond": True, "cfg_scale": 4.0, "scale_pow": 0.01, "seed": 1}
+    return script_util.parse_flags(Flags, __doc__, **published)
+
+
+def choose_classes(asked: tuple[str, ...], num_classes: int) -> tuple[str, ...]:
+    """The classes to draw: those that are asked for, or the published six, or the first of the model."""
+    if asked:
+        return asked
+    if num_classes == IMAGENET_CLASSES:
+        return CLASSES
+    first = tuple(map(str, range(min(len(CLASSES), max(num_classes, 1)))))
+    logger.log(f"drawing the first {len(first)} of the model's {num_classes} classes: choose others with --classes")
+    return first
+
+
+def draw(edit: EditConfig, image_sampler: ImageSampler, labels: torch.Tensor) -> tuple[Iterable, int | None, Callable]:
     """Start drawing.
 
     :return: the steps; how many there are; and a function from latents to images.
     """
     indices = range(len(labels))
-    size = sampler.model.input_size * sampler.first_stage.downsample
-    if args.inpaint:
-        image, hole = editing.read_image_and_hole(args.inpaint, args.mask, size)
-        jumps = {"jump_length": args.jump_length, "resamplings": args.resamplings}
-        steps = editing.inpaint_progressive(sampler, indices, labels, image, hole, **jumps)
-        total = editing.count_evaluations(sampler.solver.num_evaluations, **jumps)
-        return steps, total, lambda latents: editing.paste(image, hole, sampler.decode(latents))
-    if args.variations:
-        image = center_crop_arr(read_image(args.variations), size)
-        steps = editing.vary_progressive(sampler, indices, labels, image, args.strength)
-        return steps, None, sampler.decode
-    return sampler.progressive(indices, labels), sampler.solver.num_evaluations, sampler.decode
+    if edit.inpaint:
+        image, hole = editing.read_image_and_hole(edit.inpaint, edit.mask, image_sampler.size)
+        jumps = {"jump_length": edit.jump_length, "resamplings": edit.resamplings}
+        steps = editing.inpaint_progressive(image_sampler, indices, labels, image, hole, **jumps)
+        total = editing.count_evaluations(image_sampler.solver.num_evaluations, **jumps)
+        return steps, total, lambda latents: editing.paste(image, hole, image_sampler.decode(latents))
+    if edit.variations:
+        image = center_crop_arr(read_image(edit.variations), image_sampler.size)
+        steps = editing.vary_progressive(image_sampler, indices, labels, image, edit.strength)
+        return steps, None, image_sampler.decode
+    return image_sampler.progressive(indices, labels), image_sampler.solver.num_evaluations, image_sampler.decode
 
 
-def main():
-    args = parse_args()
-    check_args(args)
-    sampler, names, *_ = sample_util.load_sampler(args)
-    labels = torch.tensor([find_label(text, names, sampler.model.num_classes) for text in args.classes])
-    steps, total, finish = draw(args, sampler, labels)
+def main() -> None:
+    flags = parse_flags()
+    pictures = flags.pictures
+    image_sampler, weights = load_image_sampler(flags.sample)
+    num_classes = image_sampler.model.num_classes
+    classes = choose_classes(pictures.classes, num_classes)
+    labels = torch.tensor([find_label(text, weights.class_names, num_classes) for text in classes])
+    steps, total, finish = draw(flags.edit, image_sampler, labels)
     predictions = []
     for out in tqdm(steps, total=total, unit="step"):
         sample = out["sample"]
-        if args.trajectory or args.animate:
+        if pictures.trajectory or pictures.animate:
             predictions.append(out["pred_xstart"].cpu())
     images = finish(sample)
     scale = max(1, SMALLEST_PICTURE // images.shape[1])
-    save_grid(args.out, images, args.columns, scale)
-    if args.trajectory:
+    save_grid(pictures.out, images, pictures.columns, scale)
+    if pictures.trajectory:
         frames = along_the_way(predictions, TRAJECTORY_FRAMES, finish)
-        save_grid(args.trajectory, frames.swapaxes(0, 1).reshape(-1, *images.shape[1:]), len(frames), scale)
-    if args.animate:
-        save_animation(args.animate, along_the_way(predictions, ANIMATION_FRAMES, finish), args.columns, scale)
-    logger.log(f"wrote {', '.join(filter(None, (args.out, args.trajectory, args.animate)))}")
+        strip = frames.swapaxes(0, 1).reshape(-1, *images.shape[1:])
+        save_grid(pictures.trajectory, strip, len(frames), scale)
+    if pictures.animate:
+        frames = along_the_way(predictions, ANIMATION_FRAMES, finish)
+        save_animation(pictures.animate, frames, pictures.columns, scale)
+    logger.log(f"wrote {', '.join(filter(None, (pictures.out, pictures.trajectory, pictures.animate)))}")
 
 
-def along_the_way(predictions, num_frames, finish):
+def along_the_way(predictions: list[torch.Tensor], num_frames: int, finish: Callable) -> np.ndarray:
     """(F, n, H, W, 3) uint8 of predictions at F <= num_frames evenly spaced steps, the last one among them."""
     places = np.unique(np.linspace(0, len(predictions) - 1, num_frames).round().astype(int))
     return np.stack([finish(predictions[place]) for place in places])

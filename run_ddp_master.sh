@@ -2,12 +2,17 @@
 # Train on several nodes: run this on the first one, run_ddp_worker.sh on the others, with the same settings.
 # Every setting comes from the environment; the defaults are MDTv2-XL/2 as published.
 #   MASTER_ADDR=node0 DATA_DIR=data/imagenet ./run_ddp_master.sh
-# Further flags of scripts/image_train.py may follow. Run again, it goes on where it stopped.
+# Relative paths are taken from where this is called. Further flags of scripts/image_train.py may follow.
+# Run the same command again to resume from the newest checkpoint.
 set -euo pipefail
-cd "$(dirname "$0")"
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" > /dev/null && pwd)
 
 : "${DATA_DIR:?set DATA_DIR to a folder of images named CLASS_ANYTHING}"
 : "${MASTER_ADDR:?set MASTER_ADDR to the name or address of the first node}"
+if ! command -v torchrun > /dev/null; then
+  echo "error: torchrun is not on the PATH: activate the environment that PyTorch is installed in" >&2
+  exit 2
+fi
 # A restart gets a store of its own: in the old one gloo would find the addresses of dead processes.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 export OPENAI_LOGDIR=${OPENAI_LOGDIR:-output_mdt_xl2}
@@ -31,7 +36,7 @@ command=(
   torchrun --nnodes="$NUM_NODES" --nproc_per_node="$NUM_GPUS" --max-restarts="$MAX_RESTARTS"
   --rdzv_id="$RUN_ID" --rdzv_backend=c10d --rdzv_endpoint="$MASTER_ADDR:$MASTER_PORT"
   --rdzv_conf="is_host=$([ "$NODE_RANK" = 0 ] && echo 1 || echo 0)" ${LOCAL_ADDR:+--local_addr="$LOCAL_ADDR"}
-  scripts/image_train.py
+  "$here/scripts/image_train.py"
   --data_dir "$DATA_DIR" --image_size "$IMAGE_SIZE" --vae "$VAE"
   --model "$MODEL" --decode_layer "$DECODE_LAYER" --mask_ratio "$MASK_RATIO"
   --lr "$LR" --batch_size "$BATCH_SIZE" "$@"

@@ -4,14 +4,14 @@ A field of a class below is a flag of the scripts (`script_util.parse_flags` mak
 `RunConfig` is a training run, and what `config.json` beside its checkpoints holds; `SampleConfig` is for sampling.
 """
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from typing_extensions import Self
 
 from .guidance import RULES
+from .utils import flag_values
 from .utils.errors import UserError
 from .utils.options import Config, option
 from .utils.precision import PRECISIONS
@@ -24,51 +24,8 @@ SNAPSHOT_DTYPES = ("fp32", "fp16")
 SOLVERS = ("ddpm", "ddim", "dpm++", "sde-dpm++", "unipc", "heun", "euler")
 CLASS_RULES = ("random", "balanced", "list")
 QUANTIZERS = ("truncate", "round")
+CFG_SCALE, SCALE_POW = 3.8, 4.0  # of the published numbers of MDTv2
 LARGEST_SEED = 2**63 - 1
-MAX_SIGMA_REL = 12**-0.5  # of a power-function EMA: the plain average of all steps (Karras et al. 2024, eq. 123)
-
-# ---------------------------------------------------------------- values that are more than a number
-
-
-def split_numbers(text: str) -> tuple[float, ...]:
-    """`0.9999,0.999` -> its numbers; "" has none.
-
-    :raises ValueError: where a part is no number.
-    """
-    return tuple(float(part) for part in text.split(",")) if text else ()
-
-
-def _check_list(text: str, fits: Callable[[float], bool], requirement: str) -> str | None:
-    try:
-        numbers = split_numbers(text)
-    except ValueError:
-        return requirement
-    return None if all(map(fits, numbers)) and len(set(numbers)) == len(numbers) else requirement
-
-
-def _check_ema_rates(text: str) -> str | None:
-    requirement = "different numbers, at least 0 and below 1, separated by commas, such as 0.9999 or 0.999,0.9999"
-    return requirement if not text else _check_list(text, lambda rate: 0 <= rate < 1, requirement)
-
-
-def _check_phema_widths(text: str) -> str | None:
-    requirement = f"different widths above 0 and below {MAX_SIGMA_REL:.4f}, with at most three decimals, or empty"
-    return _check_list(text, lambda width: 0 < width < MAX_SIGMA_REL and round(width, 3) == width, requirement)
-
-
-def _read_gamma(text: str) -> float | str | None:
-    words = {"none": None, "auto": "auto"}
-    return words[text.lower()] if text.lower() in words else float(text)
-
-
-def _check_gamma(value: float | str) -> str | None:
-    requirement = "a number above 0, None (no weight) or auto (the default of the model's family)"
-    return None if value == "auto" or (type(value) in (int, float) and 0 < value < math.inf) else requirement
-
-
-def _read_channels(text: str) -> int | None:
-    return None if text.lower() in ("all", "none") else int(text)
-
 
 # ---------------------------------------------------------------- training
 
@@ -110,7 +67,7 @@ class DiffusionConfig(Config):
     rescale_learned_sigmas: bool = option(False, "multiply the variational term by steps / 1000", changes_run=True)
     snr_gamma: float | str | None = option(
         "auto", "Min-SNR weight of the MSE; None: no weight; auto: 5 for MDTv2, None for MDT and DiT",
-        read=_read_gamma, check=_check_gamma, changes_run=True,
+        read=flag_values.read_gamma, check=flag_values.check_gamma, changes_run=True,
     )  # fmt: skip
 
     def options(self, default_snr_gamma: float | None) -> dict[str, Any]:
@@ -156,10 +113,12 @@ class TrainConfig(Config):
         0, "anneal the learning rate to zero until this step, and end there; 0: constant", at_least=0, changes_run=True
     )
     max_steps: int = option(0, "end after this step; 0: train until stopped", at_least=0)
-    ema_rate: str = option("0.9999", "EMA rates, separated by commas", check=_check_ema_rates, changes_run=True)
+    ema_rate: str = option(
+        "0.9999", "EMA rates, separated by commas", check=flag_values.check_ema_rates, changes_run=True
+    )
     phema: str = option(
         "", "relative widths of power-function EMAs to save snapshots of, such as 0.05,0.10 (post-hoc EMA)",
-        check=_check_phema_widths, changes_run=True,
+        check=flag_values.check_phema_widths, changes_run=True,
     )  # fmt: skip
     phema_dtype: str = option("fp32", "number format of those snapshots", choices=SNAPSHOT_DTYPES)
     schedule_sampler: str = option(
@@ -312,7 +271,9 @@ class RunConfig(Config):
             "data_signature": found.get("data_signature"),
             "global_batch": global_batch,
         }
-        return cls.from_values(known | parts["diffusion"] | {"vae": vae} | facts)
+        run = cls.from_values(known | parts["diffusion"] | {"vae": vae} | facts)
+        run.diffusion.check()  # sampling depends on it, whatever the file is
+        return run
 
     def differences(self, before: Self) -> Iterator[tuple[str, Any, Any]]:
         """What a run that is resumed would compute otherwise: name, value of `before` and of this one.
@@ -348,7 +309,11 @@ def _first_difference(before: tuple[str, ...], now: tuple[str, ...]) -> tuple[st
 class WeightsConfig(Config):
     """model"""
 
-    model_path: str = option("", "checkpoint (.pt, .safetensors), training folder (its newest EMA), or hub id")
+    model_path: str = option(
+        "",
+        "checkpoint (.pt, .safetensors), training folder (its newest EMA), or hub id",
+        check=flag_values.check_source,
+    )
     vae_decoder: str | None = option(
         None, "what decodes latents: ema, mse, a hub id, a folder, or identity; None: what training used, else ema"
     )
@@ -366,11 +331,24 @@ class WeightsConfig(Config):
 class SolverConfig(Config):
     """solver"""
 
-    solver: str | None = option(None, "None: ddpm, or ddim with --use_ddim True", choices=SOLVERS)
-    num_sampling_steps: str = option("250", "steps: 250; for ddpm and ddim also 10,15,20 and ddim50")
+    solver: str | None = option(None, "None: ddpm, or ddim with --use_ddim", choices=SOLVERS)
+    num_sampling_steps: str = option(
+        "250", "steps: 250; for ddpm and ddim also 10,15,20 and ddim50", check=flag_values.check_steps
+    )
     use_ddim: bool = option(False, "the same as --solver ddim")
     clip_denoised: bool = option(False, "clip predicted x_start to [-1, 1]")
     seed: int = option(0, "image i is a function of the seed and i", at_least=0, at_most=LARGEST_SEED)
+
+    @property
+    def name(self) -> str:
+        """`--solver`, or what `--use_ddim` stands for."""
+        return self.solver or ("ddim" if self.use_ddim else "ddpm")
+
+    def check(self) -> Self:
+        super().check()
+        if self.use_ddim and self.name != "ddim":
+            raise UserError(f"--use_ddim True and --solver {self.solver} contradict each other: leave one out")
+        return self
 
 
 @dataclass(frozen=True)
@@ -379,18 +357,50 @@ class GuidanceConfig(Config):
 
     cfg_cond: bool | None = option(None, "guide, by the rule of the model's family; None: no guidance, as False")
     guidance: str | None = option(
-        None, "guidance rule; None: with --cfg_cond, power-cosine for MDT and MDTv2, constant for DiT", choices=RULES
-    )
-    cfg_scale: float | None = option(None, "guidance scale; None: 3.8", at_least=0)
-    scale_pow: float | None = option(None, "power of the power-cosine schedule; None: 4", at_least=0)
+        None, "guidance rule; left out: with --cfg_cond, power-cosine for MDT and MDTv2, constant for DiT",
+        choices=RULES, read=str,
+    )  # fmt: skip
+    cfg_scale: float | None = option(None, f"guidance scale; None: {CFG_SCALE:g}", at_least=0)
+    scale_pow: float | None = option(None, f"power of the power-cosine schedule; None: {SCALE_POW:g}", at_least=0)
     guidance_interval: tuple[float, float] | None = option(
-        None, "timesteps that the rule interval guides; None: all", at_least=0, metavar=("FIRST", "LAST")
-    )
+        None, "timesteps that the rule interval guides; None: all", at_least=0, metavar=("FIRST", "LAST"),
+        check=flag_values.check_interval,
+    )  # fmt: skip
     guide_path: str | None = option(None, "a weaker checkpoint that guides instead of the null class (autoguidance)")
-    guided_channels: int | None = option(3, "how many channels are guided, or all", at_least=1, read=_read_channels)
+    guided_channels: int | None = option(
+        3, "how many channels are guided, or all", at_least=1, read=flag_values.read_channels
+    )
     skip_guidance_below: float = option(
         0.0, "leave the guiding half out where the weight is this close to 1; 0: where it is 1; negative: never"
     )
+
+    def rule(self, model_rule: str) -> str:
+        """The rule that guides, one of `guidance.RULES`.
+
+        :param model_rule: of the model's family.
+        """
+        if self.guidance is not None:
+            return self.guidance
+        return "constant" if self.guide_path else model_rule if self.cfg_cond else "none"
+
+    def unused(self, rule: str) -> list[str]:
+        """Flags that were given, and that this rule does not look at."""
+        uses = {"cfg_scale": rule != "none", "scale_pow": rule == "power-cosine"}
+        uses |= {"guidance_interval": rule == "interval", "guide_path": rule != "none"}
+        return [f"--{name}" for name, used in uses.items() if not used and getattr(self, name) is not None]
+
+    def check(self) -> Self:
+        super().check()
+        if self.cfg_cond is False and self.guidance not in (None, "none") and not self.guide_path:
+            raise UserError(
+                f"--cfg_cond False and --guidance {self.guidance} contradict each other: leave one of them out"
+            )
+        if self.cfg_cond is None and self.guidance is None and not self.guide_path and self.unused("none"):
+            raise UserError(
+                f"{self.unused('none')[0]} is given, but nothing is guided: add --cfg_cond True (the rule of the "
+                "model's family), --guidance RULE or --guide_path FILE; or --cfg_cond False to draw without guidance"
+            )
+        return self
 
 
 @dataclass(frozen=True)
@@ -400,3 +410,8 @@ class SampleConfig(Config):
     weights: WeightsConfig = WeightsConfig()
     solver: SolverConfig = SolverConfig()
     guidance: GuidanceConfig = GuidanceConfig()
+
+    @property
+    def precision(self) -> str:
+        """`--precision`, or what `--use_fp16` stands for."""
+        return "fp16" if self.weights.use_fp16 else self.weights.precision

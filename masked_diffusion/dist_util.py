@@ -202,8 +202,18 @@ def is_first(key: str) -> bool:
         return is_main()
 
 
+def is_first_of_node(key: str) -> bool:
+    """Whether this is the first process of its node to ask with this key; local rank 0, before the ranks have met."""
+    if not dist.is_initialized():
+        return get_local_rank() == 0
+    return is_first(f"{key} on node {os.environ.get('GROUP_RANK', 0)}")
+
+
 def end_restarts() -> None:
-    """Let torchrun end the job, where it would start it again: for an error that would only come back."""
+    """Let torchrun end the job, where it would start it again: for an error that would only come back.
+
+    One process per node calls it: a second signal would interrupt torchrun's clean-up.
+    """
     left = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) - int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
     if left <= 0:
         return

@@ -58,7 +58,7 @@ class LossType(enum.Enum):
 
 
 class GaussianDiffusion(ForwardProcess):
-    """Training losses and samplers for one noise schedule.
+    """Training losses and sampling loops for one noise schedule.
 
     Everywhere: `x_start`, `x`, `x_t`, `noise` are (N, C, ...) floats; `t` is (N,) int64 in [0, num_timesteps);
     `model(x, t, **model_kwargs)` returns (N, C, ...), or (N, 2C, ...) with a learned variance.

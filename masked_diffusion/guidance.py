@@ -4,7 +4,9 @@ A rule is a function from timesteps to a weight `w(t)`; `guide` applies it. `Gui
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -15,7 +17,7 @@ RULES = ("none", "constant", "power-cosine", "interval")
 # ---------------------------------------------------------------- weights
 
 
-def constant_weight(t, cfg_scale):
+def constant_weight(t: torch.Tensor, cfg_scale: float) -> torch.Tensor:
     """Classifier-free guidance (Ho & Salimans 2022, eq. 6 with w = 1 + guidance strength): w(t) = cfg_scale.
 
     :param t: (N,) timesteps.
@@ -24,7 +26,9 @@ def constant_weight(t, cfg_scale):
     return torch.full(t.shape, float(cfg_scale), device=t.device)
 
 
-def power_cosine_weight(t, cfg_scale, diffusion_steps=1000, scale_pow=4.0):
+def power_cosine_weight(
+    t: torch.Tensor, cfg_scale: float, diffusion_steps: int = 1000, scale_pow: float = 4.0
+) -> torch.Tensor:
     """Power-cosine guidance of MDT: w(t) = 1 + (s - 1) * (1 - cos(pi * (1 - t / steps)^pow)) / 2.
 
     The weight grows from 1 at pure noise to `cfg_scale` at the data; a larger power delays the growth.
@@ -36,7 +40,7 @@ def power_cosine_weight(t, cfg_scale, diffusion_steps=1000, scale_pow=4.0):
     return 1 + (cfg_scale - 1) * (1 - torch.cos(math.pi * progress)) / 2
 
 
-def interval_weight(t, cfg_scale, interval):
+def interval_weight(t: torch.Tensor, cfg_scale: float, interval: tuple[float, float]) -> torch.Tensor:
     """Guidance in a limited interval (Kynkaanniemi et al. 2024, eq. 5): w(t) = cfg_scale inside, 1 outside.
 
     :param t: (N,) timesteps. :param interval: its first and last timestep.
@@ -46,7 +50,9 @@ def interval_weight(t, cfg_scale, interval):
     return torch.where((t >= first) & (t <= last), float(cfg_scale), 1.0)
 
 
-def guide(out_cond, out_null, weight, guided_channels=3):
+def guide(
+    out_cond: torch.Tensor, out_null: torch.Tensor, weight: torch.Tensor, guided_channels: int = 3
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Extrapolate from the null prediction to the conditional one: null + w (cond - null).
 
     :param out_cond: (n, C, H, W) model output given the classes.
@@ -78,7 +84,7 @@ class Guidance:
     :param skip_below: where the weight is within this of 1, the guiding half is not computed; the default skips where
         the weight is 1 exactly, a negative number never skips.
     :param diffusion_steps: timesteps of the trained schedule.
-    :raises UserError: for an unknown rule, and for an interval that is empty.
+    :raises UserError: for an unknown rule, a number that is not finite, and an interval that is empty.
     """
 
     rule: str = "none"
@@ -92,10 +98,14 @@ class Guidance:
     def __post_init__(self):
         if self.rule not in RULES:
             raise UserError(f"guidance is {self.rule!r}: choose one of {', '.join(RULES)}")
+        for name in ("cfg_scale", "scale_pow", "interval", "skip_below"):
+            value = getattr(self, name)
+            if not all(map(math.isfinite, value if name == "interval" else (value,))):
+                raise UserError(f"{name} of the guidance is {value}: it must be finite")
         if self.interval[0] > self.interval[1]:
             raise UserError(f"the guidance interval {self.interval} is empty: its first timestep is the smaller one")
 
-    def weight(self, t):
+    def weight(self, t: torch.Tensor) -> torch.Tensor:
         """(N,) timesteps -> (N,) weights."""
         if self.rule == "constant":
             return constant_weight(t, self.cfg_scale)
@@ -105,7 +115,7 @@ class Guidance:
             return interval_weight(t, self.cfg_scale, self.interval)
         return torch.ones(t.shape, device=t.device)
 
-    def describe(self):
+    def describe(self) -> dict[str, Any]:
         """What the rule depends on, as JSON values."""
         used = {"power-cosine": ["scale_pow"], "interval": ["interval"]}.get(self.rule, [])
         if self.rule != "none":
@@ -124,12 +134,18 @@ class GuidedDenoiser:
     :raises UserError: when there is nothing to be guided by.
     """
 
-    def __init__(self, model, guidance, null_label=None, guide_model=None):
+    def __init__(
+        self,
+        model: Callable[..., torch.Tensor],
+        guidance: Guidance,
+        null_label: int | None = None,
+        guide_model: Callable[..., torch.Tensor] | None = None,
+    ):
         if guidance.rule != "none" and null_label is None and guide_model is None:
             raise UserError("guidance needs a null class, which this model was trained without: use --cfg_cond False")
         self.model, self.guidance, self.null_label, self.guide_model = model, guidance, null_label, guide_model
 
-    def __call__(self, x, t, y):
+    def __call__(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """(n, C, H, W) noisy input, (n,) timesteps, (n,) labels -> (n, C or 2C, H, W), guided."""
         weight = self.guidance.weight(t)
         # Which batch to run is the host's to decide: a step waits for the device here, once.

@@ -226,7 +226,7 @@ class ImageDataset(Dataset):
     Items are asked for by index, or by `(index, epoch)`, of which crop and flip are a function.
 
     :param shard, num_shards: take every num_shards-th image, from number `shard` on. `load_data` leaves them alone:
-        its sampler shares the images out among the ranks.
+        its data sampler shares the images out among the ranks.
     """
 
     def __init__(

@@ -1,6 +1,8 @@
 """A diffusers pipeline around the models: `pipe(class_labels=["golden retriever"], guidance_scale=4.0)`."""
 
 import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, ConfigMixin, DDPMScheduler, DiffusionPipeline, ImagePipelineOutput, ModelMixin
@@ -12,7 +14,8 @@ from .latents.autoencoder import StableDiffusionVAE
 from .models import create_model
 from .respace import create_diffusion, space_timesteps
 from .sampling.class_names import find_label
-from .sampling.image_sampler import to_uint8
+from .sampling.image_sampler import refuse_broken, to_uint8
+from .utils.errors import UserError
 
 LEARNED = ("learned", "learned_range")
 
@@ -25,12 +28,12 @@ class MDTTransformer(ModelMixin, ConfigMixin):
         super().__init__()
         self.model = create_model(name, **(options or {}))
 
-    def forward(self, x, t, y):
+    def forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """(N, C, H, W), (N,) timesteps, (N,) labels -> (N, C or 2C, H, W)."""
         return self.model(x, t, y)
 
 
-def make_scheduler(diffusion_config):
+def make_scheduler(diffusion_config: Mapping[str, Any]) -> DDPMScheduler:
     """Ancestral sampling on the trained schedule: what `create_diffusion` respaces, as a scheduler of diffusers."""
     diffusion = create_diffusion(**diffusion_config)
     learned = diffusion_config.get("learn_sigma", True)
@@ -71,31 +74,33 @@ class MDTPipeline(DiffusionPipeline):
         self.register_to_config(id2label=id2label)
 
     @property
-    def class_names(self):
-        """Names of the classes in the order of their labels; [] where nobody knows them."""
+    def class_names(self) -> list[str]:
+        """Names of the classes in the order of their labels; [] where they are not known."""
         return list((self.config.id2label or {}).values())
 
-    def get_label_ids(self, class_labels):
+    def get_label_ids(self, class_labels: str | int | Sequence[str | int]) -> list[int]:
         """Names or numbers of classes -> list of labels.
 
-        :raises ValueError: for one that is no class, or may be several.
+        :raises UserError: for one that is no class, or may be several, and where there is none.
         """
-        class_labels = [class_labels] if isinstance(class_labels, str | int) else class_labels
+        class_labels = [class_labels] if isinstance(class_labels, str | int) else list(class_labels)
+        if not class_labels:
+            raise UserError("class_labels is empty: give a name or number of a class for each image to draw")
         return [find_label(label, self.class_names, self.transformer.model.num_classes) for label in class_labels]
 
     @torch.no_grad()
     def __call__(
         self,
-        class_labels,
-        guidance_scale=4.0,
-        num_inference_steps=250,
-        generator=None,
-        guidance_rule=None,
-        scale_pow=4.0,
-        guided_channels=3,
-        output_type="pil",
-        return_dict=True,
-    ):
+        class_labels: str | int | Sequence[str | int],
+        guidance_scale: float = 4.0,
+        num_inference_steps: int = 250,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        guidance_rule: str | None = None,
+        scale_pow: float = 4.0,
+        guided_channels: int | None = 3,
+        output_type: str = "pil",
+        return_dict: bool = True,
+    ) -> ImagePipelineOutput | tuple:
         """Draw one image per entry of `class_labels`.
 
         :param class_labels: names or numbers of classes.
@@ -104,10 +109,18 @@ class MDTPipeline(DiffusionPipeline):
         :param guidance_rule, scale_pow, guided_channels: see `guidance.Guidance`; the rule is the model's own if None.
         :param output_type: `pil`, `np` (N, H, W, 3) in [0, 1], `pt` (N, 3, H, W) in [0, 1], or `latent`.
         :return: `ImagePipelineOutput`, or a tuple without `return_dict`.
-        :raises ValueError: for wrong class labels, and for guidance of a model without a null class.
+        :raises UserError: for wrong class labels, for another number of generators than of images, for guidance of a
+            model without a null class, and for images that are not finite.
         """
         model, device = self.transformer.model, self._execution_device
         labels = torch.tensor(self.get_label_ids(class_labels), device=device)
+        if isinstance(generator, list) and len(generator) != len(labels):
+            raise UserError(
+                f"generator is a list of {len(generator)}, but class_labels asks for {len(labels)} images: give one "
+                "generator for each, or one for all"
+            )
+        if num_inference_steps < 1:
+            raise UserError(f"num_inference_steps is {num_inference_steps}: it must be at least 1")
         rule = "none" if guidance_scale <= 1 else guidance_rule or model.guidance_rule
         guidance = Guidance(
             rule, guidance_scale, scale_pow, guided_channels=guided_channels,
@@ -117,9 +130,12 @@ class MDTPipeline(DiffusionPipeline):
         shape = (len(labels), model.in_channels, model.input_size, model.input_size)
         noise = randn_tensor(shape, generator=generator, device=device, dtype=self.transformer.dtype)
         latents = self._denoise(denoise, noise, labels, num_inference_steps, generator)
-        if output_type != "latent":
-            latents = self._to_images(latents, output_type)
-        return ImagePipelineOutput(images=latents) if return_dict else (latents,)
+        if output_type != "latent" and self.vae is not None:
+            latents = self.vae.decode(latents / StableDiffusionVAE.scale).sample
+        precision = "fp16" if self.transformer.dtype == torch.float16 else "fp32"
+        refuse_broken(latents, range(len(labels)), precision)
+        images = latents if output_type == "latent" else self._to_output(latents, output_type)
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def _denoise(self, denoise, noise, labels, num_inference_steps, generator):
         scheduler = self.scheduler
@@ -142,16 +158,20 @@ class MDTPipeline(DiffusionPipeline):
             x = scheduler.step(out, timestep, x, **options).prev_sample
         return x
 
-    def _to_images(self, latents, output_type):
-        if self.vae is not None:
-            latents = self.vae.decode(latents / StableDiffusionVAE.scale).sample
+    def _to_output(self, images, output_type):
         if output_type == "pt":
-            return ((latents + 1) / 2).clamp(0, 1)
-        images = to_uint8(latents)
-        return self.numpy_to_pil(images / 255) if output_type == "pil" else images / 255.0
+            return ((images + 1) / 2).clamp(0, 1)
+        pixels = to_uint8(images)
+        return self.numpy_to_pil(pixels / 255) if output_type == "pil" else pixels / 255.0
 
 
-def build_pipeline(model_config, state_dict, diffusion_config, vae=None, names=()):
+def build_pipeline(
+    model_config: Mapping[str, Any],
+    state_dict: Mapping[str, torch.Tensor],
+    diffusion_config: Mapping[str, Any],
+    vae: AutoencoderKL | None = None,
+    names: Sequence[str] = (),
+) -> MDTPipeline:
     """Assemble a pipeline.
 
     :param model_config: `name` and `options` for `create_model`. :param state_dict: its weights.

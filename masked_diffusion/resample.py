@@ -7,7 +7,7 @@ from .utils.errors import UserError
 
 
 def create_named_schedule_sampler(name, diffusion):
-    """A sampler by name: `uniform` or `loss-second-moment`."""
+    """A timestep sampler by name: `uniform` or `loss-second-moment`."""
     samplers = {"uniform": UniformSampler, "loss-second-moment": LossSecondMomentResampler}
     if name not in samplers:
         raise UserError(f"schedule_sampler is {name!r}: choose one of {', '.join(samplers)}")
@@ -55,7 +55,7 @@ class UniformSampler(ScheduleSampler):
 
 
 class LossAwareSampler(ScheduleSampler):
-    """A sampler that learns from the losses of all ranks."""
+    """A timestep sampler that learns from the losses of all ranks."""
 
     def update_with_local_losses(self, local_ts, local_losses):
         """Learn from every rank's (N,) timesteps and (N,) losses. All ranks call it together, with the same N."""

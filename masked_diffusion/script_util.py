@@ -92,7 +92,7 @@ def _add_flag(group, field: Field, annotation: Any, default: Any) -> None:
     if typing.get_origin(kind) is tuple:
         of, *rest = typing.get_args(kind)
         options |= {"nargs": "+" if rest == [Ellipsis] else 1 + len(rest), "metavar": meta["metavar"]}
-        kind = of
+        kind, may_be_none = of, False  # a word None in a list is a word
     if kind is bool:
         options |= {"nargs": "?", "const": True}
     read = meta["read"] or {bool: str2bool}.get(kind, kind)
@@ -110,27 +110,6 @@ def _optional(read: Callable[[str], Any]) -> Callable[[str], Any]:
     return read_optional
 
 
-def optional_float(text):
-    return None if text.lower() == "none" else float(text)
-
-
-def make_parser(description):
-    parser = Parser(description=description)
-    parser.add_argument("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)
-    return parser
-
-
-def check_positive(args, *names):
-    """Refuse flags that are not positive, before anything starts."""
-    for name in names:
-        if getattr(args, name) <= 0:
-            raise UserError(f"{name} is {getattr(args, name)}: it must be positive")
-
-
-def precision_of(args):
-    return "fp16" if args.use_fp16 else args.precision
-
-
 # ---------------------------------------------------------------- how a script ends
 
 
@@ -145,11 +124,11 @@ def run(main: Callable[[], None]) -> None:
         main()
     except UserError as error:
         _keep_traceback()
-        first = _is_first_to_say(str(error))
-        if first:
-            print(f"error: {str(error) or type(error).__name__}", file=sys.stderr, flush=True)
-        if first or dist_util.get_local_rank() == 0:  # the agent of every node is told
-            dist_util.end_restarts()
+        key = "error " + hashlib.sha256(str(error).encode()).hexdigest()
+        if dist_util.is_first_of_node(key):
+            if dist_util.is_first(key):
+                print(f"error: {str(error) or type(error).__name__}", file=sys.stderr, flush=True)
+            dist_util.end_restarts()  # after the message: torchrun then ends the others
         sys.exit(2)
     except KeyboardInterrupt:
         if dist_util.is_main():
@@ -166,8 +145,3 @@ def _keep_traceback() -> None:
     if logger.get_dir() and dist_util.is_main():
         with suppress(OSError), Path(logger.get_dir(), "log.txt").open("a") as file:
             file.write(traceback.format_exc())
-
-
-def _is_first_to_say(message: str) -> bool:
-    """Whether no other rank has this message already. Before the ranks have met, rank 0 speaks for all."""
-    return dist_util.is_first("error " + hashlib.sha256(message.encode()).hexdigest())

@@ -8,12 +8,14 @@ import resource
 import statistics
 import time
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+from typing_extensions import Self
 
 from masked_diffusion import create_diffusion, create_model, script_util
 from masked_diffusion.config import OPTIMIZERS
@@ -24,6 +26,7 @@ from masked_diffusion.training.optim import create_optimizer, default_grad_clip
 from masked_diffusion.utils.errors import UserError
 from masked_diffusion.utils.files import write_json
 from masked_diffusion.utils.flops import forward_flops
+from masked_diffusion.utils.options import Config, option
 from masked_diffusion.utils.precision import PRECISIONS, autocast, check_precision, set_matmul_precision
 
 WARMUP_STEPS = 2
@@ -49,53 +52,61 @@ COLUMNS = {
 }
 
 
-def parse_args():
-    parser = script_util.make_parser(__doc__)
-    model = parser.add_argument_group("model")
-    model.add_argument("--model", default="MDTv2_S_2", help="family, size and patch size: MDTv2_XL_2, DiT_B_4, ...")
-    model.add_argument("--image_size", type=int, default=256, help="of the images; the latent is an eighth of it")
-    model.add_argument("--input_size", type=int, help="of the latent; None: image_size / 8")
-    model.add_argument(
-        "--mask_ratio", type=script_util.optional_float, default=0.3, help="None: the full pass alone, as DiT has it"
-    )
-    model.add_argument("--decode_layer", type=int, help="blocks after the side-interpolater; None: the paper's number")
-    what = parser.add_argument_group("what to measure")
-    what.add_argument("--mode", choices=("train", "sample"), default="train", help="a training or a denoising step")
-    what.add_argument("--optimizer", choices=OPTIMIZERS, help="its step belongs to the training step; None: no update")
-    what.add_argument("--batch_size", type=int, default=8, help="images per step")
-    what.add_argument("--steps", type=int, default=10, help=f"timed steps, after {WARMUP_STEPS} that are not")
-    what.add_argument("--compare", action="store_true", help=f"in turns: {', '.join(VARIANTS)}")
-    how = parser.add_argument_group("how")
-    how.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    how.add_argument("--threads", type=int, default=min(4, os.cpu_count()), help="of the CPU")
-    how.add_argument("--precision", choices=PRECISIONS, default="fp32", help="arithmetic of the network")
-    how.add_argument("--compile", type=script_util.str2bool, default=False, help="compile the blocks")
-    how.add_argument("--grad_checkpoint", type=script_util.str2bool, default=False, help="compute activations twice")
-    how.add_argument("--json", help="file for the table and all settings")
-    return parser.parse_args()
+@dataclass(frozen=True)
+class BenchmarkConfig(Config):
+    """benchmark"""
+
+    model: str = option("MDTv2_S_2", "family, size and patch size: MDTv2_XL_2, DiT_B_4, ...")
+    image_size: int = option(256, "height and width of the images; the latent is an eighth of it", at_least=1)
+    input_size: int | None = option(None, "height and width of the latent; None: image_size / 8", at_least=1)
+    mask_ratio: float | None = option(0.3, "None: the full pass alone, as DiT has it", at_least=0, below=1)
+    decode_layer: int | None = option(None, "blocks after the side-interpolater; None: the paper's number", at_least=0)
+    mode: str = option("train", "measure a training or a denoising step", choices=("train", "sample"))
+    optimizer: str | None = option(None, "its step belongs to the training step; None: no update", choices=OPTIMIZERS)
+    batch_size: int = option(8, "images per step", at_least=1)
+    steps: int = option(10, f"timed steps, after {WARMUP_STEPS} that are not", at_least=1)
+    compare: bool = option(False, f"measure in turns: {', '.join(VARIANTS)}")
+    device: str = option("cuda" if torch.cuda.is_available() else "cpu", "where to run", choices=("cpu", "cuda"))
+    threads: int = option(min(4, os.cpu_count()), "threads of the CPU", at_least=1)
+    precision: str = option("fp32", "number format of the network's arithmetic", choices=tuple(PRECISIONS))
+    compile: bool = option(False, "compile the transformer blocks with torch.compile")
+    grad_checkpoint: bool = option(False, "gradient checkpointing: less memory, activations computed twice")
+    json: str | None = option(None, "file for the table and all settings")
+
+    def check(self) -> Self:
+        super().check()
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise UserError("--device cuda, but PyTorch sees no GPU here: choose --device cpu")
+        check_precision(self.precision, torch.device(self.device))
+        return self
+
+    def resolved(self) -> Self:
+        """With the size of the latent, and without a masked pass where the family has none."""
+        mask_ratio = None if self.model.startswith("DiT") else self.mask_ratio
+        return self.replaced(input_size=self.input_size or self.image_size // 8, mask_ratio=mask_ratio)
 
 
 # ---------------------------------------------------------------- what is measured
 
 
-def model_options(args):
-    options = {"input_size": args.input_size, "mask_ratio": args.mask_ratio, "decode_layer": args.decode_layer}
+def model_options(config):
+    options = {"input_size": config.input_size, "mask_ratio": config.mask_ratio, "decode_layer": config.decode_layer}
     return {key: value for key, value in options.items() if value is not None}
 
 
-def build_model(args):
+def build_model(config):
     """The model in training mode; what starts at zero gets small random weights, so that every gradient flows."""
     torch.manual_seed(0)
-    model = create_model(args.model, **model_options(args))
+    model = create_model(config.model, **model_options(config))
     for param in model.parameters():
         if param.requires_grad and not param.any():
             torch.nn.init.normal_(param, std=0.02)
-    if args.grad_checkpoint:
+    if config.grad_checkpoint:
         model.enable_grad_checkpoint()
-    return model.to(args.device)
+    return model.to(config.device)
 
 
-def training_step(model, args, precision):
+def training_step(model, config, precision):
     """Both passes forward and backward, and the optimizer's step if one is named; no VAE, and no gradient scaler.
 
     Every step has the same numbers, with the mask ratio in the middle of its range and the kept length rounded as
@@ -104,11 +115,11 @@ def training_step(model, args, precision):
     :return: a function without arguments that returns the loss; kept tokens of the masked pass, or None.
     """
     objective = TwoPassObjective(model, create_diffusion(snr_gamma=5.0), precision, max(1, model.num_patches // 16))
-    optimizer = create_optimizer(args.optimizer, model.parameters(), lr=1e-4) if args.optimizer else None
+    optimizer = create_optimizer(config.optimizer, model.parameters(), lr=1e-4) if config.optimizer else None
     torch.manual_seed(1)
-    latents = torch.randn(args.batch_size, model.in_channels, model.input_size, model.input_size).to(args.device)
-    t = torch.randint(1000, (args.batch_size,)).to(args.device)
-    y = torch.randint(model.num_classes, (args.batch_size,)).to(args.device)
+    latents = torch.randn(config.batch_size, model.in_channels, model.input_size, model.input_size).to(config.device)
+    t = torch.randint(1000, (config.batch_size,)).to(config.device)
+    y = torch.randint(model.num_classes, (config.batch_size,)).to(config.device)
     draws = objective.draw(latents, host_rand=lambda n: torch.full((n,), 0.5))
 
     def step():
@@ -116,15 +127,15 @@ def training_step(model, args, precision):
         loss = objective(latents, t, y, **draws)["loss"].mean()
         loss.backward()
         if optimizer is not None:
-            if default_grad_clip(args.optimizer):
-                torch.nn.utils.clip_grad_norm_(model.parameters(), default_grad_clip(args.optimizer))
+            if default_grad_clip(config.optimizer):
+                torch.nn.utils.clip_grad_norm_(model.parameters(), default_grad_clip(config.optimizer))
             optimizer.step()
         return loss.detach()
 
     return step, draws["ids_keep"].shape[1] if objective.masked else None
 
 
-def sampling_step(model, args, precision):
+def sampling_step(model, config, precision):
     """One denoising step of the batch with guidance, which is two rows of the network per image.
 
     :return: a function without arguments that returns the mean square of the result; None.
@@ -133,10 +144,10 @@ def sampling_step(model, args, precision):
     guidance = Guidance(model.guidance_rule, cfg_scale=4.0, skip_below=-1)
     diffusion, denoise = create_diffusion("250"), GuidedDenoiser(autocast(model, precision), guidance, model.null_label)
     torch.manual_seed(1)
-    x = torch.randn(args.batch_size, model.in_channels, model.input_size, model.input_size).to(args.device)
-    t = torch.full((args.batch_size,), 120).to(args.device)
-    y = torch.randint(model.num_classes, (args.batch_size,)).to(args.device)
-    noise = torch.randn(x.shape).to(args.device)
+    x = torch.randn(config.batch_size, model.in_channels, model.input_size, model.input_size).to(config.device)
+    t = torch.full((config.batch_size,), 120).to(config.device)
+    y = torch.randint(model.num_classes, (config.batch_size,)).to(config.device)
+    noise = torch.randn(x.shape).to(config.device)
 
     @torch.no_grad()
     def step():
@@ -180,13 +191,13 @@ def naive_attention():
 # ---------------------------------------------------------------- measuring
 
 
-def counted_flops(args, num_kept=None):
+def counted_flops(config, num_kept=None):
     """FLOP of one image's forward pass from PyTorch's counter, which reads shapes: nothing is computed.
 
     The counter knows no fused attention of the CPU, so attention goes through its matrix products.
     """
     with torch.device("meta"):
-        model = create_model(args.model, **model_options(args)).eval()
+        model = create_model(config.model, **model_options(config)).eval()
         x, t = torch.empty(1, model.in_channels, model.input_size, model.input_size), torch.zeros(1, dtype=torch.long)
         masked = {"enable_mask": True, "ids_keep": torch.zeros(1, num_kept, dtype=torch.long)} if num_kept else {}
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
@@ -194,19 +205,19 @@ def counted_flops(args, num_kept=None):
     return counter.get_total_flops()
 
 
-def flops_per_image(args, model, num_kept):
+def flops_per_image(config, model, num_kept):
     """FLOP that one image needs in a step, in closed form; activations computed twice count once.
 
     :raises UserError: when PyTorch's counter finds another number for a forward pass.
     """
     forward = 0
     for kept in (None,) if num_kept is None else (None, num_kept):
-        closed, counted = forward_flops(model, kept), counted_flops(args, kept)
+        closed, counted = forward_flops(model, kept), counted_flops(config, kept)
         if abs(closed / counted - 1) > 0.02:
             raise UserError(f"a forward pass has {closed} FLOP in closed form, but PyTorch counts {counted}")
         forward += closed
     # A backward pass has two products for each of the forward pass's; guidance runs two rows per image.
-    return forward * (3 if args.mode == "train" else 2)
+    return forward * (3 if config.mode == "train" else 2)
 
 
 def synchronize(device):
@@ -231,14 +242,14 @@ def matmul_peak(device, precision):
     return 2 * size**3 / min(timed(lambda: a @ b, device) for _ in range(10))
 
 
-def peak_memory(args):
+def peak_memory(config):
     """MiB: of the allocator on a GPU; on a CPU the process's largest resident size so far, Python included.
 
     None under `--compare`, where the models of all variants are in memory.
     """
-    if args.compare:
+    if config.compare:
         return None
-    if args.device == "cuda":
+    if config.device == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
@@ -249,62 +260,62 @@ class Variant:
     :param model: taken over; a compiled variant compiles its blocks.
     """
 
-    def __init__(self, args, name, model, precision, compiled, naive):
-        self.args, self.name, self.model, self.precision = args, name, model, precision
+    def __init__(self, config, name, model, precision, compiled, naive):
+        self.config, self.name, self.model, self.precision = config, name, model, precision
         self.naive, self.seconds, self.memory = naive, [], None
         if compiled:
             model.compile_blocks()
-        make_step = training_step if args.mode == "train" else sampling_step
-        self.step, self.num_kept = make_step(model, args, precision)
+        make_step = training_step if config.mode == "train" else sampling_step
+        self.step, self.num_kept = make_step(model, config, precision)
 
     def run(self, record=True):
         """One step in this variant's settings."""
         set_matmul_precision(self.precision)
-        if self.args.device == "cuda":
+        if self.config.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
         with naive_attention() if self.naive else nullcontext():
-            seconds = timed(self.step, self.args.device)
+            seconds = timed(self.step, self.config.device)
         if record:
             self.seconds.append(seconds)
-        self.memory = peak_memory(self.args)
+        self.memory = peak_memory(self.config)
 
     def row(self, peak):
         # The fastest step is the program's own: whatever else runs on the machine can only make a step slower.
-        seconds, flops = min(self.seconds), flops_per_image(self.args, self.model, self.num_kept)
+        seconds, flops = min(self.seconds), flops_per_image(self.config, self.model, self.num_kept)
         with naive_attention() if self.naive else nullcontext():
             loss = self.step().item()
         return {
             "name": self.name,
             "ms": seconds * 1e3,
             "ms_median": statistics.median(self.seconds) * 1e3,
-            "images_per_second": self.args.batch_size / seconds,
+            "images_per_second": self.config.batch_size / seconds,
             "gflop_per_image": flops / 1e9,
-            "tflops": flops * self.args.batch_size / seconds / 1e12,
-            "share_of_peak": flops * self.args.batch_size / seconds / peak,
+            "tflops": flops * self.config.batch_size / seconds / 1e12,
+            "share_of_peak": flops * self.config.batch_size / seconds / peak,
             "peak_memory_mib": self.memory,
             "loss": loss,
         }
 
 
-def make_variants(args):
-    model = build_model(args)
-    if not args.compare:
-        return [Variant(args, args.mode, model, args.precision, args.compile, False)]
-    return [Variant(args, name, copy.deepcopy(model), *how) for name, how in VARIANTS.items()]
+def make_variants(config):
+    model = build_model(config)
+    if not config.compare:
+        return [Variant(config, config.mode, model, config.precision, config.compile, False)]
+    return [Variant(config, name, copy.deepcopy(model), *how) for name, how in VARIANTS.items()]
 
 
-def measure(args):
+def measure(config):
     """A row for each variant; their steps take turns, so that what else the machine does hits all alike."""
-    variants = make_variants(args)
+    variants = make_variants(config)
     for variant in variants:
         for _ in range(WARMUP_STEPS):
             variant.run(record=False)
-    for _ in range(args.steps):
+    for _ in range(config.steps):
         for variant in variants:
             variant.run()
-    peaks = {precision: matmul_peak(args.device, precision) for precision in {v.precision for v in variants}}
+    peaks = {precision: matmul_peak(config.device, precision) for precision in {v.precision for v in variants}}
     rows = [variant.row(peaks[variant.precision]) for variant in variants]
-    if args.compare:
+    if config.compare:
         rows = [row | {"speedup": rows[0]["ms"] / row["ms"]} for row in rows]
     return rows, {precision: peak / 1e12 for precision, peak in peaks.items()}
 
@@ -330,29 +341,22 @@ def format_table(rows):
 
 
 def main():
-    args = parse_args()
-    script_util.check_positive(args, "batch_size", "steps", "threads", "image_size")
-    args.input_size = args.input_size or args.image_size // 8
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda, but PyTorch sees no GPU here: choose --device cpu")
-    check_precision(args.precision, torch.device(args.device))
-    if args.model.startswith("DiT"):
-        args.mask_ratio = None
-    torch.set_num_threads(args.threads)
-    rows, peaks = measure(args)
+    config = script_util.parse_flags(BenchmarkConfig, __doc__).resolved()
+    torch.set_num_threads(config.threads)
+    rows, peaks = measure(config)
     report = {
         "date": datetime.date.today().isoformat(),
-        "device": device_name(args.device),
+        "device": device_name(config.device),
         "torch": torch.__version__,
-        "settings": vars(args),
+        "settings": config.values(),
         "matmul_tflops": peaks,
         "rows": rows,
     }
-    print(f"{args.model}, {args.mode}, batch {args.batch_size}, {report['device']}, {args.threads} threads")
+    print(f"{config.model}, {config.mode}, batch {config.batch_size}, {report['device']}, {config.threads} threads")
     print(f"torch {report['torch']}; matmul peak in TFLOP/s: {', '.join(f'{k} {v:.3f}' for k, v in peaks.items())}")
     print(format_table(rows))
-    if args.json:
-        write_json(args.json, report)
+    if config.json:
+        write_json(config.json, report)
 
 
 if __name__ == "__main__":

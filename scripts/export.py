@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 from masked_diffusion import logger, script_util
@@ -11,6 +12,8 @@ from masked_diffusion.models import DiT
 from masked_diffusion.sampling.class_names import class_names
 from masked_diffusion.utils.errors import UserError
 from masked_diffusion.utils.files import write_json
+from masked_diffusion.utils.flag_values import check_source
+from masked_diffusion.utils.options import Config, option
 from masked_diffusion.weights.checkpoint import CONFIG_NAME
 from masked_diffusion.weights.pretrained import build_model, open_weights
 
@@ -18,13 +21,16 @@ from masked_diffusion.weights.pretrained import build_model, open_weights
 CUSTOM_PIPELINE = "from masked_diffusion.pipeline import MDTPipeline\n\n__all__ = ['MDTPipeline']\n"
 
 
-def parse_args():
-    parser = script_util.make_parser(__doc__)
-    parser.add_argument("--model_path", required=True, help="checkpoint, training folder (its newest EMA), or hub id")
-    parser.add_argument("--out", required=True, help="folder to make")
-    parser.add_argument("--format", choices=("safetensors", "pipeline"), default="safetensors", help="what to write")
-    parser.add_argument("--vae_decoder", help="of the pipeline: ema, mse, a folder, identity; None: what training used")
-    return parser.parse_args()
+@dataclass(frozen=True)
+class ExportConfig(Config):
+    """export"""
+
+    model_path: str = option("", "checkpoint, training folder (its newest EMA), or hub id", check=check_source)
+    out: str = option("", "folder to make", check=lambda text: None if text else "a folder that is not there yet")
+    format: str = option("safetensors", "what to write", choices=("safetensors", "pipeline"))
+    vae_decoder: str | None = option(
+        None, "of the pipeline: ema, mse, a hub id, a folder, or identity; None: what training used"
+    )
 
 
 def export_safetensors(model: DiT, run: RunConfig | None, folder: Path) -> None:
@@ -53,20 +59,20 @@ def export_pipeline(model: DiT, run: RunConfig | None, folder: Path, vae_name: s
     (folder / "pipeline.py").write_text(CUSTOM_PIPELINE)
 
 
-def main():
-    args = parse_args()
-    out = Path(args.out)
+def main() -> None:
+    config = script_util.parse_flags(ExportConfig, __doc__)
+    out = Path(config.out)
     if out.exists():
         raise UserError(f"{out} is there already: choose another --out, or remove it")
-    opened = open_weights(args.model_path)
+    opened = open_weights(config.model_path)
     model = build_model(opened)
     beside = out.with_name(f".{out.name}.partial")
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
-    if args.format == "safetensors":
+    if config.format == "safetensors":
         export_safetensors(model, opened.run, beside)
     else:
-        export_pipeline(model, opened.run, beside, args.vae_decoder)
+        export_pipeline(model, opened.run, beside, config.vae_decoder)
     beside.rename(out)
     logger.log(f"wrote {out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
 

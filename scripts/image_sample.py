@@ -1,54 +1,66 @@
 """Draw images into samples_{N}x{H}x{W}x{C}.npz. Run the same command again to go on where it stopped."""
 
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 from masked_diffusion import dist_util, logger, script_util
-from masked_diffusion.sampling import build as sample_util
+from masked_diffusion.config import CLASS_RULES, QUANTIZERS, SampleConfig
+from masked_diffusion.sampling.build import describe, load_image_sampler
 from masked_diffusion.sampling.class_names import find_label
-from masked_diffusion.sampling.image_sampler import CLASS_RULES, choose_labels
+from masked_diffusion.sampling.image_sampler import choose_labels
 from masked_diffusion.sampling.shards import ShardStore, draw_samples
+from masked_diffusion.utils.flag_values import check_words
+from masked_diffusion.utils.options import Config, option
 from masked_diffusion.utils.pictures import save_grid
 
 
-def parse_args():
-    parser = script_util.make_parser(__doc__)
-    sample_util.add_weights_flags(parser)
-    sample_util.add_solver_flags(parser)
-    sample_util.add_guidance_flags(parser)
-    images = parser.add_argument_group("images")
-    images.add_argument("--num_samples", type=int, default=50000, help="images to draw")
-    images.add_argument("--batch_size", type=int, default=16, help="images per rank at a time")
-    images.add_argument(
-        "--class_rule", choices=CLASS_RULES, default="random",
-        help="balanced: image i is of class i mod n; list: --classes, over and over",
+@dataclass(frozen=True)
+class ImagesConfig(Config):
+    """images"""
+
+    num_samples: int = option(50000, "images to draw", at_least=1)
+    batch_size: int = option(16, "images per rank at a time", at_least=1)
+    class_rule: str | None = option(
+        None, "random: a function of seed and index; balanced: image i is of class i mod n; list: --classes, over and "
+        "over; None: list with --classes, else random", choices=CLASS_RULES,
     )  # fmt: skip
-    images.add_argument("--classes", nargs="+", default=(), help="for class_rule list: numbers or names")
-    images.add_argument("--log_dir", help="None: $OPENAI_LOGDIR, or output")
-    return parser.parse_args()
+    classes: tuple[str, ...] = option((), "numbers or names, for --class_rule list", check=check_words)
+    quantize: str = option(
+        "truncate", "how pixels become whole numbers; truncate: down, as ADM and MDT do, so that FID compares with the "
+        "published one; round: to the nearest", choices=QUANTIZERS,
+    )  # fmt: skip
+    log_dir: str | None = option(None, "folder for the npz; None: $OPENAI_LOGDIR, or output")
 
 
-def main():
-    args = parse_args()
-    script_util.check_positive(args, "num_samples", "batch_size")
+@dataclass(frozen=True)
+class Flags(Config):
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    images: ImagesConfig = ImagesConfig()
+
+
+def main() -> None:
+    flags = script_util.parse_flags(Flags, __doc__)
+    images = flags.images
     dist_util.join_process_group()
-    logger.configure(args.log_dir, quiet=not dist_util.is_main())
-    sampler, names, files, settings = sample_util.load_sampler(args, args.batch_size)
-    num_classes, size = sampler.model.num_classes, sampler.model.input_size * sampler.first_stage.downsample
-    classes = [find_label(text, names, num_classes) for text in args.classes]
+    logger.configure(images.log_dir, quiet=not dist_util.is_main())
+    image_sampler, weights = load_image_sampler(flags.sample, images.batch_size, images.quantize)
+    num_classes, size = image_sampler.model.num_classes, image_sampler.size
+    classes = [find_label(text, weights.class_names, num_classes) for text in images.classes]
+    class_rule = images.class_rule or ("list" if classes else "random")
     choose = partial(
-        choose_labels, class_rule=args.class_rule, num_classes=num_classes, seed=args.seed, classes=classes
+        choose_labels, class_rule=class_rule, num_classes=num_classes, seed=image_sampler.seed, classes=classes
     )
     choose([0])  # a rule that contradicts its classes ends the run before it begins
-    path = Path(logger.get_dir(), f"samples_{args.num_samples}x{size}x{size}x3.npz")
-    settings |= sample_util.hash_files(files) | {"class_rule": args.class_rule, "classes": classes}
+    path = Path(logger.get_dir(), f"samples_{images.num_samples}x{size}x{size}x3.npz")
+    settings = describe(flags.sample, image_sampler, weights) | {"class_rule": class_rule, "classes": classes}
     store = ShardStore(path, settings)
     if store.finished():
         logger.log(f"{path} is there already: nothing to draw")
         return
-    draw_samples(sampler, store, args.num_samples, args.batch_size, choose)
+    draw_samples(image_sampler, store, images.num_samples, images.batch_size, choose)
     if dist_util.is_main():
-        save_grid(path.with_suffix(".png"), store.merge(args.num_samples))
+        save_grid(path.with_suffix(".png"), store.merge(images.num_samples))
         logger.log(f"wrote {path} and {path.with_suffix('.png')}")
     dist_util.barrier()
 

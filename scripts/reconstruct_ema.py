@@ -1,35 +1,48 @@
 """Make the EMA of any length, after training, from the snapshots phema_SIGMA_STEP.pt of a training folder."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from typing_extensions import Self
 
 from masked_diffusion import logger, script_util
 from masked_diffusion.training.ema import mix_snapshots, plan_reconstruction, posthoc_name
 from masked_diffusion.utils.errors import UserError
 from masked_diffusion.utils.files import atomic_write
+from masked_diffusion.utils.flag_values import MAX_SIGMA_REL
+from masked_diffusion.utils.options import Config, option
 
 
-def parse_args():
-    parser = script_util.make_parser(__doc__)
-    parser.add_argument("--log_dir", required=True, help="training folder that holds the snapshots")
-    parser.add_argument(
-        "--sigma_rel", type=float, required=True, help="width of the average, as a share of the training before --step"
+@dataclass(frozen=True)
+class ReconstructionConfig(Config):
+    """reconstruction"""
+
+    log_dir: str = option(
+        "", "training folder that holds the snapshots", check=lambda text: None if text else "a training folder"
     )
-    parser.add_argument("--step", type=int, help="last step of the average; None: the newest snapshot's")
-    parser.add_argument("--out", help="file to write; None: posthoc_ema_SIGMA_STEP.pt in log_dir")
-    return parser.parse_args()
+    sigma_rel: float | None = option(
+        None, "width of the average, as a share of the training before --step", above=0, below=MAX_SIGMA_REL
+    )
+    step: int | None = option(None, "last step of the average; None: the newest snapshot's", at_least=1)
+    out: str | None = option(None, "file to write; None: posthoc_ema_SIGMA_STEP.pt in log_dir")
+
+    def check(self) -> Self:
+        super().check()
+        if self.sigma_rel is None:
+            raise UserError("--sigma_rel is missing: give the width of the average, such as 0.08")
+        return self
 
 
-def main():
-    args = parse_args()
-    recipe = plan_reconstruction(args.log_dir, args.sigma_rel, args.step)
-    path = Path(args.out or Path(args.log_dir, posthoc_name(args.sigma_rel, recipe.step)))
+def main() -> None:
+    config = script_util.parse_flags(ReconstructionConfig, __doc__)
+    recipe = plan_reconstruction(config.log_dir, config.sigma_rel, config.step)
+    path = Path(config.out or Path(config.log_dir, posthoc_name(config.sigma_rel, recipe.step)))
     if not path.parent.is_dir():
         raise UserError(f"{path} cannot be written: {path.parent} is no folder; make it, or name another --out")
-    logger.configure(args.log_dir)
+    logger.configure(config.log_dir)
     logger.log(
-        f"sigma_rel {args.sigma_rel} at step {recipe.step} from {len(recipe.paths)} snapshots: "
+        f"sigma_rel {config.sigma_rel} at step {recipe.step} from {len(recipe.paths)} snapshots: "
         f"relative residual of the profile {recipe.residual:.1e}"
     )
     state = mix_snapshots(recipe)

@@ -1,6 +1,5 @@
 """What several test files need: small models, runs and their flags, files to read, definitions to compare with."""
 
-import argparse
 import io
 import os
 import subprocess
@@ -21,10 +20,9 @@ from sklearn.datasets import load_sample_images
 
 from evaluations import console, evaluator
 from masked_diffusion import create_diffusion, create_model, logger, script_util
-from masked_diffusion.config import RunConfig
+from masked_diffusion.config import RunConfig, SampleConfig
 from masked_diffusion.guidance import Guidance
 from masked_diffusion.latents.autoencoder import IdentityFirstStage
-from masked_diffusion.sampling import build as sample_util
 from masked_diffusion.sampling.image_sampler import ImageSampler
 from masked_diffusion.sampling.solvers import create_solver
 from masked_diffusion.train_util import TrainLoop
@@ -168,7 +166,7 @@ def small_model(**options):
     return fill(create_model("MDTv2_Nano_2", **{"input_size": 8, "in_channels": 3, "num_classes": 10} | options)).eval()
 
 
-def make_sampler(model=None, solver="ddpm", **options):
+def make_image_sampler(model=None, solver="ddpm", **options):
     options = {"guidance": Guidance("power-cosine", 2.0), "seed": 4} | options
     return ImageSampler(model or small_model(), create_solver(solver, "6", {}), IdentityFirstStage(), **options)
 
@@ -197,11 +195,10 @@ HOLE = np.zeros((8, 8), dtype=bool)
 HOLE[2:6, 3:] = True
 
 
-def flags(model_path, *others):
-    parser = argparse.ArgumentParser()
-    for add in (sample_util.add_weights_flags, sample_util.add_solver_flags, sample_util.add_guidance_flags):
-        add(parser)
-    return parser.parse_args(["--model_path", str(model_path), "--cfg_cond", "True", *others])
+def sample_config(model_path, *words):
+    """A `SampleConfig` of flags, guided."""
+    flags = ["--model_path", str(model_path), "--cfg_cond", *map(str, words)]
+    return script_util.parse_flags(SampleConfig, "", flags)
 
 
 def painting(image, paint, scale=1):

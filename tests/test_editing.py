@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from helpers import HOLE, IMAGE, make_sampler, small_model
+from helpers import HOLE, IMAGE, make_image_sampler, small_model
 from PIL import Image
 
 from masked_diffusion.sampling.editing import (
@@ -29,7 +29,7 @@ def test_the_schedule_walks_every_stretch_so_many_times():
 
 
 def test_the_hole_is_filled_and_the_rest_is_kept():
-    drawn = inpaint(make_sampler(), range(3), LABELS, IMAGE, HOLE, jump_length=2, resamplings=2)
+    drawn = inpaint(make_image_sampler(), range(3), LABELS, IMAGE, HOLE, jump_length=2, resamplings=2)
     assert drawn.shape == (3, 8, 8, 3) and drawn.dtype == np.uint8
     assert (drawn[:, ~HOLE] == IMAGE[~HOLE]).all()
     assert (drawn[:, HOLE] != IMAGE[HOLE]).mean() > 0.9 and (drawn[0, HOLE] != drawn[1, HOLE]).mean() > 0.2
@@ -37,30 +37,30 @@ def test_the_hole_is_filled_and_the_rest_is_kept():
 
 def test_what_lies_in_the_hole_is_not_looked_at():
     other = np.where(HOLE[:, :, None], 255 - IMAGE, IMAGE)
-    a, b = (inpaint(make_sampler(), range(3), LABELS, image, HOLE) for image in (IMAGE, other))
+    a, b = (inpaint(make_image_sampler(), range(3), LABELS, image, HOLE) for image in (IMAGE, other))
     assert np.array_equal(a, b)
 
 
 def test_the_latents_around_the_hole_are_those_of_the_image():
-    *_, last = inpaint_progressive(make_sampler(), range(3), LABELS, IMAGE, HOLE)
+    *_, last = inpaint_progressive(make_image_sampler(), range(3), LABELS, IMAGE, HOLE)
     expected = torch.from_numpy(IMAGE).permute(2, 0, 1).float() / 127.5 - 1
     for latents in last["sample"], last["pred_xstart"]:
         torch.testing.assert_close(latents[:, :, ~HOLE], expected[:, ~HOLE].expand(3, -1, -1))
 
 
 def test_a_filled_hole_does_not_depend_on_the_batch():
-    whole = inpaint(make_sampler(), range(3), LABELS, IMAGE, HOLE).astype(int)
-    alone = inpaint(make_sampler(), [2], LABELS[2:], IMAGE, HOLE).astype(int)
+    whole = inpaint(make_image_sampler(), range(3), LABELS, IMAGE, HOLE).astype(int)
+    alone = inpaint(make_image_sampler(), [2], LABELS[2:], IMAGE, HOLE).astype(int)
     assert np.abs(whole[2:] - alone).max() <= 1
 
 
 def test_strength_is_the_share_of_steps():
     for solver, strength, steps in (("ddpm", 1.0, 6), ("ddpm", 0.5, 3), ("ddim", 0.01, 1)):
-        outs = list(vary_progressive(make_sampler(solver=solver), range(3), LABELS, IMAGE, strength))
+        outs = list(vary_progressive(make_image_sampler(solver=solver), range(3), LABELS, IMAGE, strength))
         assert len(outs) == steps
     for strength in (0.0, 1.5):
         with pytest.raises(ValueError, match=f"strength is {strength}"):
-            next(vary_progressive(make_sampler(), range(3), LABELS, IMAGE, strength))
+            next(vary_progressive(make_image_sampler(), range(3), LABELS, IMAGE, strength))
 
 
 def test_weak_variations_stay_near_the_image():
@@ -68,8 +68,8 @@ def test_weak_variations_stay_near_the_image():
         model = small_model()
         torch.nn.init.zeros_(model.final_layer.linear.weight)  # predicts no noise: what is added stays
         torch.nn.init.zeros_(model.final_layer.linear.bias)
-        sampler = make_sampler(model, solver="ddim")
-        drawn = sampler.decode(last_sample(vary_progressive(sampler, range(3), LABELS, IMAGE, strength)))
+        image_sampler = make_image_sampler(model, solver="ddim")
+        drawn = image_sampler.decode(last_sample(vary_progressive(image_sampler, range(3), LABELS, IMAGE, strength)))
         return np.abs(drawn.astype(int) - IMAGE).mean()
 
     assert untrained(0.01) < 5 < untrained(0.5)
@@ -87,6 +87,6 @@ def test_pictures_that_do_not_fit_are_refused(tmp_path):
         with pytest.raises(ValueError, match=message):
             read_image_and_hole(tmp_path / "image.png", tmp_path / name, 8)
     with pytest.raises(ValueError, match=r"the image is \(9, 8, 3\) uint8: it must be \(8, 8, 3\)"):
-        inpaint(make_sampler(), [0], LABELS[:1], np.zeros((9, 8, 3), np.uint8), np.ones((9, 8), bool))
+        inpaint(make_image_sampler(), [0], LABELS[:1], np.zeros((9, 8, 3), np.uint8), np.ones((9, 8), bool))
     with pytest.raises(ValueError, match=r"solver unipc cannot start from an image: choose ddpm or ddim"):
-        inpaint(make_sampler(solver="unipc"), [0], LABELS[:1], IMAGE, HOLE)
+        inpaint(make_image_sampler(solver="unipc"), [0], LABELS[:1], IMAGE, HOLE)

@@ -83,6 +83,9 @@ def test_settings_that_cannot_be_are_refused():
         Guidance("strong")
     with pytest.raises(ValueError, match=r"interval \(5, 2\) is empty"):
         Guidance("interval", interval=(5, 2))
+    for options in ({"cfg_scale": float("nan")}, {"scale_pow": float("inf")}, {"interval": (0, float("nan"))}):
+        with pytest.raises(ValueError, match=f"{next(iter(options))} of the guidance is .*: it must be finite"):
+            Guidance("constant", **options)
     with pytest.raises(ValueError, match="guidance needs a null class"):
         GuidedDenoiser(Counting(), Guidance("constant", 2.0))
 

@@ -9,6 +9,7 @@ from PIL import Image
 
 import infer_mdt
 from masked_diffusion import script_util
+from masked_diffusion.utils.pictures import save_animation
 
 
 def infer(monkeypatch, checkpoint, *words):
@@ -32,10 +33,30 @@ def pictures(tmp_path):
 
 def test_defaults_are_the_published_ones(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["infer_mdt.py"])
-    args = infer_mdt.parse_args()
-    assert args.classes == ("19", "23", "106", "108", "278", "282") and args.out == "sample.jpg" and args.columns == 3
-    assert (args.cfg_scale, args.scale_pow, args.num_sampling_steps, args.seed) == (4.0, 0.01, "250", 1)
-    assert args.cfg_cond and args.model_path == "shgao/MDT-XL2"
+    flags = infer_mdt.parse_flags().values()
+    assert flags["out"] == "sample.jpg" and flags["columns"] == 3
+    assert [flags[name] for name in ("cfg_scale", "scale_pow", "num_sampling_steps", "seed")] == [4.0, 0.01, "250", 1]
+    assert flags["cfg_cond"] is True and flags["model_path"] == "shgao/MDT-XL2"
+    assert infer_mdt.choose_classes((), 1000) == ("19", "23", "106", "108", "278", "282")
+    assert infer_mdt.choose_classes(("3",), 1000) == ("3",)
+    assert infer_mdt.choose_classes((), 10) == tuple("012345") and infer_mdt.choose_classes((), 0) == ("0",)
+
+
+def test_a_model_of_few_classes_draws_them(checkpoint, tmp_path, monkeypatch, capsys):
+    infer(monkeypatch, checkpoint, "--out", tmp_path / "grid.png")
+    assert pixels(tmp_path / "grid.png").shape == (8, 24, 3)
+    assert "the first 3 of the model's 3 classes: choose others with --classes" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("ending, kind", [("gif", "GIF"), ("png", "PNG"), ("webp", "WEBP")])
+def test_an_animation_is_what_its_ending_says(tmp_path, ending, kind):
+    frames = np.random.default_rng(0).integers(0, 256, (4, 2, 8, 8, 3), dtype=np.uint8)
+    save_animation(tmp_path / f"way.{ending}", frames, columns=2)
+    animation = Image.open(tmp_path / f"way.{ending}")
+    assert (animation.format, animation.n_frames) == (kind, 4)
+    if kind != "GIF":  # which has 256 colours
+        animation.seek(3)
+        assert np.array_equal(np.asarray(animation.convert("RGB")), np.concatenate(frames[3], axis=1))
 
 
 def test_a_picture_is_that_of_the_sampling_script(checkpoint, tmp_path, monkeypatch):
@@ -80,7 +101,7 @@ def test_a_hole_is_filled_and_an_image_is_varied(checkpoint, pictures, monkeypat
         (["--inpaint", "image.png"], "--inpaint and --mask go together"),
         (["--inpaint", "image.png", "--mask", "mask.png", "--variations", "image.png"], "exclude each other"),
         (["--inpaint", "absent.png", "--mask", "mask.png", "--classes", "0"], "absent.png"),
-        (["--variations", "image.png", "--strength", "0", "--classes", "0"], "strength is 0.0"),
+        (["--variations", "image.png", "--strength", "0"], "--strength is 0.0: it must be above 0 and at most 1"),
         (
             ["--variations", "image.png", "--solver", "euler", "--classes", "0"],
             "solver euler cannot start from an image",
@@ -88,7 +109,9 @@ def test_a_hole_is_filled_and_an_image_is_varied(checkpoint, pictures, monkeypat
         (["--classes", "3"], "class 3 does not exist"),
         (["--out", "nowhere/grid.png"], "nowhere is no folder"),
         (["--out", "grid.txt"], "grid.txt names no kind of picture"),
-        (["--columns", "0"], "columns is 0"),
+        (["--out", "grid.psd"], "grid.psd names no kind of picture"),
+        (["--animate", "way.jpg"], "way.jpg cannot be animated: let it end in .gif, .png or .webp"),
+        (["--columns", "0"], "--columns is 0: it must be at least 1"),
         (["--model_path", "weights.pt"], "weights.pt does not exist"),
     ],
     ids=str,

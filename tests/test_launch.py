@@ -1,5 +1,6 @@
 """The shell scripts and mpiexec, for real, with CPU processes."""
 
+import json
 import os
 import shutil
 import socket
@@ -8,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from helpers import REPO, train_flags
 
@@ -48,16 +50,74 @@ def test_missing_settings_are_named(script, tmp_path):
     assert result.returncode == 0
 
 
-def test_run_sample_sh_draws_two_rounds_and_goes_on(checkpoint, tmp_path):
+@pytest.fixture
+def programs(tmp_path):
+    """A folder for PATH with what the shell scripts themselves need, and torchrun and python that only repeat."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for name in ("bash", "dirname"):
+        (folder / name).symlink_to(shutil.which(name))
+    for name in ("torchrun", "python"):
+        (folder / name).write_text('#!/usr/bin/env bash\necho "ran in $PWD: $*"\n')
+        (folder / name).chmod(0o755)
+    return folder
+
+
+def run_shell(script, folder, programs, *words, **settings):
+    env = {"PATH": str(programs), "OPENAI_LOGDIR": "log"} | {key: str(value) for key, value in settings.items()}
+    return subprocess.run([REPO / script, *words], cwd=folder, env=env, capture_output=True, text=True)
+
+
+def test_relative_paths_are_those_of_the_caller(programs, tmp_path):
+    cluster = {"DATA_DIR": "images", "MASTER_ADDR": "node0", "NODE_RANK": 1}
+    for script in ("run.sh", "run_ddp_master.sh", "run_ddp_worker.sh"):
+        result = run_shell(script, tmp_path, programs, "--keep", "2", **cluster)
+        ran = result.stdout.splitlines()[-1]
+        assert ran.startswith(f"ran in {tmp_path}: ") and ran.endswith(" --keep 2"), result.stderr
+        assert f" {REPO}/scripts/image_train.py --data_dir images " in ran
+    (tmp_path / "out" / "guided").mkdir(parents=True)
+    result = run_shell("run_sample.sh", tmp_path, programs, REFERENCE="ref.npz", MODEL_PATH="m.pt", OUT="out")
+    ran = [line for line in result.stdout.splitlines() if line.startswith(f"ran in {tmp_path}: ")]
+    assert f"{REPO}/scripts/image_sample.py --model_path m.pt --log_dir out/guided " in ran[0], result.stderr
+    assert f"{REPO}/evaluations/evaluator.py ref.npz out/guided/samples_50000x*.npz" in ran[1] and len(ran) == 4
+
+
+def test_flags_of_guidance_do_not_guide_the_unguided_round(programs, tmp_path):
+    result = run_shell("run_sample.sh", tmp_path, programs, "--guidance", "constant", REFERENCE="")
+    guided, unguided = (line for line in result.stdout.splitlines() if line.startswith("ran in "))
+    assert guided.endswith("--cfg_cond True --cfg_scale 3.8 --scale_pow 4.0 --guidance constant")
+    assert unguided.endswith("--guidance constant --cfg_cond False --guidance none")
+
+
+def test_a_missing_torchrun_is_said(programs, tmp_path):
+    (programs / "torchrun").unlink()
+    settings = {"DATA_DIR": "images", "MASTER_ADDR": "node0", "REFERENCE": ""}
+    for script in ("run.sh", "run_ddp_master.sh", "run_sample.sh"):
+        result = run_shell(script, tmp_path, programs, **settings)
+        assert result.returncode == 2 and result.stdout == ""
+        assert result.stderr == (
+            "error: torchrun is not on the PATH: activate the environment that PyTorch is installed in\n"
+        )
+
+
+def test_what_the_user_must_mend_is_said_once_and_not_restarted(tmp_path):
+    (tmp_path / "empty").mkdir()
+    env = environment(tmp_path / "log", "empty", NUM_GPUS=2, MAX_RESTARTS=3)
+    result = subprocess.run([REPO / "run.sh"], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=200)
+    assert result.returncode != 0 and result.stderr.count("error: empty holds no image") == 1
+    assert result.stderr.count("torchrun is told to end the job") == 1
+    assert "restart" not in result.stderr.lower().replace("torchrun is told to end the job", "")
+
+
+def test_run_sample_sh_draws_two_rounds(checkpoint, tmp_path):
     env = environment(
         tmp_path, "", REFERENCE="", MODEL_PATH=checkpoint, OUT=tmp_path, NUM_GPUS=1, NUM_SAMPLES=5, NUM_SAMPLING_STEPS=2
     )
-    for said in ("wrote", "nothing to draw"):
-        result = subprocess.run([REPO / "run_sample.sh"], env=env, capture_output=True, text=True, timeout=200)
-        assert result.returncode == 0 and result.stdout.count(said) == 2, result.stderr
-    assert "--cfg_cond True --cfg_scale 3.8 --scale_pow 4.0" in result.stdout and "--cfg_cond False" in result.stdout
-    for folder in ("guided", "unguided"):
-        assert (tmp_path / folder / "samples_5x8x8x3.npz").exists()
+    result = subprocess.run([REPO / "run_sample.sh"], env=env, capture_output=True, text=True, timeout=200)
+    assert result.returncode == 0 and result.stdout.count("wrote") == 2, result.stderr
+    for folder, rule in (("guided", "power-cosine"), ("unguided", "none")):
+        with np.load(tmp_path / folder / "samples_5x8x8x3.npz", allow_pickle=False) as arrays:
+            assert json.loads(str(arrays["settings"]))["guidance"]["rule"] == rule
 
 
 @pytest.mark.slow

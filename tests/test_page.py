@@ -21,11 +21,11 @@ from urllib.request import Request, urlopen
 import numpy as np
 import pytest
 import web_requests
-from helpers import HOLE, IMAGE, REPO, flags, painting
+from helpers import HOLE, IMAGE, REPO, painting, sample_config
 from PIL import Image
 
 from masked_diffusion import script_util
-from masked_diffusion.sampling import build as sample_util
+from masked_diffusion.sampling.build import load_weights
 
 pytestmark = pytest.mark.skipif(not find_spec("gradio"), reason="the page needs gradio: pip install -e '.[web]'")
 
@@ -137,9 +137,9 @@ def server(named_checkpoint, tmp_path_factory):
 @pytest.fixture(scope="module")
 def drawn(named_checkpoint):
     """What the library draws for `DRAW`."""
-    args = flags(named_checkpoint)
+    config = sample_config(named_checkpoint)
     request = web_requests.check_request(web_requests.Limits(), 3, *DRAW)
-    *_, last = web_requests.draw(sample_util.load_weights(args), args, request)
+    *_, last = web_requests.draw(config, load_weights(config), request)
     return last.images
 
 
@@ -316,10 +316,10 @@ def test_a_clicked_image_goes_to_the_editor(server, drawn):
 @pytest.mark.parametrize(
     "others, message",
     [
-        (["--max_images", 0], "max_images is 0: it must be positive"),
+        (["--max_images", 0], "--max_images is 0: it must be at least 1"),
         (["--num_sampling_steps", 300], "steps is 300: it must be a whole number from 1 to 250"),
         (["--num_sampling_steps", "10,15"], "steps is '10,15'"),
-        (["--seed", -1], "seed is -1"),
+        (["--seed", -1], "--seed is -1: it must be at least 0"),
         (["--use_ddim", True, "--solver", "heun"], "--use_ddim True and --solver heun contradict"),
     ],
     ids=str,

@@ -78,8 +78,20 @@ def test_classes_go_by_name(tmp_path, monkeypatch):
     pipe = MDTPipeline.from_pretrained(tmp_path / "pipe")
     assert pipe.class_names == ["golden retriever", "Arctic fox, white fox, Alopex lagopus"]
     assert pipe.get_label_ids(["Arctic fox", 0]) == [1, 0]
-    with pytest.raises(ValueError, match="class 2 does not exist"):
-        pipe(2)
+    for call, message in (
+        (([2],), "class 2 does not exist"),
+        (([],), "class_labels is empty: give a name or number of a class for each image"),
+        (([""],), "a class is ''"),
+        (([0, 1], 2.0, 3, generators(0, 3)), "generator is a list of 3, but class_labels asks for 2 images"),
+        (([0], 2.0, 0), "num_inference_steps is 0: it must be at least 1"),
+        (([0], float("nan"), 2), "cfg_scale of the guidance is nan"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            pipe(*call)
+    torch.nn.init.constant_(pipe.transformer.model.final_layer.linear.bias, float("nan"))
+    pipe.set_progress_bar_config(disable=True)
+    with pytest.raises(ValueError, match="image 0 has pixels that are NaN or infinite"):
+        pipe([0, 1], 1.0, 2)
 
 
 def test_latents_are_decoded_by_the_vae(vae_folder, tmp_path):

@@ -255,7 +255,7 @@ def test_the_script_makes_a_file_that_loads(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        ({"sigma_rel": 0.3}, "sigma_rel is 0.3: it must be above 0 and below 12^-1/2 = 0.2887"),
+        ({"sigma_rel": 0.3}, "--sigma_rel is 0.3: it must be above 0 and below 0.2887"),
         ({"step": 401}, "step is 401: the snapshots of {folder} reach from step 20 to 400"),
         ({"step": 19}, "step is 19: the snapshots of {folder} reach from step 20 to 400"),
         ({"log_dir": "nowhere"}, "nowhere holds no snapshots (no phema_SIGMA_STEP.pt)"),

@@ -13,14 +13,16 @@ import numpy as np
 import pytest
 import torch
 from fill import fill
-from helpers import REPO, make_sampler, read, run_sample, run_script, sample_flags
+from helpers import REPO, make_image_sampler, read, run_sample, run_script, sample_flags, small_model
 from PIL import Image
 
 from masked_diffusion import create_model
+from masked_diffusion.config import SOLVERS, RunConfig
 from masked_diffusion.guidance import Guidance
-from masked_diffusion.sampling.image_sampler import ImageSampler, choose_labels, to_uint8
+from masked_diffusion.latents.autoencoder import IdentityFirstStage
+from masked_diffusion.sampling.during_training import Evaluation, SampleGrid
+from masked_diffusion.sampling.image_sampler import ImageSampler, choose_labels, last_sample, to_uint8
 from masked_diffusion.sampling.shards import ShardStore
-from masked_diffusion.sampling.solvers import SOLVERS
 from masked_diffusion.utils.files import file_hash
 
 # ---------------------------------------------------------------- images by index
@@ -28,20 +30,21 @@ from masked_diffusion.utils.files import file_hash
 
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_an_image_does_not_depend_on_its_batch(solver):
-    sampler, labels = make_sampler(solver=solver), choose_labels(range(6), "random", 10, seed=4)
-    whole = sampler(range(6), labels).astype(int)
-    parts = np.concatenate([sampler([5, 0], labels[[5, 0]]), sampler([3], labels[[3]])]).astype(int)
+    image_sampler, labels = make_image_sampler(solver=solver), choose_labels(range(6), "random", 10, seed=4)
+    whole = image_sampler(range(6), labels).astype(int)
+    parts = np.concatenate([image_sampler([5, 0], labels[[5, 0]]), image_sampler([3], labels[[3]])]).astype(int)
     assert np.abs(whole[[5, 0, 3]] - parts).max() <= 1
     assert np.abs(whole[0] - whole[1]).max() > 10
-    assert np.abs(make_sampler(solver=solver, seed=5)(range(6), labels) - whole).max() > 10
-    padded = make_sampler(solver=solver, batch_size=4, decode_batch=1)([5], labels[[5]]).astype(int)
+    assert np.abs(make_image_sampler(solver=solver, seed=5)(range(6), labels) - whole).max() > 10
+    padded = make_image_sampler(solver=solver, batch_size=4, decode_batch=1)([5], labels[[5]]).astype(int)
     assert padded.shape == (1, 8, 8, 3) and np.abs(whole[[5]] - padded).max() <= 1
 
 
 def test_leaving_out_the_guiding_half_changes_no_pixel():
     labels = choose_labels(range(6), "random", 10, seed=4)
     never, exact = (
-        make_sampler(guidance=Guidance("power-cosine", 3.8, 4.0, skip_below=skip))(range(6), labels) for skip in (-1, 0)
+        make_image_sampler(guidance=Guidance("power-cosine", 3.8, 4.0, skip_below=skip))(range(6), labels)
+        for skip in (-1, 0)
     )
     assert np.array_equal(never, exact)
 
@@ -54,7 +57,7 @@ def test_labels_follow_the_rule():
     assert choose_labels(range(3), "random", 0, seed=0).tolist() == [0, 0, 0]
     assert choose_labels([0, 1, 2, 7], "list", 10, seed=0, classes=[5, 3]).tolist() == [5, 3, 5, 3]
     for rule, classes in (("sorted", []), ("list", []), ("random", [1])):
-        with pytest.raises(ValueError, match=f"class_rule is '{rule}'"):
+        with pytest.raises(ValueError, match=f"--class_rule is '{rule}'"):
             choose_labels([0], rule, 10, seed=0, classes=classes)
 
 
@@ -96,9 +99,23 @@ def test_merging_holds_few_images_at_a_time(tmp_path):
         assert (arrays["arr_0"][:, 0, 0, 0] == np.arange(960) // 32 * 32 % 251).all()
 
 
-def test_pixels_are_rounded_and_clipped():
-    values = torch.tensor([-2.0, -1.0, 0.0, 1.0, 2.0, 0.5 / 127.5]).view(1, 1, 1, 6).expand(1, 3, 1, 6)
-    assert to_uint8(values)[0, 0, :, 0].tolist() == [0, 0, 128, 255, 255, 128]
+def test_pixels_are_rounded_or_truncated_and_clipped():
+    values = torch.tensor([-2.0, -1.0, 0.0, 1.0, 2.0, 0.5 / 127.5, 0.999]).view(1, 1, 1, 7).expand(1, 3, 1, 7)
+    assert to_uint8(values)[0, 0, :, 0].tolist() == [0, 0, 128, 255, 255, 128, 255]
+    published = ((values + 1) * 127.5).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+    assert np.array_equal(to_uint8(values, "truncate"), published) and published[0, 0, 2, 0] == 127
+    with pytest.raises(ValueError, match="--quantize is 'up': choose one of truncate, round"):
+        to_uint8(values, "up")
+
+
+def test_an_image_that_is_not_finite_is_named():
+    image_sampler, latents = make_image_sampler(decode_batch=2), torch.zeros(5, 3, 8, 8)
+    latents[3, 1, 2, 2] = float("inf")
+    with pytest.raises(ValueError, match=r"image 17 has pixels that are NaN or infinite \(1 of 2 images .* diverged"):
+        image_sampler.decode(latents, range(14, 19))
+    with pytest.raises(ValueError, match=r"image 3 has .* use --precision bf16 or fp32"):
+        make_image_sampler(precision="fp16").decode(latents)
+    assert make_image_sampler(check_finite=False).decode(latents).shape == (5, 8, 8, 3)
 
 
 # ---------------------------------------------------------------- shards
@@ -183,9 +200,10 @@ def test_a_stopped_run_draws_only_what_is_missing(checkpoint, tmp_path, monkeypa
             raise KeyboardInterrupt
         return draw(self, indices, labels)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
         patch.setattr(ImageSampler, "__call__", stop_at_the_third)
         run_sample(patch, sample_flags(checkpoint, tmp_path / "parts"))
+    assert stop.value.code == 130  # as for every program that Ctrl-C ends
     run_sample(monkeypatch, sample_flags(checkpoint, tmp_path / "parts", batch_size=2))
     assert "8 of 11 images are there already" in capsys.readouterr().out
     assert np.abs(read(tmp_path / "parts" / "samples_11x8x8x3.npz")[0] - images).max() <= 1
@@ -194,6 +212,101 @@ def test_a_stopped_run_draws_only_what_is_missing(checkpoint, tmp_path, monkeypa
     with pytest.raises(SystemExit):
         run_sample(monkeypatch, sample_flags(checkpoint, tmp_path / "parts", seed=1))
     assert "was made with seed 0, now it is 1" in capsys.readouterr().err
+
+
+def test_the_npz_is_truncated_and_says_so(checkpoint, tmp_path, monkeypatch, capsys):
+    name, words = "samples_5x8x8x3.npz", {"num_samples": 5}
+    for quantize, flags in (("truncate", words), ("round", words | {"quantize": "round"})):
+        run_sample(monkeypatch, sample_flags(checkpoint, tmp_path / quantize, **flags))
+        with np.load(tmp_path / quantize / name, allow_pickle=False) as arrays:
+            assert json.loads(str(arrays["settings"]))["quantize"] == quantize
+    lower = read(tmp_path / "round" / name)[0] - read(tmp_path / "truncate" / name)[0]
+    assert set(lower.flatten()) == {0, 1}
+
+    # What was begun before the choice existed was rounded.
+    settings = tmp_path / "old" / "samples_5x8x8x3.shards" / "settings.json"
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(ShardStore, "merge", lambda *_: sys.exit(1))
+        run_sample(patch, sample_flags(checkpoint, tmp_path / "old", **words, quantize="round"))
+    old = {key: value for key, value in json.loads(settings.read_text()).items() if key != "quantize"}
+    settings.write_text(json.dumps(old))
+    with pytest.raises(SystemExit):
+        run_sample(monkeypatch, sample_flags(checkpoint, tmp_path / "old", **words))
+    assert "was made with quantize round, now it is truncate: use the same" in capsys.readouterr().err
+    run_sample(monkeypatch, sample_flags(checkpoint, tmp_path / "old", **words, quantize="round"))
+    assert np.array_equal(read(tmp_path / "old" / name)[0], read(tmp_path / "round" / name)[0])
+
+
+def test_classes_alone_are_a_list(checkpoint, tmp_path, monkeypatch):
+    run_sample(monkeypatch, sample_flags(checkpoint, tmp_path, num_samples=5, classes="2=0"))
+    assert read(tmp_path / "samples_5x8x8x3.npz")[1].tolist() == [2, 0, 2, 0, 2]
+
+
+def test_guidance_flags_without_guidance_are_said_to_be_unused(checkpoint, tmp_path, monkeypatch, capsys):
+    published = {"num_samples": 2, "cfg_scale": 3.8, "scale_pow": 4.0}
+    run_sample(monkeypatch, sample_flags(checkpoint, tmp_path / "plain", cfg_cond=False, num_samples=2))
+    assert "not used" not in capsys.readouterr().out
+    for name, flags in (("false", {"cfg_cond": False}), ("none", {"guidance": "none"})):
+        run_sample(monkeypatch, sample_flags(checkpoint, tmp_path / name, **published | flags))
+        assert "not used by guidance rule none: --cfg_scale, --scale_pow" in capsys.readouterr().out
+        drawn, plain = (read(tmp_path / folder / "samples_2x8x8x3.npz")[0] for folder in (name, "plain"))
+        assert np.array_equal(drawn, plain)
+
+
+def test_broken_output_ends_the_run_before_it_is_written(checkpoint, tmp_path, monkeypatch, capsys):
+    def spoil(steps):
+        return torch.where(torch.arange(4)[:, None, None, None] == 1, float("nan"), last_sample(steps))
+
+    monkeypatch.setattr("masked_diffusion.sampling.image_sampler.last_sample", spoil)
+    with pytest.raises(SystemExit) as stop:
+        run_sample(monkeypatch, sample_flags(checkpoint, tmp_path, num_samples=4))
+    assert stop.value.code == 2 and "error: image 1 has pixels that are NaN" in capsys.readouterr().err
+    assert not list(tmp_path.rglob("shard_*")) and not list(tmp_path.rglob("*.png"))
+
+
+def test_what_a_run_in_training_draws_does_not_end_it():
+    config = RunConfig().replaced(sample_interval=1, eval_interval=1, image_size=8, batch_size=2)
+    model = small_model()
+    torch.nn.init.constant_(model.final_layer.linear.bias, float("nan"))
+    grid = SampleGrid(config, model, IdentityFirstStage())
+    evaluation = Evaluation(config, model, IdentityFirstStage(), create_comparison=lambda *_: None)
+    for image_sampler in (grid.image_sampler, evaluation.image_sampler):
+        assert image_sampler(range(2), torch.tensor([0, 1])).shape == (2, 8, 8, 3)
+    # Live values compare with those of the npz.
+    assert evaluation.image_sampler.quantize == "truncate" and grid.image_sampler.quantize == "round"
+
+
+def test_weights_and_configuration_are_read_once(checkpoint, tmp_path, monkeypatch):
+    from masked_diffusion.weights import checkpoint as files
+    from masked_diffusion.weights import pretrained
+
+    counts, parse, load = [], RunConfig.from_json, pretrained.read_weights
+    monkeypatch.setattr(pretrained, "read_weights", lambda path: counts.append("weights") or load(path))
+    monkeypatch.setattr(files.RunConfig, "from_json", lambda found: counts.append("config") or parse(found))
+    run_sample(monkeypatch, sample_flags(checkpoint, tmp_path, num_samples=1))
+    assert counts == ["weights", "config"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "[3]",
+        "{",
+        '{"diffusion": {"diffusion_steps": "many"}}',
+        '{"model": 3}',
+        '{"classes": [1, 2]}',
+        "[" * 100_000,
+    ],
+)
+def test_another_configuration_is_named(checkpoint, tmp_path, monkeypatch, capsys, text):
+    (tmp_path / "model.pt").write_bytes((checkpoint / "ema_0.9_000005.pt").read_bytes())
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(SystemExit) as stop:
+        run_sample(monkeypatch, sample_flags(tmp_path / "model.pt", tmp_path))
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and "config.json " in error and "Traceback" not in error
 
 
 @pytest.mark.slow
@@ -226,15 +339,32 @@ def test_a_run_of_three_ranks_killed_again_and_again_draws_the_same_images(check
         ({"model_path": "nowhere.pt"}, "nowhere.pt does not exist"),
         ({"model": "MDTv2_S_2"}, "--model asks for MDTv2 of depth 12"),
         ({"image_size": 256}, "--image_size asks for 256, but the checkpoint has 8"),
-        ({"num_sampling_steps": "fast"}, "timestep_respacing is 'fast'"),
-        ({"class_rule": "list"}, "class_rule is 'list' with 0 classes"),
+        ({"num_sampling_steps": "fast"}, "--num_sampling_steps is fast: it must be a number of steps above 0"),
+        ({"num_sampling_steps": 0}, "--num_sampling_steps is 0: it must be a number of steps above 0"),
+        ({"num_sampling_steps": 1001}, "--num_sampling_steps is 1001: "),
+        ({"seed": -5}, "--seed is -5: it must be at least 0"),
+        ({"class_rule": "list"}, "--class_rule is 'list' with 0 --classes"),
+        ({"class_rule": "random", "classes": "1"}, "--class_rule is 'random' with 1 --classes"),
+        ({"classes": ""}, "--classes is '': it must be numbers or names, none of them empty"),
         ({"class_rule": "list", "classes": "3"}, "class 3 does not exist: the model has 3 classes"),
         ({"class_rule": "list", "classes": "dog"}, "the classes of this model have none"),
         ({"solver": "unipc", "num_sampling_steps": "ddim5"}, "'ddim5': solver unipc takes one number"),
         ({"solver": "heun", "use_ddim": True}, "--use_ddim True and --solver heun contradict"),
-        ({"guidance": "interval", "guidance_interval": "9=3"}, "interval (9.0, 3.0) is empty"),
+        ({"guidance": "interval", "guidance_interval": "9=3"}, "--guidance_interval is 9.0 3.0: it must be two"),
+        ({"guidance": "interval", "guidance_interval": "9=nan"}, "--guidance_interval is 9.0 nan: it must be finite"),
+        ({"cfg_scale": "nan"}, "--cfg_scale is nan: it must be finite"),
+        ({"cfg_scale": "inf"}, "--cfg_scale is inf: it must be finite"),
+        ({"scale_pow": "nan"}, "--scale_pow is nan: it must be finite"),
+        ({"cfg_cond": None, "cfg_scale": 4}, "--cfg_scale is given, but nothing is guided: add --cfg_cond True"),
+        ({"cfg_cond": None, "scale_pow": 1}, "--scale_pow is given, but nothing is guided"),
+        ({"cfg_cond": None, "guidance_interval": "0=9"}, "--guidance_interval is given, but nothing is guided"),
+        ({"cfg_cond": False, "guidance": "constant"}, "--cfg_cond False and --guidance constant contradict"),
         ({"guide_path": "nowhere.pt"}, "nowhere.pt does not exist"),
-        ({"num_samples": 0}, "num_samples is 0"),
+        ({"num_samples": 0}, "--num_samples is 0: it must be at least 1"),
+        ({"quantize": "up"}, "--quantize is up: it must be one of truncate, round"),
+        ({"vae_decoder": "absent", "model_path": "nowhere.pt"}, "nowhere.pt does not exist"),
+        ({"vae_decoder": "absent", "num_sampling_steps": "5000"}, "--num_sampling_steps is 5000"),
+        ({"vae_decoder": "absent", "model": "DiT_S_2"}, "--model asks for DiT of depth 12"),
     ],
     ids=str,
 )

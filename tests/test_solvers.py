@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from masked_diffusion import config, create_diffusion
+from masked_diffusion import create_diffusion
+from masked_diffusion.config import SOLVERS
 from masked_diffusion.sampling.image_sampler import last_sample
-from masked_diffusion.sampling.solvers import SCHEDULERS, SOLVERS, create_solver
+from masked_diffusion.sampling.solvers import SCHEDULERS, create_solver
 
 MEAN, STD = 0.7, 0.5
 FULL = create_diffusion()
@@ -88,14 +89,18 @@ def test_clipping_reaches_every_step(name):
 
 
 def test_every_solver_that_a_flag_offers_can_be_made():
-    assert {name: create_solver(name, 5, {}).num_evaluations for name in config.SOLVERS} == {
+    assert {name: create_solver(name, 5, {}).num_evaluations for name in SOLVERS} == {
         name: 9 if name == "heun" else 5 for name in SOLVERS
     }
 
 
 def test_wrong_names_and_steps_are_refused():
-    with pytest.raises(ValueError, match=r"solver is 'fast': choose one of ddpm, ddim, dpm\+\+"):
+    with pytest.raises(ValueError, match=r"--solver is 'fast': choose one of ddpm, ddim, dpm\+\+"):
         create_solver("fast", 10, {})
     for steps in ("10,20", "ddim50", 0, 1000, "-3"):
         with pytest.raises(ValueError, match="solver heun takes one number from 1 to 999"):
             create_solver("heun", steps, {})
+    for steps in ("0", "fast", "1001", "ddim49"):
+        with pytest.raises(ValueError, match=r"^--num_sampling_steps is "):
+            create_solver("ddim", steps, {})
+    assert set(SCHEDULERS) | {"ddpm", "ddim"} == set(SOLVERS)

@@ -5,13 +5,13 @@ import pytest
 import torch
 import web_requests
 from fill import fill
-from helpers import HOLE, IMAGE, flags, painting
+from helpers import HOLE, IMAGE, painting, sample_config
 from web_requests import Limits, Request, check_painting, check_request, clicked, view_of
 
 from masked_diffusion import create_model
-from masked_diffusion.sampling import build as sample_util
+from masked_diffusion.config import SOLVERS
+from masked_diffusion.sampling.build import load_image_sampler, load_weights
 from masked_diffusion.sampling.editing import inpaint
-from masked_diffusion.sampling.solvers import SOLVERS
 
 GOOD = {"label": 2, "count": 3, "seed": 7, "solver": "ddim", "steps": 6, "cfg_scale": 2.0, "scale_pow": 1.0}
 RNG = np.random.default_rng(0)
@@ -19,8 +19,8 @@ RNG = np.random.default_rng(0)
 
 @pytest.fixture(scope="module")
 def loaded(named_checkpoint):
-    args = flags(named_checkpoint)
-    return args, sample_util.load_weights(args)
+    config = sample_config(named_checkpoint)
+    return config, load_weights(config)
 
 
 # ---------------------------------------------------------------- checks
@@ -110,9 +110,10 @@ def test_a_painting_that_cannot_be_filled_is_refused(painted, message):
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_what_is_drawn_is_what_the_script_draws(loaded, named_checkpoint, solver):
     request = check_request(Limits(), 3, **GOOD | {"solver": solver, "steps": 30})
-    progress = list(web_requests.draw(loaded[1], loaded[0], request))
+    progress = list(web_requests.draw(*loaded, request))
     same = ("--solver", solver, "--num_sampling_steps", "30", "--cfg_scale", "2", "--scale_pow", "1", "--seed", "7")
-    expected = sample_util.load_sampler(flags(named_checkpoint, *same)).sampler(range(3), torch.tensor([2, 2, 2]))
+    image_sampler, _ = load_image_sampler(sample_config(named_checkpoint, *same))
+    expected = image_sampler(range(3), torch.tensor([2, 2, 2]))
     assert np.abs(progress[-1].images.astype(int) - expected).max() <= 1
     total = 59 if solver == "heun" else 30
     assert {p.total for p in progress} == {total} and progress[-1].done == total
@@ -123,36 +124,37 @@ def test_what_is_drawn_is_what_the_script_draws(loaded, named_checkpoint, solver
 
 
 def test_requests_share_the_weights(loaded):
-    args, weights = loaded
-    one, other = (web_requests.request_sampler(weights, args, Request(0, 1, 0, "ddim", n, n, 1.0)) for n in (2, 9))
+    config, weights = loaded
+    requests = (Request(0, 1, 0, "ddim", n, n, 1.0) for n in (2, 9))
+    one, other = (web_requests.image_sampler_of(config, weights, request) for request in requests)
     assert one.model is other.model is weights.model
     assert one.denoise.guidance.cfg_scale == 2 and other.denoise.guidance.cfg_scale == 9
     assert (one.solver.num_evaluations, other.solver.num_evaluations) == (2, 9)
 
 
 def test_a_hole_is_filled_as_the_library_fills_it(loaded):
-    args, weights = loaded
+    config, weights = loaded
     request = check_request(Limits(), 3, **GOOD)
-    progress = list(web_requests.fill(weights, args, request, IMAGE, HOLE, 2))
-    sampler = web_requests.request_sampler(weights, args, request)
-    expected = inpaint(sampler, range(3), torch.tensor([2, 2, 2]), IMAGE, HOLE, jump_length=10, resamplings=2)
+    progress = list(web_requests.fill(config, weights, request, IMAGE, HOLE, 2))
+    image_sampler = web_requests.image_sampler_of(config, weights, request)
+    expected = inpaint(image_sampler, range(3), torch.tensor([2, 2, 2]), IMAGE, HOLE, jump_length=10, resamplings=2)
     assert np.array_equal(progress[-1].images, expected) and progress[-1].done == progress[-1].total
     assert all((p.images[:, ~HOLE] == IMAGE[~HOLE]).all() for p in progress)
     assert (progress[-1].images[:, HOLE] != IMAGE[HOLE]).mean() > 0.9
-    long = list(web_requests.fill(weights, args, check_request(Limits(), 3, **GOOD | {"steps": 25}), IMAGE, HOLE, 3))
+    long = list(web_requests.fill(config, weights, check_request(Limits(), 3, **GOOD | {"steps": 25}), IMAGE, HOLE, 3))
     assert long[-1].total == 25 + 2 * 2 * 10
 
 
 def test_latents_of_a_class_without_a_name_are_drawn_and_filled(vae_folder, tmp_path):
     model = fill(create_model("MDTv2_Nano_2", input_size=4, in_channels=4, num_classes=2))
     torch.save(model.state_dict(), tmp_path / "model.pt")
-    args = flags(tmp_path / "model.pt", "--vae_decoder", vae_folder)
-    weights, request = sample_util.load_weights(args), Request(1, 2, 0, "ddpm", 5, 2.0, 1.0)
-    *_, drawn = web_requests.draw(weights, args, request)
-    assert drawn.images.shape == (2, 32, 32, 3) and weights.names == []
+    config = sample_config(tmp_path / "model.pt", "--vae_decoder", vae_folder)
+    weights, request = load_weights(config), Request(1, 2, 0, "ddpm", 5, 2.0, 1.0)
+    *_, drawn = web_requests.draw(config, weights, request)
+    assert drawn.images.shape == (2, 32, 32, 3) and weights.class_names == []
     hole = np.zeros((32, 32), dtype=bool)
     hole[9:23, 9:23] = True
-    *_, filled = web_requests.fill(weights, args, request, drawn.images[0], hole, 1)
+    *_, filled = web_requests.fill(config, weights, request, drawn.images[0], hole, 1)
     assert (filled.images[:, ~hole] == drawn.images[0][~hole]).all()
     assert (filled.images[:, hole] != drawn.images[0][hole]).mean() > 0.5
 
@@ -168,7 +170,7 @@ def test_latents_of_a_class_without_a_name_are_drawn_and_filled(vae_folder, tmp_
 def test_fillings_that_cannot_be_had_are_refused(loaded, solver, resamplings, message):
     request = check_request(Limits(), 3, **GOOD | {"solver": solver})
     with pytest.raises(ValueError, match=message):
-        next(web_requests.fill(loaded[1], loaded[0], request, IMAGE, HOLE, resamplings))
+        next(web_requests.fill(*loaded, request, IMAGE, HOLE, resamplings))
 
 
 # ---------------------------------------------------------------- pictures

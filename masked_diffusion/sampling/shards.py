@@ -6,16 +6,22 @@ import re
 import shutil
 import time
 import zipfile
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 from tqdm.auto import tqdm
 
 from .. import dist_util, logger
 from ..utils.errors import UserError
 from ..utils.files import atomic_write, write_json
+from .image_sampler import ImageSampler
+
+BEFORE = {"quantize": "round"}  # settings that older files do not mention, as they were then
 
 
 class ShardStore:
@@ -26,7 +32,7 @@ class ShardStore:
     :raises UserError: when shards or npz are there and were made with other settings.
     """
 
-    def __init__(self, path, settings):
+    def __init__(self, path: str | Path, settings: dict[str, Any]):
         self.path, self.settings = Path(path), settings
         self.folder = self.path.with_suffix(".shards")
         described = self.folder / "settings.json"
@@ -42,21 +48,22 @@ class ShardStore:
         dist_util.barrier()
 
     def _check(self, place, found):
+        found = BEFORE | found
         different = [key for key, value in self.settings.items() if found.get(key) != value]
         if different:
             key = different[0]
             raise UserError(
-                f"{place} was made with {key} {found.get(key)}, now it is {self.settings[key]}: "
+                f"{place} was made with {key} {found.get(key)}, now it is {self.settings[key]}: use the same, "
                 "choose another --log_dir, or remove it"
             )
 
-    def finished(self):
+    def finished(self) -> bool:
         return self.path.exists()
 
-    def shards(self):
+    def shards(self) -> list[Path]:
         return sorted(self.folder.glob("shard_*.npz"))
 
-    def missing(self, num_samples):
+    def missing(self, num_samples: int) -> list[int]:
         """The indices below `num_samples` that no shard holds, ascending.
 
         :raises UserError: for a shard that cannot be read.
@@ -72,17 +79,17 @@ class ShardStore:
                 ) from error
         return np.flatnonzero(~held).tolist()
 
-    def count(self):
+    def count(self) -> int:
         """Images in all shards, of all ranks, by their names."""
         return sum(int(re.search(r"_x(\d+)$", shard.stem)[1]) for shard in self.shards())
 
-    def write(self, indices, images, labels):
+    def write(self, indices: Sequence[int], images: np.ndarray, labels: torch.Tensor) -> None:
         buffer = io.BytesIO()
         np.savez(buffer, indices=np.asarray(indices), images=images, labels=np.asarray(labels))
         with atomic_write(self.folder / f"shard_{indices[0]:06d}_x{len(indices)}.npz") as file:
             file.write(buffer.getbuffer())
 
-    def merge(self, num_samples):
+    def merge(self, num_samples: int) -> np.ndarray:
         """Write the npz: images [0, num_samples) in order as `arr_0`, their labels as `arr_1`, and the settings.
 
         Few shards at a time are in memory, whatever the number of images; the folder of shards is removed at the end.
@@ -118,7 +125,13 @@ class ShardStore:
         return first
 
 
-def draw_samples(sampler, store, num_samples, batch_size, choose):
+def draw_samples(
+    image_sampler: ImageSampler,
+    store: ShardStore,
+    num_samples: int,
+    batch_size: int,
+    choose: Callable[[list[int]], torch.Tensor],
+) -> None:
     """Draw what the store lacks of `num_samples` images, shared among the ranks.
 
     :param choose: a function from (n,) indices to (n,) labels.
@@ -134,7 +147,7 @@ def draw_samples(sampler, store, num_samples, batch_size, choose):
     start = last_log = time.perf_counter()
     for batch in own:
         labels = choose(batch)
-        store.write(batch, sampler(batch, labels), labels)
+        store.write(batch, image_sampler(batch, labels), labels)
         if not dist_util.is_main():
             continue
         done, now = store.count() - held, time.perf_counter()

@@ -1,14 +1,16 @@
-"""Samplers by name: DDPM and DDIM of this package, and few-step solvers through diffusers' schedulers.
+"""Solvers by name: DDPM and DDIM of this package, and few-step solvers through diffusers' schedulers.
 
 All run on the trained discrete schedule, with guidance. The learned variance belongs to the ancestral chain: `ddpm`
 uses it, all others follow the ODE or SDE of the schedule and use the prediction alone.
 """
 
 from importlib import import_module
+from typing import Any
 
 import torch
 
-from ..respace import create_diffusion
+from ..config import SOLVERS
+from ..respace import SpacedDiffusion, create_diffusion
 from ..utils.errors import UserError
 
 # name: scheduler of diffusers, its options
@@ -24,30 +26,35 @@ SCHEDULERS = {
     # The same in first order
     "euler": ("EulerDiscreteScheduler", {}),
 }
-SOLVERS = ("ddpm", "ddim", *SCHEDULERS)
 
 
-def create_solver(name, num_sampling_steps, diffusion_config):
+def create_solver(
+    name: str, num_sampling_steps: str | int, diffusion_config: dict[str, Any]
+) -> "DiffusionSolver | SchedulerSolver":
     """Make a solver.
 
-    :param name: one of `SOLVERS`.
+    :param name: one of `config.SOLVERS`.
     :param num_sampling_steps: `250`; for ddpm and ddim also `10,15,20` and `ddim50`.
     :param diffusion_config: options of `create_diffusion` that the model was trained with.
     :return: an object with `progressive(denoise, noise, ...)`, see `DiffusionSolver`, and `original_num_steps`.
     :raises UserError: for an unknown name, and for steps that the solver cannot take.
     """
     if name not in SOLVERS:
-        raise UserError(f"solver is {name!r}: choose one of {', '.join(SOLVERS)}")
+        raise UserError(f"--solver is {name!r}: choose one of {', '.join(SOLVERS)}")
     if name in SCHEDULERS:
         return SchedulerSolver(name, num_sampling_steps, create_diffusion(**diffusion_config))
-    diffusion = create_diffusion(**diffusion_config, timestep_respacing=str(num_sampling_steps))
+    steps = str(num_sampling_steps)
+    try:
+        diffusion = create_diffusion(**diffusion_config, timestep_respacing=steps)
+    except UserError as error:
+        raise UserError(f"--num_sampling_steps is {steps}: {error}") from error
     return DiffusionSolver(diffusion, use_ddim=name == "ddim")
 
 
 class DiffusionSolver:
     """Ancestral sampling (DDPM) or DDIM on a respaced diffusion."""
 
-    def __init__(self, diffusion, use_ddim=False):
+    def __init__(self, diffusion: SpacedDiffusion, use_ddim: bool = False):
         self.diffusion, self.original_num_steps = diffusion, diffusion.original_num_steps
         self.loop = diffusion.ddim_sample_loop_progressive if use_ddim else diffusion.p_sample_loop_progressive
         self.step = diffusion.ddim_sample if use_ddim else diffusion.p_sample
@@ -72,12 +79,12 @@ class SchedulerSolver:
     Timesteps are evenly spaced from the last one down, as in Lin et al. 2023, "Common diffusion noise schedules ...".
     """
 
-    def __init__(self, name, num_sampling_steps, diffusion):
+    def __init__(self, name: str, num_sampling_steps: str | int, diffusion: SpacedDiffusion):
         self.name, self.diffusion, self.original_num_steps = name, diffusion, diffusion.original_num_steps
         text = str(num_sampling_steps)
         if not text.isdecimal() or not 1 <= int(text) < self.original_num_steps:
             last = self.original_num_steps - 1
-            raise UserError(f"num_sampling_steps is {text!r}: solver {name} takes one number from 1 to {last}")
+            raise UserError(f"--num_sampling_steps is {text!r}: solver {name} takes one number from 1 to {last}")
         self.num_steps = int(text)
         self.num_evaluations = 2 * self.num_steps - 1 if name == "heun" else self.num_steps
 

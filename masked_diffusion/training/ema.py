@@ -14,9 +14,9 @@ import numpy as np
 import torch
 
 from .. import dist_util
-from ..config import MAX_SIGMA_REL
 from ..utils.errors import UserError
 from ..utils.files import atomic_write
+from ..utils.flag_values import MAX_SIGMA_REL
 from .optim import update_ema
 from .parallel import gather_full, shard_like
 

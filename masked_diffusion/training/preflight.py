@@ -11,8 +11,9 @@ import torch.nn as nn
 from PIL import ExifTags, Image
 
 from .. import logger
-from ..config import RunConfig, TrainConfig, split_numbers
+from ..config import RunConfig, TrainConfig
 from ..utils.errors import UserError
+from ..utils.flag_values import split_numbers
 from ..utils.flops import forward_flops
 
 SHOWN_CLASSES, SHOWN_BAD_IMAGES, BAR = 10, 20, 40

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 
 from .. import dist_util
-from ..config import RunConfig, split_numbers
+from ..config import RunConfig
 from ..resample import ScheduleSampler
 from ..utils.errors import UserError
+from ..utils.flag_values import split_numbers
 from ..weights.checkpoint import ema_name, model_name, opt_name, save_checkpoint
 from .ema import PowerEMA, remove_snapshots, save_snapshots
 from .guardian import Guardian

@@ -53,7 +53,7 @@ def _outside(value: float, bounds: dict[str, float]) -> bool:
         "at_most": lambda bound: value <= bound,
         "below": lambda bound: value < bound,
     }
-    return not math.isfinite(value) or not all(inside[key](bound) for key, bound in bounds.items())
+    return not all(inside[key](bound) for key, bound in bounds.items())
 
 
 class Config:
@@ -119,16 +119,21 @@ def check_value(each: dataclasses.Field, value: Any) -> None:
     requirement = None
     if value is None:
         return  # the parser gives None only to fields that may be None
-    numbers = [v for v in (value if isinstance(value, tuple) else (value,)) if type(v) in (int, float)]
-    if any(_outside(number, meta["bounds"]) for number in numbers):
-        requirement = describe_bounds(meta["bounds"]) or "a finite number"
+    values = value if isinstance(value, tuple) else (value,)
+    numbers = [v for v in values if type(v) in (int, float)]
+    if not all(map(math.isfinite, numbers)):
+        requirement = " and ".join(filter(None, ("finite", describe_bounds(meta["bounds"]))))
+    elif meta["bounds"] and len(numbers) < len(values):  # of a file: argparse has read the flags
+        requirement = "a number"
+    elif any(_outside(number, meta["bounds"]) for number in numbers):
+        requirement = describe_bounds(meta["bounds"])
     elif meta["choices"] and value not in meta["choices"]:
         requirement = f"one of {', '.join(meta['choices'])}"
     elif meta["check"]:
         requirement = meta["check"](value)
     if requirement:
-        shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
-        raise UserError(f"--{each.name} is {shown}: it must be {requirement}")
+        shown = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        raise UserError(f"--{each.name} is {shown or repr('')}: it must be {requirement}")
 
 
 def is_optional(annotation: Any) -> bool:

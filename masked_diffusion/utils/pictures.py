@@ -10,6 +10,7 @@ from .files import atomic_write
 
 FRAME_MILLISECONDS = 60
 LAST_FRAME_MILLISECONDS = 1500
+ANIMATED = {"GIF": {}, "PNG": {}, "WEBP": {"lossless": True}}  # kinds that browsers play, and Pillow's options
 
 
 def make_grid(images, columns=8, scale=1):
@@ -22,21 +23,30 @@ def make_grid(images, columns=8, scale=1):
     return pixels.repeat(scale, axis=0).repeat(scale, axis=1)
 
 
-def check_picture_name(path):
+def kind_of(path):
+    """What Pillow calls the kind of picture that a file's ending says, or None."""
+    kind = Image.registered_extensions().get(Path(path).suffix.lower())
+    return kind if kind in Image.SAVE else None
+
+
+def check_picture_name(path, animated=False):
     """Refuse a file name that a picture cannot have, before it is drawn.
 
-    :raises UserError: for a folder that is not there, and for an ending that means no kind of picture.
+    :raises UserError: for a folder that is not there, and for an ending that means no kind of picture, or none that
+        can be `animated`.
     """
     path = Path(path).absolute()
     if not path.parent.is_dir():
         raise UserError(f"{path.parent} is no folder: make it, or choose another place for {path.name}")
-    if path.suffix.lower() not in Image.registered_extensions():
+    if kind_of(path) is None:
         raise UserError(f"{path.name} names no kind of picture: let it end in .png, .jpg or .gif")
+    if animated and kind_of(path) not in ANIMATED:
+        raise UserError(f"{path.name} cannot be animated: let it end in .gif, .png or .webp")
 
 
 def save_picture(path, pixels, **options):
     """Write (H, W, 3) uint8 pixels as what the file's ending says; `options` are Pillow's."""
-    kind = Image.registered_extensions()[Path(path).suffix.lower()]
+    kind = kind_of(path)
     with atomic_write(path) as file:
         Image.fromarray(pixels).save(file, format=kind, **({"quality": 95} if kind == "JPEG" else {}), **options)
 
@@ -49,8 +59,13 @@ def save_grid(path, images, columns=8, scale=1):
 
 
 def save_animation(path, frames, columns=8, scale=1):
-    """Write (F, N, H, W, 3) uint8 images as an animation of F grids that holds the last one for a while."""
+    """Write (F, N, H, W, 3) uint8 images as an animation of F grids that holds the last one for a while.
+
+    :param path: its ending says the kind: GIF, animated PNG or WebP.
+    """
+    kind = kind_of(path)
     sheets = [Image.fromarray(make_grid(images, columns, scale)) for images in frames]
     durations = [FRAME_MILLISECONDS] * (len(sheets) - 1) + [LAST_FRAME_MILLISECONDS]
     with atomic_write(path) as file:
-        sheets[0].save(file, format="GIF", save_all=True, append_images=sheets[1:], duration=durations, loop=0)
+        options = {"save_all": True, "append_images": sheets[1:], "duration": durations, "loop": 0}
+        sheets[0].save(file, format=kind, **options, **ANIMATED[kind])

@@ -1,15 +1,14 @@
 """What the demo and the studies of its model share: guidance, grader, and the folder that `make demo` leaves."""
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-from masked_diffusion import load_model
 from masked_diffusion.guidance import Guidance
 from masked_diffusion.utils.errors import UserError
 from masked_diffusion.utils.evaluations import load_evaluations
-from masked_diffusion.weights.checkpoint import read_config
+from masked_diffusion.weights.pretrained import build_model, open_weights
 
 grade_digits = load_evaluations("grade_digits")
 
@@ -20,7 +19,7 @@ class DemoRun(NamedTuple):
     """What `make demo` left."""
 
     model: torch.nn.Module
-    diffusion: dict  # its options, as in config.json
+    diffusion: dict[str, Any]  # options of `create_diffusion` that it was trained with
     data: Path  # folder with the real digits, `train` and `test`
 
 
@@ -34,5 +33,6 @@ def open_demo(folder: str) -> DemoRun:
     for path in (train, data / "test"):
         if not path.is_dir():
             raise UserError(f"{path} is not there: run `make demo` first, or name its folder with --demo")
-    model = load_model(train)
-    return DemoRun(model, read_config(train).diffusion.options(model.default_snr_gamma), data)
+    opened = open_weights(train)
+    model = build_model(opened)
+    return DemoRun(model, opened.run.diffusion.options(model.default_snr_gamma), data)

@@ -49,12 +49,12 @@ def main() -> None:
     demo = open_demo(config.demo)
     images, labels = read_digits(demo.data / "test", config.num_digits)
     solver = create_solver("ddpm", config.num_sampling_steps, demo.diffusion)
-    sampler = ImageSampler(demo.model, solver, IdentityFirstStage(), guidance=GUIDANCE)
+    image_sampler = ImageSampler(demo.model, solver, IdentityFirstStage(), guidance=GUIDANCE)
     rows, sheets = {"untouched": accuracy(demo.data, images, labels)}, [images[:SHOWN]]
     for name, place in HOLES.items():
         hole = np.zeros((SIZE, SIZE), dtype=bool)
         hole[place] = True
-        filled = inpaint(sampler, range(len(images)), labels, images, hole, resamplings=config.resamplings)
+        filled = inpaint(image_sampler, range(len(images)), labels, images, hole, resamplings=config.resamplings)
         emptied = np.where(hole[:, :, None], np.uint8(255), images)
         rows[f"{name} emptied"] = accuracy(demo.data, emptied, labels)
         rows[f"{name} filled"] = accuracy(demo.data, filled, labels)

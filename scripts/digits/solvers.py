@@ -31,12 +31,12 @@ class SolversConfig(Config):
     batch_size: int = option(250, "images at a time", at_least=1)
 
 
-def draw(sampler: ImageSampler, labels: torch.Tensor, batch_size: int) -> tuple[np.ndarray, float]:
+def draw(image_sampler: ImageSampler, labels: torch.Tensor, batch_size: int) -> tuple[np.ndarray, float]:
     """(N, H, W, 3) uint8 images, and the seconds that they took."""
-    sampler(range(len(labels[:8])), labels[:8])  # what is made on first use is made
+    image_sampler(range(len(labels[:8])), labels[:8])  # what is made on first use is made
     start = time.perf_counter()
     parts = torch.arange(len(labels)).split(batch_size)
-    images = np.concatenate([sampler(part.numpy(), labels[part]) for part in parts])
+    images = np.concatenate([image_sampler(part.numpy(), labels[part]) for part in parts])
     return images, time.perf_counter() - start
 
 
@@ -50,8 +50,8 @@ def measure(demo: DemoRun, config: SolversConfig) -> tuple[list[dict], np.ndarra
     for solver, steps in SOLVERS:
         for name, guidance in GUIDANCES.items():
             made = create_solver(solver, steps, demo.diffusion)
-            sampler = ImageSampler(demo.model, made, IdentityFirstStage(), guidance=guidance)
-            images, seconds = draw(sampler, labels, config.batch_size)
+            image_sampler = ImageSampler(demo.model, made, IdentityFirstStage(), guidance=guidance)
+            images, seconds = draw(image_sampler, labels, config.batch_size)
             grades = grade_digits.grade(demo.data, images, labels.numpy())
             row = {"solver": solver, "steps": int(steps), "guidance": name, "seconds": seconds} | grades
             rows.append({key: row[key] for key in COLUMNS})

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import gradio as gr
@@ -23,8 +24,9 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.responses import PlainTextResponse
 
 from masked_diffusion import logger, script_util
-from masked_diffusion.sampling import build as sample_util
-from masked_diffusion.sampling.solvers import SOLVERS
+from masked_diffusion.config import SOLVERS, SampleConfig
+from masked_diffusion.sampling.build import load_weights, make_image_sampler
+from masked_diffusion.utils.options import Config, option
 from masked_diffusion.utils.pictures import make_grid, save_grid
 from masked_diffusion.weights.pretrained import describe
 
@@ -41,18 +43,26 @@ CSS = """
 """
 
 
-def parse_args():
-    parser = script_util.make_parser(__doc__)
-    sample_util.add_weights_flags(parser)
-    sample_util.add_solver_flags(parser)
-    sample_util.add_guidance_flags(parser)
-    parser.set_defaults(solver="ddim", num_sampling_steps="50", cfg_cond=True, cfg_scale=4.0, scale_pow=0.01)
-    page = parser.add_argument_group("page")
-    page.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0: all of this machine's")
-    page.add_argument("--port", type=int, default=7860, help="port to listen on")
-    page.add_argument("--max_images", type=int, default=16, help="images that one request may ask for")
-    page.add_argument("--max_steps", type=int, default=250, help="sampling steps that one request may ask for")
-    return parser.parse_args()
+@dataclass(frozen=True)
+class PageConfig(Config):
+    """page"""
+
+    host: str = option("127.0.0.1", "address to listen on; 0.0.0.0: all of this machine's")
+    port: int = option(7860, "port to listen on", at_least=0, at_most=65535)
+    max_images: int = option(16, "images that one request may ask for", at_least=1)
+    max_steps: int = option(250, "sampling steps that one request may ask for", at_least=1)
+
+
+@dataclass(frozen=True)
+class Flags(Config):
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    page: PageConfig = PageConfig()
+
+
+def parse_flags() -> Flags:
+    """The command line, with defaults that show something soon."""
+    quick = {"solver": "ddim", "num_sampling_steps": "50", "cfg_cond": True, "cfg_scale": 4.0, "scale_pow": 0.01}
+    return script_util.parse_flags(Flags, __doc__, **quick)
 
 
 # ---------------------------------------------------------------- what comes from the browser
@@ -118,20 +128,20 @@ def errors_shown():
 class Studio:
     """What the buttons do.
 
-    :param args: flags; they hold what the page offers no choice of. :param weights: from `load_weights`.
+    :param config: holds what the page offers no choice of. :param weights: from `load_weights(config)`.
     :param folder: where files to download are written; gradio copies them.
-    :raises ValueError: when the flags' own settings are none that the page may ask for.
+    :raises UserError: when the flags' own settings are none that the page may ask for.
     """
 
-    def __init__(self, args, weights, folder):
-        self.args, self.weights, self.folder = args, weights, Path(folder)
-        self.limits = web_requests.Limits(args.max_images, args.max_steps)
-        self.size = weights.model.input_size * weights.first_stage.downsample
-        steps = int(args.num_sampling_steps) if args.num_sampling_steps.isdecimal() else args.num_sampling_steps
+    def __init__(self, config, limits, weights, folder):
+        self.config, self.limits, self.weights, self.folder = config, limits, weights, Path(folder)
+        image_sampler, solver = make_image_sampler(config, weights), config.solver
+        self.size, guidance = image_sampler.size, image_sampler.denoise.guidance
+        self.rule, steps = guidance.rule, solver.num_sampling_steps
         self.initial = self.check(
-            0, min(4, args.max_images), args.seed, sample_util.solver_name(args), steps, args.cfg_scale, args.scale_pow
-        )
-        self.rule = web_requests.request_sampler(weights, args, self.initial).denoise.guidance.rule
+            0, min(4, limits.images), solver.seed, solver.name, int(steps) if steps.isdecimal() else steps,
+            guidance.cfg_scale, guidance.scale_pow,
+        )  # fmt: skip
 
     def check(self, *values):
         return web_requests.check_request(self.limits, self.weights.model.num_classes, *values)
@@ -142,21 +152,21 @@ class Studio:
         return [(self.name_of(label), label) for label in labels]
 
     def name_of(self, label):
-        name = self.weights.names[label] if self.weights.names else str(label)
+        name = self.weights.class_names[label] if self.weights.class_names else str(label)
         return name if name == str(label) else f"{label}  {name}"
 
     def draw(self, *values):
         """The values of `Request`, in its order -> what `show` yields."""
         with errors_shown():
             request = self.check(*values)
-            yield from self.show(request, web_requests.draw(self.weights, self.args, request))
+            yield from self.show(request, web_requests.draw(self.config, self.weights, request))
 
     def fill(self, painting, resamplings, *values):
         """What the editor holds, resamplings, and the values of `Request` -> what `show` yields."""
         with errors_shown():
             request = self.check(*values)
             image, hole = web_requests.check_painting(painting, self.size)
-            job = web_requests.fill(self.weights, self.args, request, image, hole, resamplings)
+            job = web_requests.fill(self.config, self.weights, request, image, hole, resamplings)
             yield from self.show(request, job)
 
     def show(self, request, job):
@@ -280,15 +290,14 @@ def serve(page, host, port):
 
 
 def main():
-    args = parse_args()
-    script_util.check_positive(args, "max_images", "max_steps")
+    flags = parse_flags()
+    page, limits = flags.page, web_requests.Limits(flags.page.max_images, flags.page.max_steps)
     Image.MAX_IMAGE_PIXELS = web_requests.LONGEST_SIDE**2  # twice as many are refused before they are decoded
-    sample_util.solver_name(args)
-    weights = sample_util.load_weights(args)
+    weights = load_weights(flags.sample)
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as cache:
         # Uploads and pictures lie apart from those of other pages on this machine, and go when this one ends.
         os.environ |= {"GRADIO_TEMP_DIR": cache, "GRADIO_ALLOWED_PATHS": "", "GRADIO_ANALYTICS_ENABLED": "False"}
-        serve(build_page(Studio(args, weights, folder)), args.host, args.port)
+        serve(build_page(Studio(flags.sample, limits, weights, folder)), page.host, page.port)
 
 
 if __name__ == "__main__":

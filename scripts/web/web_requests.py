@@ -1,6 +1,5 @@
 """The web page without its widgets: what a browser asks for is checked, then drawn step by step."""
 
-import argparse
 import math
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -9,10 +8,10 @@ import numpy as np
 import torch
 from PIL import Image
 
+from masked_diffusion.config import SOLVERS
 from masked_diffusion.image_datasets import center_crop_arr
 from masked_diffusion.sampling import editing
-from masked_diffusion.sampling.build import make_sampler
-from masked_diffusion.sampling.solvers import SOLVERS
+from masked_diffusion.sampling.build import make_image_sampler
 from masked_diffusion.utils.errors import UserError
 from masked_diffusion.utils.pictures import make_grid
 
@@ -133,35 +132,36 @@ class Progress(NamedTuple):
     images: np.ndarray  # (n, H, W, 3) uint8: the prediction, and at the end the result
 
 
-def request_sampler(weights, args, request):
-    """The sampler of a request.
+def image_sampler_of(config, weights, request):
+    """The image sampler of a request.
 
-    :param weights: from `load_weights`. :param args: flags of `sample_util`; the request's values replace theirs.
+    :param config: a `SampleConfig`, of which the request's values replace some. :param weights: from `load_weights`.
     """
     asked = {"solver": request.solver, "use_ddim": False, "num_sampling_steps": str(request.steps)}
     asked |= {"seed": request.seed, "cfg_scale": request.cfg_scale, "scale_pow": request.scale_pow}
-    return make_sampler(argparse.Namespace(**vars(args) | asked), weights).sampler
+    return make_image_sampler(config.replaced(**asked), weights)
 
 
-def draw(weights, args, request):
+def draw(config, weights, request):
     """Draw images, step by step: a generator of `Progress`."""
-    sampler = request_sampler(weights, args, request)
-    steps = sampler.progressive(range(request.count), labels_of(request))
-    yield from watch(steps, sampler.solver.num_evaluations, sampler.decode)
+    image_sampler = image_sampler_of(config, weights, request)
+    steps = image_sampler.progressive(range(request.count), labels_of(request))
+    yield from watch(steps, image_sampler.solver.num_evaluations, image_sampler.decode)
 
 
-def fill(weights, args, request, image, hole, resamplings):
+def fill(config, weights, request, image, hole, resamplings):
     """Fill the hole of an image `request.count` times, step by step: a generator of `Progress`.
 
     :param image, hole: from `check_painting`. :param resamplings: as it came, see `editing.inpaint_progressive`.
     :raises UserError: for resamplings out of range, and for a solver that cannot start from an image.
     """
     resamplings = whole_number("resamplings", resamplings, 1, MOST_RESAMPLINGS)
-    sampler = request_sampler(weights, args, request)
+    image_sampler = image_sampler_of(config, weights, request)
     options = {"jump_length": JUMP_LENGTH, "resamplings": resamplings}
-    total = editing.count_evaluations(sampler.solver.num_evaluations, **options)
-    steps = editing.inpaint_progressive(sampler, range(request.count), labels_of(request), image, hole, **options)
-    yield from watch(steps, total, lambda latents: editing.paste(image, hole, sampler.decode(latents)))
+    total = editing.count_evaluations(image_sampler.solver.num_evaluations, **options)
+    indices = range(request.count)
+    steps = editing.inpaint_progressive(image_sampler, indices, labels_of(request), image, hole, **options)
+    yield from watch(steps, total, lambda latents: editing.paste(image, hole, image_sampler.decode(latents)))
 
 
 def labels_of(request):

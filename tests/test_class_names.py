@@ -14,6 +14,12 @@ def test_names_come_from_training_or_from_imagenet():
     assert class_names(None, 10) == []
 
 
+def test_names_and_rows_of_the_label_table_need_not_be_as_many():
+    assert class_names(["cat", "dog"], 4) == ["cat", "dog", "2", "3"]  # trained with --num_classes 4
+    with pytest.raises(ValueError, match="names 2 classes, but the model has 1"):
+        class_names(["cat", "dog"], 1)
+
+
 @pytest.mark.parametrize(
     "text, label",
     [("golden retriever", 207), ("Arctic fox", 279), (279, 279), ("maillot", 638), ("TIGER CAT", 282), ("chickad", 19)],
@@ -28,6 +34,7 @@ def test_a_name_a_synonym_or_a_part_is_found(text, label):
         ("1000", "class 1000 does not exist: the model has 1000 classes"),
         ("crane", r"may be any of 2 classes: give the number of one, 134 \(crane\), 517 \(crane\)"),
         ("retriever", "may be any of 5 classes"),
+        (" ", "a class is '': give its number"),
         ("unicorn drawing", "is none of the model's 1000 classes"),
     ],
 )
