@@ -82,7 +82,7 @@ def mean_flat(tensor: Tensor) -> Tensor:
 
 
 def normal_kl(mean1: Tensor | float, logvar1: Tensor | float, mean2: Tensor | float, logvar2: Tensor | float) -> Tensor:
-    """Element-wise KL divergence of the second Gaussian from the first, in nats. Shapes are broadcast.
+    """Element-wise KL(N(mean1, exp(logvar1)) || N(mean2, exp(logvar2))) in nats. Shapes are broadcast.
 
     :param mean1, mean2: means. :param logvar1, logvar2: logarithms of the variances.
     :raises ValueError: if no argument is a tensor.
@@ -121,7 +121,8 @@ def discretized_gaussian_log_likelihood(x: Tensor, *, means: Tensor, log_scales:
     """
     if not x.shape == means.shape == log_scales.shape:
         raise ValueError(
-            f"the shapes of x {tuple(x.shape)}, means {tuple(means.shape)} and log_scales {tuple(log_scales.shape)} must match"
+            f"the shapes of x {tuple(x.shape)}, means {tuple(means.shape)} and log_scales {tuple(log_scales.shape)} "
+            "must match"
         )
     centered, inv_std = x - means, torch.exp(-log_scales)
     cdf_plus = approx_standard_normal_cdf(inv_std * (centered + 1 / 255))

@@ -1,4 +1,4 @@
-"""The forward process of a Gaussian diffusion: coefficient tables, noisy samples, and conversions between eps, x_0 and v.
+"""The forward process of a Gaussian diffusion: coefficients, noisy samples, conversions between eps, x_0 and v.
 
 Ho et al. 2020 (DDPM), Salimans & Ho 2022 (v-prediction). The names are those of ADM's `guided_diffusion`.
 """

@@ -219,7 +219,7 @@ class GaussianDiffusion(ReverseProcess):
             if callable(model_kwargs) or not isinstance(eta, Number):
                 raise TypeError("ddim_reverse_sample takes (cond_fn, model_kwargs, eta), or ADM's (model_kwargs, eta)")
         if eta != 0.0:
-            raise UserError(f"eta is {eta}: it must be 0, since the reverse ODE is deterministic")
+            raise UserError(f"eta is {eta}: eta must be 0, since the reverse ODE is deterministic")
         out = self.p_mean_variance(model, x, t, clip_denoised, denoised_fn, model_kwargs)
         if cond_fn is not None:
             out = self.condition_score(cond_fn, out, x, t, model_kwargs)
@@ -262,7 +262,7 @@ class GaussianDiffusion(ReverseProcess):
         eta: float = 0.0,
         randn_like: Callable[[Tensor], Tensor] = torch.randn_like,
     ) -> Iterator[dict[str, Tensor]]:
-        """Yield what `ddim_sample` returns, for every step. Arguments: those of `p_sample_loop_progressive`, and `eta`."""
+        """Yield what `ddim_sample` returns, for every step. Arguments: as `p_sample_loop_progressive`, and `eta`."""
         options = (clip_denoised, denoised_fn, cond_fn, model_kwargs, eta, randn_like)
         yield from self._loop(self.ddim_sample, model, shape, noise, device, progress, options)
 
