@@ -44,7 +44,8 @@ def space_timesteps(num_timesteps: int, section_counts: str | int | Sequence[int
         section_size = size + (i < extra)
         if not 1 <= count <= section_size:
             raise UserError(
-                f"timestep_respacing asks for {count} of the {section_size} steps of section {i}: choose 1 to {section_size}"
+                f"timestep_respacing asks for {count} of the {section_size} steps of section {i}: "
+                f"choose a number from 1 to {section_size}"
             )
         stride = (section_size - 1) / (count - 1) if count > 1 else 1
         offset = 0.0
