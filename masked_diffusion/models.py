@@ -5,9 +5,8 @@ The names of parameters are those of the published checkpoints, which load with 
 """
 
 import difflib
-from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -19,6 +18,7 @@ from .layers.attention import Attention, RelativePositionBias, gather_pairs  # n
 from .layers.base import BlockModel
 from .layers.blocks import DiTBlock, FinalLayer, MDTBlock, modulate  # noqa: F401 (published names)
 from .layers.embeddings import (  # noqa: F401 (published names)
+    Draw,
     LabelEmbedder,
     TimestepEmbedder,
     get_1d_sincos_pos_embed_from_grid,
@@ -27,8 +27,6 @@ from .layers.embeddings import (  # noqa: F401 (published names)
     sincos_pos_embed_2d,
 )
 from .utils.errors import UserError
-
-# ---------------------------------------------------------------- DiT
 
 
 class DiT(BlockModel):
@@ -43,11 +41,10 @@ class DiT(BlockModel):
     :raises UserError: for options that are out of range or do not fit together.
     """
 
-    # The family's defaults for training and sampling.
+    # Defaults of the family: training, sampling, and its masked pass.
     default_optimizer: str = "adamw"
     default_snr_gamma: float | None = None
     guidance_rule: str = "constant"
-
     trains_positions: bool = False  # whether the position table is learned
     mask_ratio: float | None = None  # None: no masked pass
     decode_layer: int | None = None
@@ -128,9 +125,7 @@ class DiT(BlockModel):
         n, g, p, c = x.shape[0], self.grid_size, self.patch_size, self.out_channels
         return x.view(n, g, g, p, p, c).permute(0, 5, 1, 3, 2, 4).reshape(n, c, g * p, g * p)
 
-    def draw_drop_labels(
-        self, num_samples: int, device: torch.device | str, rand: Callable[..., Tensor] = torch.rand
-    ) -> Tensor | None:
+    def draw_drop_labels(self, num_samples: int, device: torch.device, rand: Draw = torch.rand) -> Tensor | None:
         """Draw the labels that a training step drops. See `LabelEmbedder.draw_drop_ids`."""
         return self.y_embedder.draw_drop_ids(num_samples, device, rand)
 
@@ -153,8 +148,7 @@ class DiT(BlockModel):
     ) -> Tensor:  # fmt: skip
         """A forward pass with classifier-free guidance.
 
-        :param x: (2n, C, H, W); only the first n rows are used.
-        :param t: (2n,) timesteps.
+        :param x: (2n, C, H, W), of which only the first n rows are used. :param t: (2n,) timesteps.
         :param y: (2n,) labels: n classes, then the null label n times.
         :param cfg_scale: guidance scale; None is `forward`. The weight is constant for DiT; for MDT and MDTv2 it is
             the power-cosine schedule over `diffusion_steps`, with the power `scale_pow`.
@@ -165,9 +159,7 @@ class DiT(BlockModel):
         if cfg_scale is None:
             return self(x, t, y)
         if len(x) % 2:
-            raise UserError(
-                f"guidance takes pairs of rows, n with a class and n with the null class, but got {len(x)} rows"
-            )
+            raise UserError(f"guidance takes pairs of rows, n with a class and n with the null class, but got {len(x)}")
         half = x[: len(x) // 2]
         out_cond, out_null = self(torch.cat([half, half]), t, y).chunk(2)
         guidance = Guidance(self.guidance_rule, cfg_scale, scale_pow, diffusion_steps=diffusion_steps)
@@ -180,11 +172,9 @@ class DiT(BlockModel):
 class MDT(DiT):
     """Masked Diffusion Transformer, version 1: one stack of blocks, with the side-interpolater before the last ones.
 
-    It has the options of `DiT`, and two more.
-
     :param mask_ratio: share of the tokens that a masked pass drops; None for a model without a masked pass.
     :param decode_layer: number of blocks after the side-interpolater; None is the default of the family.
-    :raises UserError: for options that are out of range or do not fit together.
+    :raises UserError: for options that are out of range or do not fit together. The other options: see `DiT`.
     """
 
     guidance_rule = "power-cosine"
@@ -231,16 +221,13 @@ class MDT(DiT):
         return {"blocks": self.make_blocks(self.depth), "sideblocks": self.make_blocks(1)}
 
     def draw_kept(
-        self, num_samples: int, device: torch.device | str, rand: Callable[..., Tensor] = torch.rand,
-        host_rand: Callable[..., Tensor] = torch.rand, multiple: int = 1,
+        self, num_samples: int, device: torch.device, rand: Draw = torch.rand, host_rand: Draw = torch.rand,
+        multiple: int = 1,
     ) -> Tensor:  # fmt: skip
-        """Draw the tokens that each sample keeps in a masked pass.
-
-        The ratio r is drawn once for all samples, from [mask_ratio, mask_ratio + mask_ratio_spread].
+        """Draw the tokens that each sample keeps in a masked pass, with one ratio r for all samples.
 
         :param rand: `rand(N, T, device=device)` draws the scores of the tokens.
-        :param host_rand: `host_rand(1)` draws the ratio, on the CPU: its value sets a shape, and a GPU must not be
-            waited for.
+        :param host_rand: `host_rand(1)` draws the ratio on the CPU: it decides a shape, so the CPU needs its value.
         :param multiple: round K to a multiple of this, for fewer different shapes to compile.
         :return: (N, K) int64 positions in ascending order: the tokens with the K = int(T (1 - r)) smallest scores.
         """
@@ -253,10 +240,9 @@ class MDT(DiT):
         return scores.argsort(dim=1)[:, :num_kept].sort(dim=1).values
 
     def interpolate_dropped(self, x: Tensor, c: Tensor, ids_keep: Tensor) -> Tensor:
-        """The side-interpolater: predict the dropped tokens from the kept ones (MDT, eq. 6).
+        """The side-interpolater: predict the dropped tokens from the kept ones.
 
-        :param x: (N, K, D) kept tokens. :param c: (N, D) conditioning vectors.
-        :param ids_keep: (N, K) int64 positions of the kept tokens.
+        :param x: (N, K, D) kept tokens. :param c: (N, D) conditioning vectors. :param ids_keep: (N, K) kept positions.
         :return: (N, T, D) tokens; the kept ones are x with the decoder's position embedding added.
         """
         num_samples, _, dim = x.shape
@@ -269,19 +255,13 @@ class MDT(DiT):
         return list(self.blocks[self.depth - self.decode_layer :])
 
     def encode(self, x: Tensor, c: Tensor, pair_index: Tensor | None) -> Tensor:
-        """Run the blocks before the side-interpolater: (N, K, D) tokens, (N, D) conditioning vectors -> (N, K, D).
-
-        :param pair_index: (N, K, K) int64 from `gather_pairs`; None for all tokens.
-        """
+        """Run (N, K, D) tokens through the blocks before the side-interpolater; `pair_index`: see `Attention`."""
         for block in self.blocks[: self.depth - self.decode_layer]:
             x = block(x, c, pair_index=pair_index)
         return x
 
     def decode(self, x: Tensor, c: Tensor, patches: Tensor) -> Tensor:
-        """Run the blocks after the side-interpolater: (N, T, D) tokens, (N, D) conditioning vectors -> (N, T, D).
-
-        :param patches: (N, T, D) tokens from `embed`; the skip input of MDTv2's decoder.
-        """
+        """Run (N, T, D) tokens through the blocks after the side-interpolater; `patches` are the output of `embed`."""
         for block in self.decoder_blocks():
             x = block(x, c)
         return x
@@ -312,11 +292,7 @@ class MDT(DiT):
 
 
 class MDTv2(MDT):
-    """Masked Diffusion Transformer, version 2: an encoder with long skip connections, as in a U-Net, and decoder blocks
-    with the patch tokens as skip input.
-
-    The options are those of `MDT`. `depth - decode_layer` must be even.
-    """
+    """Masked Diffusion Transformer, version 2: a U-shaped encoder, and a decoder with the patches as skip inputs."""
 
     default_optimizer = "adan"
     default_snr_gamma = 5.0
@@ -326,8 +302,9 @@ class MDTv2(MDT):
     def make_stacks(self) -> dict[str, list[MDTBlock]]:
         half, odd = divmod(self.depth - self.decode_layer, 2)
         if odd:
-            numbers = f"depth ({self.depth}) - decode_layer ({self.decode_layer})"
-            raise UserError(f"{numbers} must be even, since the encoder has two equal halves")
+            raise UserError(
+                f"depth ({self.depth}) - decode_layer ({self.decode_layer}) must be even: two encoder halves"
+            )
         return {
             "en_inblocks": self.make_blocks(half),
             "en_outblocks": self.make_blocks(half, skip=True),
@@ -342,8 +319,7 @@ class MDTv2(MDT):
         skips = []
         for block in self.en_inblocks:
             x = block(x, c, pair_index=pair_index)
-            # A view, since torch.compile compiles a block again if x and skip are the same object.
-            skips.append(x.view_as(x))
+            skips.append(x.view_as(x))  # a view: if x and skip are one object, torch.compile compiles a block again
         for block in self.en_outblocks:
             x = block(x, c, skip=skips.pop(), pair_index=pair_index)
         return x
@@ -356,23 +332,13 @@ class MDTv2(MDT):
 
 # ---------------------------------------------------------------- sizes
 
-
-class Size(NamedTuple):
-    """The options of a model size. `decode_layer` is that of MDTv2 in the paper."""
-
-    depth: int
-    hidden_size: int
-    num_heads: int
-    decode_layer: int
-
-
-SIZES = {
-    "Nano": Size(4, 128, 4, 2),
-    "Tiny": Size(8, 192, 6, 2),
-    "S": Size(12, 384, 6, 6),
-    "B": Size(12, 768, 12, 4),
-    "L": Size(24, 1024, 16, 4),
-    "XL": Size(28, 1152, 16, 4),
+SIZES = {  # `decode_layer` is that of MDTv2 in the paper; the other families have one number for all sizes
+    "Nano": {"depth": 4, "hidden_size": 128, "num_heads": 4, "decode_layer": 2},
+    "Tiny": {"depth": 8, "hidden_size": 192, "num_heads": 6, "decode_layer": 2},
+    "S": {"depth": 12, "hidden_size": 384, "num_heads": 6, "decode_layer": 6},
+    "B": {"depth": 12, "hidden_size": 768, "num_heads": 12, "decode_layer": 4},
+    "L": {"depth": 24, "hidden_size": 1024, "num_heads": 16, "decode_layer": 4},
+    "XL": {"depth": 28, "hidden_size": 1152, "num_heads": 16, "decode_layer": 4},
 }
 MODELS: dict[str, partial] = {}  # name -> the class with the options of its size, which a caller can override
 
@@ -380,7 +346,7 @@ MODELS: dict[str, partial] = {}  # name -> the class with the options of its siz
 def register_sizes(family: type[DiT]) -> list[partial]:
     """Add every size of a family, with every patch size, to `MODELS`; return the new entries in their order."""
     for size, options in SIZES.items():
-        options = {key: value for key, value in options._asdict().items() if key != "decode_layer" or family is MDTv2}
+        options = {key: value for key, value in options.items() if key != "decode_layer" or family is MDTv2}
         for patch_size in (2, 4, 8):
             MODELS[f"{family.__name__}_{size}_{patch_size}"] = partial(family, patch_size=patch_size, **options)
     return [make for make in MODELS.values() if make.func is family]
@@ -403,9 +369,8 @@ DiT_models = {name.replace("_", "-", 1).replace("_", "/"): make for name, make i
 
 
 def find_model(name: str) -> partial:
-    """The entry of `MODELS` for a name.
+    """The entry of `MODELS` for a name such as `MDTv2_XL_2`, or `MDTv2-XL/2` in the spelling of DiT.
 
-    :param name: such as `MDTv2_XL_2`, or in the spelling of DiT, `MDTv2-XL/2`.
     :raises UserError: for an unknown name; the message suggests the most similar names.
     """
     key = name.replace("-", "_").replace("/", "_")

@@ -61,7 +61,7 @@ class DiTBlock(nn.Module):
 
 
 class MDTBlock(DiTBlock):
-    """A `DiTBlock` that can have a long skip connection (MDT, figure 3).
+    """A `DiTBlock` that can have a long skip connection.
 
     :param skip: `forward` takes a skip input; `Linear(2D, D)` merges it with the tokens.
     """

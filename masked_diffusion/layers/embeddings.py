@@ -9,6 +9,8 @@ import torch.nn as nn
 
 from ..utils.errors import UserError
 
+Draw = Callable[..., torch.Tensor]  # draws random numbers, called like torch.rand
+
 # ---------------------------------------------------------------- positions
 
 
@@ -107,12 +109,9 @@ class LabelEmbedder(nn.Module):
         self.embedding_table = nn.Embedding(num_classes + (self.null_label is not None), hidden_size)
         self.num_classes, self.dropout_prob = num_classes, dropout_prob
 
-    def draw_drop_ids(
-        self, num_samples: int, device: torch.device | str, rand: Callable[..., torch.Tensor] = torch.rand
-    ) -> torch.Tensor | None:
+    def draw_drop_ids(self, num_samples: int, device: torch.device, rand: Draw = torch.rand) -> torch.Tensor | None:
         """Draw the labels that a training step drops.
 
-        :param rand: `rand(num_samples, device=device)` draws the uniform numbers in [0, 1).
         :return: (num_samples,) bool, True = null class; None without label dropout.
         """
         if self.dropout_prob > 0:
