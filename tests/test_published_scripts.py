@@ -113,7 +113,9 @@ def test_mdts_batches_of_samples(guided, run, vae_folder, tmp_path, capsys):
         decoded = create_first_stage(vae_folder).decode(latents)
         images.append(((decoded + 1) * 127.5).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1))
     with np.load(tmp_path / "samples_3x64x64x3.npz") as file:
-        np.testing.assert_array_equal(file["arr_0"], torch.cat(images)[:3].numpy())
+        # With several threads sums are taken in another order, which moves a pixel beside a whole number by one.
+        difference = np.abs(file["arr_0"].astype(int) - torch.cat(images)[:3].numpy())
+        assert difference.max() <= 1 and difference.mean() < 1e-3
         np.testing.assert_array_equal(file["arr_1"], torch.cat(labels)[:3].numpy())
         assert file["arr_0"].std() > 5
 
