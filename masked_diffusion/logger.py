@@ -199,14 +199,22 @@ _current = Logger()
 def configure(dir=None, format_strs=None, comm=None, log_suffix="", quiet=None):
     """Log to `dir`; by default to the environment's `OPENAI_LOGDIR`, else to `output`.
 
+    :param dir: a folder of this machine. Data and weights may be read from the addresses that blobfile knows (`gs://`,
+        `az://`, Azure's `https://`), but logs, checkpoints and images are written to folders: a bucket must be mounted.
     :param format_strs: some of `FORMATS`; None is all of them.
     :param comm: None: values are not averaged over MPI ranks.
     :param log_suffix: goes into the names of the files.
     :param quiet: print and write nothing; None does so on all ranks but 0.
-    :raises UserError: as `Logger`.
+    :raises UserError: for a remote `dir`, and as `Logger`.
     """
     global _current
     dir = os.path.expanduser(dir or os.environ.get("OPENAI_LOGDIR") or DEFAULT_DIR)
+    if "://" in dir:
+        raise UserError(
+            f"--log_dir (or $OPENAI_LOGDIR) is {dir}, a remote address: data and weights can be read from gs:// and "
+            "az://, but logs, checkpoints and images are written to a folder; name a local one, or mount the bucket "
+            "and name the path where it is mounted"
+        )
     quiet = get_rank_without_mpi_import() != 0 if quiet is None else quiet
     _current = Logger(dir, format_strs, comm, quiet, log_suffix)
 
