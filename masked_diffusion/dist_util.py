@@ -8,8 +8,11 @@ import os
 import signal
 import socket
 import sys
+import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,7 +30,8 @@ SHARED_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK")  # Open MPI, MPICH and Intel MPI, PMIx launchers
 GPUS_PER_NODE = 8  # ADM's constant, for its users; nothing here uses it, since the launcher assigns the GPUs
 
-_host_group: dist.ProcessGroup | None = None  # the gloo group of `any_rank`
+_host_group: dist.ProcessGroup | None = None  # gloo, whatever the backend of the default group
+HOST_TIMEOUT = timedelta(days=1)  # of waits on the hosts; ranks that die are noticed at once
 
 
 def setup_dist() -> None:
@@ -157,6 +161,39 @@ def barrier() -> None:
         dist.barrier()
 
 
+def host_barrier(while_waiting: Callable[[], object] | None = None) -> None:
+    """Wait for all ranks on their hosts, for hours where it must be: no GPU's time-out runs. A dead rank is an error.
+
+    :param while_waiting: called now and then until all are there; to show progress, say.
+    """
+    if not dist.is_initialized():
+        return
+    work = dist.barrier(group=_hosts(), async_op=True)
+    while while_waiting and not work.is_completed():
+        while_waiting()
+        time.sleep(0.1)
+    work.wait()
+
+
+def _hosts():
+    """The group in which ranks meet on their hosts, whatever the backend of the default group. All ranks ask first."""
+    global _host_group
+    if _host_group is None:
+        _host_group = dist.new_group(backend="gloo", timeout=HOST_TIMEOUT)
+    return _host_group
+
+
+def add_to_count(key: str, amount: int) -> int:
+    """Add to a number that all ranks share, 0 at first, and return what it is then. No rank waits for another."""
+    if dist.is_initialized():
+        return dist.distributed_c10d._get_default_store().add(key, amount)
+    _counts[key] += amount
+    return _counts[key]
+
+
+_counts = Counter()
+
+
 @contextmanager
 def main_first() -> Iterator[None]:
     """Run a `with` block on rank 0 first, for example to download a file that the other ranks find in the cache.
@@ -264,7 +301,7 @@ def broadcast_object(value: Any) -> Any:
     """The value of rank 0, on all ranks; any Python object."""
     box = [value]
     if dist.is_initialized():
-        dist.broadcast_object_list(box, 0)
+        dist.broadcast_object_list(box, 0, group=_hosts())  # rank 0 may come late, from a download or a slow disk
     return box[0]
 
 
@@ -284,11 +321,8 @@ def any_rank(flag: bool) -> bool:
     """
     if not dist.is_initialized():
         return flag
-    global _host_group
-    if _host_group is None:
-        _host_group = dist.new_group(backend="gloo")
     value = torch.tensor(int(flag))
-    dist.all_reduce(value, op=dist.ReduceOp.MAX, group=_host_group)
+    dist.all_reduce(value, op=dist.ReduceOp.MAX, group=_hosts())
     return bool(value)
 
 

@@ -129,6 +129,16 @@ def test_a_directory_that_cannot_be_made_is_a_sentence(tmp_path):
         logger.configure(str(tmp_path / "file" / "log"))
 
 
+@pytest.mark.parametrize("address", ["gs://bucket/run", "s3://bucket/run", "https://a.blob.core.windows.net/b"])
+def test_a_remote_directory_is_refused(address, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OPENAI_LOGDIR", address)
+    for given in (address, None):
+        with pytest.raises(UserError, match=rf"--log_dir .* is {address}, a remote address: .*mount the bucket"):
+            logger.configure(given)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("full", "named"),
     [("log.txt", "log.txt"), ("progress.tmp", "progress.csv"), ("progress.jsonl", "progress.jsonl")],

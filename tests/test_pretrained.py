@@ -18,6 +18,7 @@ from masked_diffusion.utils.errors import UserError
 from masked_diffusion.weights import pretrained
 from masked_diffusion.weights.pretrained import find_architecture, find_weights
 
+SMALL = {"input_size": 8, "in_channels": 3, "num_classes": 10}
 LAYOUTS = json.loads((DATA / "state_dicts.json").read_text())
 
 
@@ -78,10 +79,70 @@ def test_v1_takes_its_decode_layer_from_the_caller(tmp_path):
     assert load_model(tmp_path / "v1.pt", decode_layer=1).decode_layer == 1
 
 
+# ---------------------------------------------------------------- memory
+
+PEAK = """
+import sys, torch
+from masked_diffusion.weights import pretrained
+def memory(name):
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(name))
+for path in sys.argv[1:]:
+    open("/proc/self/clear_refs", "w").write("5")  # the peak is what there is now
+    before = memory("VmRSS")
+    model = pretrained.load_model(path)
+    print((memory("VmHWM") - before) / sum(value.nbytes for value in model.state_dict().values()))
+    del model
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="the peak of memory is read from Linux")
+def test_weights_are_in_memory_once(tmp_path):
+    state = create_model("MDTv2_S_2").state_dict()
+    torch.save(state, tmp_path / "weights.pt")
+    save_file(state, tmp_path / "weights.safetensors")
+    torch.save({k: v.half() if v.is_floating_point() else v for k, v in state.items()}, tmp_path / "half.pt")
+    paths = [str(tmp_path / name) for name in ("weights.pt", "weights.safetensors", "half.pt")]
+    run = subprocess.run([sys.executable, "-c", PEAK, *paths], capture_output=True, text=True, check=True)
+    peaks = [float(line) for line in run.stdout.splitlines() if "MDTv2" not in line]
+    assert len(peaks) == 3 and max(peaks) < 1.3, peaks
+
+
+@pytest.mark.parametrize("name", ["weights.pt", "weights.safetensors"])
+def test_a_loaded_model_does_not_change_with_its_file(name, tmp_path):
+    model, path = fill(create_model("MDTv2_Nano_2", **SMALL)).eval(), tmp_path / name
+    (save_file if name.endswith("safetensors") else torch.save)(model.state_dict(), path)
+    loaded = load_model(path)
+    with path.open("r+b") as file:
+        file.write(b"\0" * path.stat().st_size)
+    assert all(torch.equal(value, loaded.state_dict()[key]) for key, value in model.state_dict().items())
+
+
+def test_tensors_that_share_memory_in_the_file_do_not_share_it_in_the_model(tmp_path):
+    state = create_model("MDTv2_Nano_2", **SMALL).state_dict()
+    flat = torch.arange(3 * 128.0)
+    state["en_inblocks.0.attn.qkv.bias"], state["en_inblocks.0.attn.proj.bias"] = flat, flat[128:256]
+    state["en_outblocks.0.attn.qkv.bias"] = flat
+    state["mask_token"] = torch.ones(1).expand(1, 1, 128)
+    state["final_layer.linear.weight"] = state["final_layer.linear.weight"].t().contiguous().t()
+    torch.save(state, tmp_path / "weights.pt")
+    model = load_model(tmp_path / "weights.pt")
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    values = model.state_dict().values()
+    assert len({value.untyped_storage().data_ptr() for value in values}) == len(values)
+    assert all(value.is_contiguous() and value.untyped_storage().nbytes() == value.nbytes for value in values)
+    assert not model.mask_token.requires_grad and model.pos_embed.requires_grad
+
+
+@pytest.mark.parametrize("name", ["MDTv2_Nano_2", "MDT_Nano_2", "DiT_Nano_2"])
+def test_loading_draws_no_numbers(name, tmp_path):
+    torch.save(create_model(name, **SMALL).state_dict(), tmp_path / "weights.pt")
+    before = torch.get_rng_state()
+    model = load_model(tmp_path / "weights.pt")
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not any(value.is_meta for value in (*model.parameters(), *model.buffers()))
+
+
 # ---------------------------------------------------------------- safetensors, exported folders, the hub
-
-
-SMALL = {"input_size": 8, "in_channels": 3, "num_classes": 10}
 
 
 def test_safetensors_hold_the_same_model(tmp_path):
@@ -300,7 +361,10 @@ def test_weights_of_other_precisions_become_float32(dtype, tmp_path):
         ),
         ('{"model": {"name": "DiT_Nano_2", "options": {"input_size": "8"}}}', "has input_size '8', but the weights"),
         ('{"model": {"name": "DiT_Nano_2", "options": {"num_heads": "4"}}}', "cannot be made"),
-        ('{"model": {"name": "DiT_Nano_2", "options": {"num_classes": 99999999999999}}}', "cannot be made"),
+        (
+            '{"model": {"name": "DiT_Nano_2", "options": {"num_classes": 99999999999999}}}',
+            r"does not fit .*y_embedder\.embedding_table\.weight \(11, 128\)",
+        ),
         ('{"model": {"name": "DiT_Nano_2", "options": {"colour": 3}}}', "cannot be made.*colour"),
         ('{"num_heads": "abc", "depth": 4}', "cannot be made"),
     ],

@@ -122,11 +122,18 @@ def read_safetensors(path: str | Path) -> dict[str, torch.Tensor]:
 
     :raises UserError: for a file that is cut short or none.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    from safetensors import SafetensorError, safe_open
 
+    state = {}
     try:
-        return load_file(path)
+        with safe_open(path, "pt") as file:
+            names = list(file.keys())
+        for first in range(0, len(names), 16):
+            # These are views of the mapped file: they would change with it, and its pages count as this process's
+            # memory until the file is closed. So they are copied, and it is opened again for the next few.
+            with safe_open(path, "pt") as file:
+                state |= {name: file.get_tensor(name).clone() for name in names[first : first + 16]}
+        return state
     except (SafetensorError, OSError) as error:
         raise UserError(
             f"{path} cannot be read as safetensors ({error}): it is cut short or of another kind"
@@ -251,6 +258,7 @@ def describe(model: DiT) -> str:
 class OpenedWeights(NamedTuple):
     """A file of weights, read and checked.
 
+    :param state_dict: until `build_model` moves it into a model; empty then.
     :param run: the configuration beside the file, if there is one.
     """
 
@@ -294,7 +302,8 @@ def build_model(opened: OpenedWeights, device: str | torch.device = "cpu", **opt
     """The model of opened weights, in eval mode; what was found is logged.
 
     The architecture comes from the configuration beside the file, if training or `save_pretrained` left one, else from
-    the state dict.
+    the state dict. Nothing is drawn from a random generator, and the weights are in memory once: they move out of
+    `opened`, whose state dict is empty afterwards.
 
     :param options: for `create_model`, where the file leaves them open: `decode_layer` of MDT, say. None is not given.
     :return: a float32 model, whatever the precision of the weights.
@@ -303,11 +312,13 @@ def build_model(opened: OpenedWeights, device: str | torch.device = "cpu", **opt
     name, found = configured_architecture(opened)
     options = found | {key: value for key, value in options.items() if value is not None}
     try:
-        model = create_model(name, **options)
+        with torch.device("meta"):
+            model = create_model(name, **options)
     except (ValueError, TypeError, ArithmeticError, RuntimeError) as error:  # what odd options lead to
         raise UserError(f"{opened.path} is said to hold {name} {options}, which cannot be made: {error}") from error
-    check_fit(opened.path, model.state_dict(), opened.state_dict, f"{name} {options}")
-    model.load_state_dict(opened.state_dict)
+    own = model.state_dict()
+    check_fit(opened.path, own, opened.state_dict, f"{name} {options}")
+    model.load_state_dict(move_tensors(opened.state_dict, own), assign=True)
     logger.log(f"{opened.path}: {describe(model)}")
     return model.to(device).eval()
 
@@ -315,6 +326,24 @@ def build_model(opened: OpenedWeights, device: str | torch.device = "cpu", **opt
 def load_model(source: str | Path, device: str | torch.device = "cpu", **options: Any) -> DiT:
     """A model with its weights, in eval mode: `build_model` of `open_weights`."""
     return build_model(open_weights(source), device, **options)
+
+
+def move_tensors(state: dict[str, torch.Tensor], own: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Empty a state dict into another one, each tensor contiguous, in memory of its own and of the model's format.
+
+    :param state: its tensors are let go one by one, so that those of another format are not in memory twice.
+    :param own: the model's state dict, with the same keys; its formats count, not its numbers.
+    """
+    moved, taken = {}, set()
+    for name in own:
+        value = state.pop(name).detach().to(own[name].dtype).contiguous()
+        memory = value.untyped_storage()
+        # In the file of another code tensors may be parts of one buffer, or the same one under two names.
+        if memory.nbytes() != value.nbytes or memory.data_ptr() in taken:
+            value = value.clone()
+        taken.add(value.untyped_storage().data_ptr())
+        moved[name] = value
+    return moved
 
 
 def check_fit(path: Path, own: dict[str, torch.Tensor], found: dict[str, torch.Tensor], what: str) -> None:
