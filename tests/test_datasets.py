@@ -131,7 +131,7 @@ def test_imagenet_from_all_its_forms(photos, tmp_path):
     folders = write_tree(tmp_path / "folders", {f"{name[:9]}/{name}": content for name, content in every.items()})
     for i, source in enumerate((tar, tars, folders)):
         out = tmp_path / f"out{i}"
-        assert run("imagenet", source, out) == f"{out}: 2 classes, 8 images written, 0 were there\n"
+        assert run("imagenet", source, out) == f"{out}: 2 classes, 8 images written, 0 existed already\n"
         assert contents(out) == every
         assert classes(out) == {"n01440764": "n01440764", "n02099601": "n02099601"}
     names = tmp_path / "LOC_synset_mapping.txt"
@@ -302,9 +302,9 @@ def test_lsun(tmp_path):
     images.append(encoded(rng, "png", (2000, 2000)))  # in all more than the 10 MiB that lmdb maps by itself
     source = write_lmdb(tmp_path / "church_outdoor_train_lmdb", {f"{i:040x}": x for i, x in enumerate(images)})
     command = ("lsun", source, out, "--category", "church_outdoor")
-    assert run(*command, "--max_images", "4").endswith("4 images written, 0 were there\n")
+    assert run(*command, "--max_images", "4").endswith("4 images written, 0 existed already\n")
     before = times(out)
-    assert run(*command).endswith("2 images written, 4 were there\n")
+    assert run(*command).endswith("2 images written, 4 existed already\n")
     assert before.items() <= times(out).items()
     assert classes(out) == {"church-outdoor": "church_outdoor"}
     written = contents(out)
@@ -385,7 +385,7 @@ def test_class_folders_links(tmp_path, monkeypatch):
     # A stale link is no way into the source, for a run that copies.
     (out / "cat_1.jpg").rename(out / "cat_1.jpg.partial")
     before = times(source / "cat")
-    assert run("class_folders", "photos", out).endswith("1 images written, 1 were there\n")
+    assert run("class_folders", "photos", out).endswith("1 images written, 1 existed already\n")
     assert times(source / "cat") == before and not (out / "cat_1.jpg").is_symlink()
     assert (source / "cat" / "1.jpg").read_bytes() == (out / "cat_1.jpg").read_bytes() == tree["cat/1.jpg"]
     # A link that points nowhere any more is made anew.
@@ -401,7 +401,7 @@ def test_class_folders_links(tmp_path, monkeypatch):
         ("class_folders", [], "holds no class folder"),
         ("class_folders", ["cat/1.jpg", "dog/1.txt"], "has no image (jpg, jpeg, png, gif) in dog: fill"),
         ("class_folders", ["cat/1.jpg", "2.jpg"], "holds 2.jpg beside its class folders"),
-        ("class_folders", ["cat/a/1.jpg", "cat/a-1.jpg"], "two images that would be called cat_a-1.jpg"),
+        ("class_folders", ["cat/a/1.jpg", "cat/a-1.jpg"], "two images that would be named cat_a-1.jpg"),
         ("imagenet", ["n01440764.tar", "n02099601/1.JPEG"], "n02099601/1.JPEG: keep one kind"),
         ("imagenet", ["n01440764.tar", "more/n01440764.tar"], "more/n01440764.tar: keep one"),
         ("imagenet", ["n01440764.tar"], "n01440764.tar holds no image"),
@@ -452,7 +452,7 @@ def test_a_second_run_writes_what_is_missing_and_nothing_else(photos, tmp_path):
         out = tmp_path / f"out-{source.name}"
         run(script, source, out)
         images, before = contents(out), times(out)
-        assert run(script, source, out).endswith(f"0 images written, {len(images)} were there\n")
+        assert run(script, source, out).endswith(f"0 images written, {len(images)} existed already\n")
         assert times(out) == before
         lost = sorted(images)[1::3]
         for name in lost:

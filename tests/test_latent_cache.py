@@ -363,7 +363,7 @@ def test_a_cache_of_a_later_format_is_refused(stages, copied, monkeypatch):
     [
         ({"image_size": 30}, "--image_size is 30: it must be a multiple of 8"),
         ({"shard_size": 0}, "--shard_size is 0: it must be at least 1"),
-        ({"data_dir": ""}, "data_dir is empty"),
+        ({"data_dir": ""}, "--data_dir is missing"),
         ({"latent_dir": ""}, "latent_dir is empty"),
         ({"data_dir": "/nowhere", "vae": "/no/vae"}, "/nowhere is not a folder"),
         ({"vae": "/no/vae"}, "no VAE at '/no/vae'"),
