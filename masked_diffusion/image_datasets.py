@@ -183,8 +183,8 @@ def image_classes(paths: Sequence[str]) -> tuple[np.ndarray, list[str]]:
         name, underscore, _ = bf.basename(path).partition("_")
         if not underscore:
             raise UserError(
-                f"{path} has no class in its name: rename it to CLASS_ANYTHING (datasets/class_folders.py does it for a "
-                "folder per class), or train without labels (--class_cond False)"
+                f"{path} has no class in its name: rename it to CLASS_ANYTHING (datasets/class_folders.py does this "
+                "for a folder per class), or train without labels (--class_cond False)"
             )
         names.append(name)
     classes, labels = np.unique(names, return_inverse=True)

@@ -55,7 +55,7 @@ def test_no_number_may_be_nan_infinite_or_out_of_its_range(field):
         (["--seed", "-1"], "--seed is -1: it must be at least 0"),
         (["--snr_gamma", "0"], "--snr_gamma is 0.0: it must be a number above 0"),
         (["--precision", "fp8"], "--precision is fp8: it must be one of fp32, tf32, bf16, fp16"),
-        (["--eval_interval", "3"], "--eval_interval is 3, but there is nothing to compare with"),
+        (["--eval_interval", "3"], "--eval_interval is 3, but there is no reference to compare with"),
         (["--lr", "fast"], "argument --lr: invalid float value: 'fast'"),
         (["--compile", "perhaps"], "argument --compile: 'perhaps' is neither True nor False"),
         (["--mask_ration", "0.3"], "--mask_ration is not a flag of .*: did you mean --mask_ratio?"),

@@ -125,7 +125,7 @@ def test_a_disk_that_is_really_full(tmp_path):
     try:
         trained(disk, max_steps=2)
         (disk / "filler").write_bytes(bytes(shutil.disk_usage(disk).free - 3_000_000))
-        with pytest.raises(OSError, match=r"No space left on device\): make room"):
+        with pytest.raises(OSError, match=r"No space left on device\): free some disk space"):
             trained(disk, max_steps=4)
         assert complete_steps(disk) == [2] and not list(disk.glob(".*"))
         (disk / "filler").unlink()

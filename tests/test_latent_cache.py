@@ -336,7 +336,7 @@ def test_a_full_disk_is_a_sentence_and_leaves_nothing_half_written(images, stage
 
     monkeypatch.setattr(np, "save", fill_disk)
     with pytest.raises(
-        UserError, match=r"shard_00001\.npy could not be written \(No space left on device\): make room"
+        UserError, match=r"shard_00001\.npy could not be written \(No space left on device\): free some disk space"
     ):
         encode(images, copied, stages["vae"])
     monkeypatch.undo()

@@ -243,7 +243,7 @@ def test_the_script_makes_a_file_that_loads(tmp_path, monkeypatch, capsys):
     # Neither the folder's newest EMA nor a step to resume from.
     assert newest_ema(tmp_path).name == "ema_0.9_000040.pt" and load_model(tmp_path).depth == 4
     assert find_start(tmp_path / "new_run", LogConfig(resume_checkpoint=str(path))) == Start(path, 0, True)
-    with pytest.raises(ValueError, match="names no step"):
+    with pytest.raises(ValueError, match="has no step in its name"):
         parse_step(path)
 
     run_script(monkeypatch, log_dir=tmp_path, sigma_rel=0.1, step=30, out=tmp_path / "mine.pt")
