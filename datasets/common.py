@@ -97,7 +97,9 @@ def open_source(source: str, out: str) -> Iterator[tuple[list[File], list[str]]]
     if source.is_dir():
         top, target = source.resolve(), Path(out).resolve()
         if top.is_relative_to(target) or target.is_relative_to(top):
-            raise UserError(f"one of {out} and {source} is inside the other: write to another folder")
+            raise UserError(
+                f"{out} and {source} are the same folder or one is inside the other: write to another folder"
+            )
         yield _folder_files(top)
     elif source.is_file():
         with source.open("rb") as file, open_tar(file, source) as files_and_folders:

@@ -91,7 +91,7 @@ def test_classes_beyond_the_names_are_listed_by_number(weights, capsys):
 def test_another_model_is_refused(weights, tmp_path):
     with pytest.raises(ValueError, match=r"belongs to another model: it lacks"):
         load_pretrained(create_model("DiT_Nano_2", input_size=8, in_channels=3, num_classes=3), weights)
-    with pytest.raises(ValueError, match=r"choose its own --model"):
+    with pytest.raises(ValueError, match=r"choose the --model that these weights"):
         load_pretrained(make(hidden_size=64), weights)
     with pytest.raises(ValueError, match=r"absent does not exist: name a checkpoint"):
         load_pretrained(make(), tmp_path / "absent")

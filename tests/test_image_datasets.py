@@ -144,7 +144,7 @@ def test_other_kinds_of_images_are_counted(tmp_path, capsys):
     passed = f"3 images of other formats (.webp 2, .bmp 1) in {tmp_path} are ignored: convert them to jpg or png"
     assert capsys.readouterr().out.count(passed) == 1
     Path(tmp_path, "a_0.png").unlink()
-    with pytest.raises(UserError, match=r"holds no image .*, but 3 of other formats \(\.webp 2, \.bmp 1\): convert"):
+    with pytest.raises(UserError, match=r"hold no image .*, but 3 of other formats \(\.webp 2, \.bmp 1\): convert"):
         list_image_files(str(tmp_path))
 
 
@@ -221,7 +221,7 @@ def test_no_folder(tmp_path):
 
 
 def test_a_folder_without_images(tmp_path):
-    with pytest.raises(ValueError, match=f"{tmp_path} holds no image"):
+    with pytest.raises(ValueError, match=f"{tmp_path} and its subfolders hold no image"):
         load(tmp_path)
 
 

@@ -137,7 +137,9 @@ def test_a_full_disk_is_a_sentence(full, named, tmp_path):
     logger.configure(str(tmp_path), ["log", "csv", "json"])
     (tmp_path / full).symlink_to("/dev/full")  # the table is written beside itself
     logger.logkv("a", 1)
-    with pytest.raises(UserError, match=rf"{named} could not be written \(No space left on device\): free some disk space"):
+    with pytest.raises(
+        UserError, match=rf"{named} could not be written \(No space left on device\): free some disk space"
+    ):
         logger.dumpkvs()
 
 

@@ -76,3 +76,8 @@ def check_interval(interval: tuple[float, float]) -> str | None:
 def check_words(words: tuple[str, ...]) -> str | None:
     """For lists of classes, which are numbers or names."""
     return None if all(word.strip() for word in words) else "numbers or names, none of them empty"
+
+
+def check_file(path: str) -> str | None:
+    """For the names of files to write."""
+    return None if path else "the path of a file"

@@ -315,7 +315,8 @@ def build_model(opened: OpenedWeights, device: str | torch.device = "cpu", **opt
         model = create_model(name, **options)
     except (ValueError, TypeError, ArithmeticError, RuntimeError) as error:  # impossible options raise any of these
         raise UserError(
-            f"{opened.path}: the model {name} {options} cannot be built ({error}): correct {CONFIG_NAME} beside it"
+            f"{opened.path}: the model {name} {options} cannot be built ({error}): the file or {CONFIG_NAME} beside it "
+            "is damaged or of another program"
         ) from error
     check_fit(opened.path, model.state_dict(), opened.state_dict, f"{name} {options}")
     model.load_state_dict(opened.state_dict)
