@@ -90,7 +90,7 @@ class DataConfig(Config):
     data_dir: str = option("", "folder of images named CLASS_ANYTHING.jpg; subfolders are searched too")
     latent_dir: str = option("", "latent cache written by scripts/encode_latents.py, instead of --data_dir")
     class_cond: bool = option(True, "train with class labels", changes_run=True)
-    random_crop: bool = option(False, "crop at a random place and scale instead of the centre", changes_run=True)
+    random_crop: bool = option(False, "crop at a random place and size, not the centre", changes_run=True)
     random_flip: bool = option(True, "mirror half of the images, chosen at random", changes_run=True)
     on_bad_image: str = option(
         "error", "images that cannot be read or are too small: stop with an error, or skip them",
@@ -147,7 +147,7 @@ class TrainConfig(Config):
         False, "run a backward pass after each of the two forward passes: less memory, the same gradients"
     )
     shard: str = option(
-        "none", "zero1: shard the optimizer state over the ranks; fsdp: shard the weights and gradients as well",
+        "none", "zero1: shard the optimizer state over the ranks; fsdp: shard weights, gradients, EMA and optimizer",
         choices=SHARDS,
     )  # fmt: skip
     seed: int = option(
@@ -165,7 +165,7 @@ class GuardianConfig(Config):
         6.0, "report a loss spike when the loss is this many standard deviations above the recent mean", above=0
     )
     rollback_on_spike: int = option(
-        0, "how many times a run may roll back to its last checkpoint after a loss spike, to continue with other data",
+        0, "after a loss spike, roll back to the last checkpoint and use other data, at most this often; 0: never",
         at_least=0,
     )  # fmt: skip
 
@@ -315,9 +315,7 @@ class SolverConfig(Config):
     )  # fmt: skip
     use_ddim: bool = option(False, "the same as --solver ddim")
     clip_denoised: bool = option(False, "clip the predicted x_start to [-1, 1]")
-    seed: int = option(
-        0, "random seed; image i depends only on the seed and i (determinism)", at_least=0, at_most=LARGEST_SEED
-    )
+    seed: int = option(0, "random seed; image i depends only on it and i", at_least=0, at_most=LARGEST_SEED)
 
     @property
     def name(self) -> str:

@@ -123,9 +123,7 @@ def test_tensors_and_words_are_logged(tmp_path):
 
 def test_a_directory_that_cannot_be_made_is_a_sentence(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(
-        UserError, match=r"file/log could not be written \(Not a directory\): make room on the disk, or"
-    ):
+    with pytest.raises(UserError, match=r"file/log could not be written \(Not a directory\): free some disk space, or"):
         logger.configure(str(tmp_path / "file" / "log"))
 
 

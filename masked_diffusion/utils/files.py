@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 
 from .errors import UserError
 
-DISK_ADVICE = "make room on the disk, or choose a folder that you may write to"
+DISK_ADVICE = "free some disk space, or choose a folder with write permission"
 
 
 class DiskError(UserError, OSError):
