@@ -5,11 +5,13 @@ from collections import deque
 from statistics import fmean, pstdev
 from typing import Any
 
+from ..utils.errors import UserError
+
 MIN_HISTORY = 20
 
 
-class TrainingFault(RuntimeError):
-    """Training cannot continue. The last checkpoint is intact."""
+class TrainingFault(UserError):
+    """Training has diverged. The last checkpoint is intact."""
 
 
 class Guardian:
