@@ -364,12 +364,17 @@ def sizes_of(family: type[DiT]) -> list[partial]:
 DiT_models = {name.replace("_", "-", 1).replace("_", "/"): make for name, make in MODELS.items() if make.func is DiT}
 
 
+def model_key(name: str) -> str:
+    """The spelling `MDTv2_XL_2` of a name that may be in DiT's, `MDTv2-XL/2`."""
+    return name.replace("-", "_").replace("/", "_")
+
+
 def find_model(name: str) -> partial:
     """The entry of `MODELS` that a name means: `MDTv2_XL_2`, or DiT's spelling `MDTv2-XL/2`.
 
     :raises UserError: for a name that means none; names the nearest.
     """
-    key = name.replace("-", "_").replace("/", "_")
+    key = model_key(name)
     if key not in MODELS:
         near = difflib.get_close_matches(key, MODELS, n=3, cutoff=0.0)
         raise UserError(f"no model is called {name!r}: the nearest are {', '.join(near)}")

@@ -31,9 +31,11 @@ from .training.optim import annealed_lr
 from .training.parallel import gather_full, parallelize
 from .training.resume import Start, agree_on_start, read_run_config
 from .training.state import TrainState
+from .utils.errors import UserError
 from .utils.not_rebuilt import module_getattr
 from .utils.random_numbers import GlobalBatchRandom, fold_seed
 from .weights.checkpoint import latest_step, model_name, prune_checkpoints
+from .weights.pretrained import read_weights
 
 __getattr__ = module_getattr(__name__)
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -101,7 +103,7 @@ class TrainLoop:
         if start.path is not None and not start.step:
             load_pretrained(self.model, start.path, self.config.classes)
         elif start.path is not None:
-            self.model.load_state_dict(dist_util.load_state_dict(start.path, self.device))
+            self._load_weights(start.path)
         dist_util.sync_params(self.model.parameters())
         self.ddp = parallelize(self.objective, self.config.train.shard)
         self.state = TrainState(self.config, self.objective, self.schedule_sampler, self.guardian)
@@ -116,6 +118,16 @@ class TrainLoop:
         num_timesteps = self.objective.diffusion.num_timesteps
         self.metrics = TrainMetrics(self.device, num_timesteps, global_batch, self.last_step)
         self._start_data()
+
+    def _load_weights(self, path: Path) -> None:
+        try:
+            self.model.load_state_dict(read_weights(path))
+        except RuntimeError as error:
+            reason = str(error).splitlines()[1].strip()[:200]
+            raise UserError(
+                f"{path} is of another model than the flags describe ({reason}): repeat --model, --num_classes and "
+                "--decode_layer, or start at step 0 from its weights in another --log_dir with --resume_checkpoint"
+            ) from error
 
     def _start_data(self) -> None:
         """Data and noise of the present step: after a rollback they come from another seed."""

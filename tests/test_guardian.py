@@ -10,6 +10,7 @@ import torch
 from helpers import make_loop, stream, tensors, trained
 
 from masked_diffusion.training.guardian import Guardian, TrainingFault
+from masked_diffusion.utils.errors import UserError
 from masked_diffusion.weights import checkpoint
 from masked_diffusion.weights.checkpoint import complete_steps, latest_step
 
@@ -50,6 +51,7 @@ def test_too_many_in_a_row_stop_the_run_with_the_checkpoint_intact(tmp_path):
     loop = planted(make_loop(tmp_path, max_steps=50, max_bad_steps=4), faults)
     with pytest.raises(TrainingFault, match="4 steps in a row were not finite"):
         loop.run_loop()
+    assert issubclass(TrainingFault, UserError)  # one sentence, and no restarts of what would diverge again
     assert latest_step(tmp_path) == 6 and loop.step == 6
     state = torch.load(tmp_path / "model000006.pt", weights_only=True)
     assert all(value.isfinite().all() for value in state.values())

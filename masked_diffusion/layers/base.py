@@ -1,6 +1,8 @@
 """What the models share apart from their arithmetic: the hub, activation checkpointing and compilation."""
 
+import json
 import textwrap
+from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -26,11 +28,28 @@ class BlockModel(
     """
 
     @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **options):
+        """A model that `save_pretrained` left in a folder, or on the hub.
+
+        :param options: of `PyTorchModelHubMixin.from_pretrained`.
+        :raises UserError: for a damaged `config.json`, and for weights of another class.
+        """
+        file = Path(pretrained_model_name_or_path, "config.json")
+        if file.is_file():  # huggingface_hub would end in an error of JSON, or of the type that it found
+            try:
+                found = json.loads(file.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise UserError(f"{file} cannot be read as JSON ({error}): restore it, or remove it") from error
+            if not isinstance(found, dict):
+                raise UserError(f"{file} holds a {type(found).__name__} instead of a dictionary: restore it")
+        return super().from_pretrained(pretrained_model_name_or_path, **options)
+
+    @classmethod
     def _from_pretrained(cls, *, model_id, strict=True, **options):
         # huggingface_hub's own default lets the weights of another family pass without a word.
         try:
             return super()._from_pretrained(model_id=model_id, strict=strict, **options)
-        except (RuntimeError, UserError) as error:
+        except (RuntimeError, TypeError, UserError) as error:
             reason = textwrap.shorten(str(error), 300, placeholder=" ...")
             raise UserError(
                 f"{model_id} does not hold the weights of a {cls.__name__} ({reason}): use the class that was saved, "

@@ -119,6 +119,9 @@ class TrainState:
             state = dist_util.load_state_dict(model_path.with_name(ema_name(rate, step)), device)
             copy_all(average, [shard_like(state[n], a) for a, n in zip(average, self.names, strict=True)])
         state = dist_util.load_state_dict(model_path.with_name(opt_name(step)), device)
+        keys = {"optimizer", "scaler", "schedule_sampler", "guardian", "phema", "rollbacks", "train_seconds"}
+        if not isinstance(state, dict) or not state.keys() >= keys or "state" not in state["optimizer"]:
+            raise UserError(f"{model_path.with_name(opt_name(step))} is no training state of this code: restore it")
         load_optimizer_state(self.opt, state["optimizer"], self.params)
         self.scaler.load_state_dict(state["scaler"])
         self.schedule_sampler.load_state_dict(state["schedule_sampler"])

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .errors import UserError
@@ -50,7 +50,8 @@ def atomic_write(path, advice=DISK_ADVICE):
             os.replace(beside, path)
             _sync_folder(path.parent)
     except BaseException:
-        beside.unlink(missing_ok=True)
+        with suppress(OSError):  # of a disk that can only be read: what went wrong first is what counts
+            beside.unlink(missing_ok=True)
         raise
 
 
