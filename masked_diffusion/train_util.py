@@ -140,7 +140,9 @@ class TrainLoop:
         """Write a complete checkpoint of the present step. All ranks call it together."""
         with self.metrics.paused():
             self.state.save(self.log_dir)
-            dist_util.run_on_main(prune_checkpoints, self.log_dir, self.config.log.keep)
+            # While steps are skipped the run may have diverged: the checkpoints before are then kept.
+            keep = 0 if self.guardian.bad_in_a_row else self.config.log.keep
+            dist_util.run_on_main(prune_checkpoints, self.log_dir, keep)
         logger.log(f"saved {self.state.model_path(self.log_dir)}")
 
     def _roll_back(self) -> None:

@@ -15,7 +15,7 @@ from ..utils.errors import UserError
 from ..utils.flag_values import split_numbers
 from ..weights.checkpoint import ema_name, model_name, opt_name, save_checkpoint
 from .ema import PowerEMA, remove_snapshots, save_snapshots
-from .guardian import Guardian
+from .guardian import Guardian, TrainingFault
 from .objective import TwoPassObjective
 from .optim import update_ema
 from .parallel import copy_all, gather_full, load_optimizer_state, make_optimizer, optimizer_state, shard_like
@@ -97,6 +97,11 @@ class TrainState:
         }
 
     def _write(self, folder: Path, weights: dict, emas: dict, train_state: dict) -> None:
+        if not all(value.isfinite().all() for value in weights.values()):  # with --keep the good ones would go for it
+            raise TrainingFault(
+                f"the weights of step {self.step} are NaN or infinite and are not saved: lower --lr; the last "
+                "checkpoint is intact"
+            )
         try:
             averages, dtype = train_state["phema"], self.config.train.phema_dtype
             save_snapshots(folder, self.step, averages, weights, self.names, dtype)
