@@ -10,7 +10,7 @@ MIN_HISTORY = 20
 
 
 class TrainingFault(UserError):
-    """Training cannot go on; the last checkpoint is intact, and starting again from it would fail alike."""
+    """Training has diverged; the last checkpoint is intact."""
 
 
 class Guardian:

@@ -9,7 +9,7 @@ import torch
 
 from .. import dist_util, logger
 from ..config import LogConfig, RunConfig
-from ..models import create_model, model_key
+from ..models import MODELS, create_model, find_model
 from ..utils.errors import UserError
 from ..utils.files import write_json
 from ..weights.checkpoint import (
@@ -184,7 +184,7 @@ def resolve(config: RunConfig) -> RunConfig:
     num_classes = options.get("num_classes") if config.model.num_classes is None else config.model.num_classes
     decode_layer = config.model.decode_layer
     return config.replaced(
-        model=model_key(config.model.model),
+        model=next(name for name, make in MODELS.items() if make is find_model(config.model.model)),
         optimizer=optimizer,
         grad_clip=default_grad_clip(optimizer) if train.grad_clip is None else train.grad_clip,
         snr_gamma=config.diffusion.options(model.default_snr_gamma)["snr_gamma"],
