@@ -84,6 +84,7 @@ def _join(backend, **options):
         raise UserError(
             f"the processes do not meet after a restart: export {SHARED_STORE}=1 before torchrun"
         ) from error
+    _hosts()  # now, while all ranks are there: whoever dies later is missed at once, and not waited for
 
 
 def _describe_mpi_job():
