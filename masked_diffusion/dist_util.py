@@ -165,7 +165,7 @@ def barrier() -> None:
 
 
 def host_barrier(while_waiting: Callable[[], object] | None = None) -> None:
-    """Wait until all ranks have called this, for hours if necessary: over gloo, without the time-out of a GPU collective.
+    """Wait until all ranks have called this, for hours if necessary: over gloo, without a GPU collective's time-out.
 
     :param while_waiting: called several times a second while this rank waits, for example to show progress.
     :raises RuntimeError: when another rank has died.

@@ -227,7 +227,7 @@ def configure(
     """Log to a directory from now on.
 
     :param dir: the log directory; None is the environment variable `OPENAI_LOGDIR`, or `output` if it is not set. It
-        must be a local folder, or the path where a bucket is mounted. Only reading works remotely: data and weights
+        must be a local folder, or the path where a bucket is mounted. Only reading works remotely: data
         may be at the addresses that blobfile knows (`gs://`, `az://` and `https://` of Azure).
     :param format_strs: some of `FORMATS`; None is all.
     :param comm: must be None: values are not averaged over MPI ranks.
@@ -239,7 +239,7 @@ def configure(
     dir = os.path.expanduser(dir or os.environ.get("OPENAI_LOGDIR") or DEFAULT_DIR)
     if "://" in dir:
         raise UserError(
-            f"nothing can be written to {dir}, a remote address: data and weights can be read from gs:// and az://, but "
+            f"nothing can be written to {dir}, a remote address: data can be read from gs:// and az://, but "
             "logs, checkpoints and images need a local folder; set --log_dir (or OPENAI_LOGDIR) to one, or mount the "
             "bucket and give the path where it is mounted"
         )
