@@ -226,14 +226,14 @@ def configure(
 ) -> None:
     """Log to a directory from now on.
 
-    :param dir: the log directory; None is the environment variable `OPENAI_LOGDIR`, or `output` if it is not set. It
-        must be a local folder, or the path where a bucket is mounted. Only reading works remotely: data
-        may be at the addresses that blobfile knows (`gs://`, `az://` and `https://` of Azure).
+    :param dir: the log directory, a folder of this machine; None is the environment variable `OPENAI_LOGDIR`, or
+        `output` if it is not set. Data and weights may be read from the addresses that blobfile knows (`gs://`,
+        `az://`, Azure's `https://`), but logs, checkpoints and images are written to folders: mount a bucket.
     :param format_strs: some of `FORMATS`; None is all.
     :param comm: must be None: values are not averaged over MPI ranks.
     :param log_suffix: added to the names of the files.
     :param quiet: print and write nothing; None means on all ranks except rank 0.
-    :raises UserError: for a remote address; see also `Logger`.
+    :raises UserError: for a remote `dir`, and as `Logger`.
     """
     global _current
     dir = os.path.expanduser(dir or os.environ.get("OPENAI_LOGDIR") or DEFAULT_DIR)

@@ -42,7 +42,9 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path, capsys):
     assert str(loop.state.opt.state_dict()) == before[2]
     loop.run_step(*next(loop.data))
     assert not all(map(torch.equal, loop.state.params, before[0])) and loop.guardian.bad_in_a_row == 0
-    assert "step 2 was not finite and is skipped, 1 in all" in capsys.readouterr().out
+    assert (
+        "step 2 is skipped: its loss or gradients are not finite (1 skipped steps in total)" in capsys.readouterr().out
+    )
 
 
 def test_too_many_in_a_row_stop_the_run_with_the_checkpoint_intact(tmp_path):
@@ -78,7 +80,7 @@ def test_a_spike_rolls_back_to_the_last_checkpoint_with_other_data(tmp_path, cap
     options = {"log_interval": 1, "save_interval": 30, "max_steps": 45, "rollback_on_spike": 2, "mask_ratio": None}
     loop = planted(make_loop(tmp_path, spike_zscore=5.0, **options), {(40, 0): 300.0})
     loop.run_loop()
-    assert "rolled back to step 30 with other data, 1 of at most 2 times" in capsys.readouterr().out
+    assert "rolled back to step 30 to continue with other data (rollback 1 of at most 2)" in capsys.readouterr().out
     assert loop.state.rollbacks == 1 and loop.run_seed != loop.config.train.seed and loop.step == 45
     assert torch.load(tmp_path / "opt000045.pt", weights_only=True)["rollbacks"] == 1
 
@@ -123,7 +125,7 @@ def test_a_disk_that_is_really_full(tmp_path):
     try:
         trained(disk, max_steps=2)
         (disk / "filler").write_bytes(bytes(shutil.disk_usage(disk).free - 3_000_000))
-        with pytest.raises(OSError, match=r"No space left on device\): make room"):
+        with pytest.raises(OSError, match=r"No space left on device\): free some disk space"):
             trained(disk, max_steps=4)
         assert complete_steps(disk) == [2] and not list(disk.glob(".*"))
         (disk / "filler").unlink()
