@@ -30,8 +30,10 @@ SHARED_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK")  # Open MPI, MPICH and Intel MPI, PMIx launchers
 GPUS_PER_NODE = 8  # ADM's constant, for its users; nothing here uses it, since the launcher assigns the GPUs
 
-_host_group: dist.ProcessGroup | None = None  # gloo, whatever the backend of the default group
-HOST_TIMEOUT = timedelta(days=1)  # of waits on the hosts; ranks that die are noticed at once
+HOST_TIMEOUT = timedelta(days=1)  # the gloo group of the hosts waits as long; it notices a dead rank at once
+
+_host_group: dist.ProcessGroup | None = None  # see `_hosts`
+_counts: Counter[str] = Counter()  # of `add_to_count` without a process group
 
 
 def setup_dist() -> None:
@@ -89,6 +91,7 @@ def _join(backend: str, **options: Any) -> None:
         raise UserError(
             f"the processes cannot connect after a restart: set {SHARED_STORE}=1 before starting torchrun"
         ) from error
+    _hosts()  # created while all ranks are alive: the others notice at once when one of them dies later
 
 
 def _describe_mpi_job() -> None:
@@ -162,9 +165,10 @@ def barrier() -> None:
 
 
 def host_barrier(while_waiting: Callable[[], object] | None = None) -> None:
-    """Wait for all ranks on their hosts, for hours where it must be: no GPU's time-out runs. A dead rank is an error.
+    """Wait until all ranks have called this, for hours if necessary: over gloo, without a GPU collective's time-out.
 
-    :param while_waiting: called now and then until all are there; to show progress, say.
+    :param while_waiting: called several times a second while this rank waits, for example to show progress.
+    :raises RuntimeError: when another rank has died.
     """
     if not dist.is_initialized():
         return
@@ -175,8 +179,8 @@ def host_barrier(while_waiting: Callable[[], object] | None = None) -> None:
     work.wait()
 
 
-def _hosts():
-    """The group in which ranks meet on their hosts, whatever the backend of the default group. All ranks ask first."""
+def _hosts() -> dist.ProcessGroup:
+    """The gloo group of all ranks, whatever the backend of the default group. The first call must be on all ranks."""
     global _host_group
     if _host_group is None:
         _host_group = dist.new_group(backend="gloo", timeout=HOST_TIMEOUT)
@@ -184,14 +188,11 @@ def _hosts():
 
 
 def add_to_count(key: str, amount: int) -> int:
-    """Add to a number that all ranks share, 0 at first, and return what it is then. No rank waits for another."""
+    """Add to a counter that all ranks share and that starts at 0, and return the sum. No rank waits for another."""
     if dist.is_initialized():
         return dist.distributed_c10d._get_default_store().add(key, amount)
     _counts[key] += amount
     return _counts[key]
-
-
-_counts = Counter()
 
 
 @contextmanager
@@ -301,7 +302,7 @@ def broadcast_object(value: Any) -> Any:
     """The value of rank 0, on all ranks; any Python object."""
     box = [value]
     if dist.is_initialized():
-        dist.broadcast_object_list(box, 0, group=_hosts())  # rank 0 may come late, from a download or a slow disk
+        dist.broadcast_object_list(box, 0, group=_hosts())  # rank 0 may be late: a download, a slow disk
     return box[0]
 
 

@@ -239,9 +239,9 @@ def configure(
     dir = os.path.expanduser(dir or os.environ.get("OPENAI_LOGDIR") or DEFAULT_DIR)
     if "://" in dir:
         raise UserError(
-            f"--log_dir (or $OPENAI_LOGDIR) is {dir}, a remote address: data and weights can be read from gs:// and "
-            "az://, but logs, checkpoints and images are written to a folder; name a local one, or mount the bucket "
-            "and name the path where it is mounted"
+            f"nothing can be written to {dir}, a remote address: data can be read from gs:// and az://, but "
+            "logs, checkpoints and images need a local folder; set --log_dir (or OPENAI_LOGDIR) to one, or mount the "
+            "bucket and give the path where it is mounted"
         )
     quiet = get_rank_without_mpi_import() != 0 if quiet is None else quiet
     _current = Logger(dir, format_strs, comm, quiet, log_suffix)

@@ -132,7 +132,7 @@ def test_a_remote_directory_is_refused(address, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OPENAI_LOGDIR", address)
     for given in (address, None):
-        with pytest.raises(UserError, match=rf"--log_dir .* is {address}, a remote address: .*mount the bucket"):
+        with pytest.raises(UserError, match=rf"written to {address}, a remote address: .*set --log_dir .*mount"):
             logger.configure(given)
     assert not list(tmp_path.iterdir())
 
