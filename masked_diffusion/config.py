@@ -174,6 +174,10 @@ class GuardianConfig(Config):
         0, "after a loss spike, roll back to the last checkpoint and use other data, at most this often; 0: never",
         at_least=0,
     )  # fmt: skip
+    hang_timeout: float = option(
+        0.0, "when a step or a save takes more seconds than this, say where it hangs and end the process, so that the "
+        "launcher restarts the job; 0: never", at_least=0,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -202,7 +206,7 @@ class LogConfig(Config):
     log_interval: int = option(100, "steps between log lines", at_least=1)
     save_interval: int = option(10000, "steps between checkpoints", at_least=1)
     sample_interval: int = option(0, "steps between sample grids of the EMA weights; 0: no grids", at_least=0)
-    keep: int = option(0, "number of checkpoints to keep, the newest ones; 0: all", at_least=0)
+    keep: int = option(3, "newest checkpoints to keep, and every EMA; 0: keep all checkpoints", at_least=0)
     resume_checkpoint: str = option(
         "auto",
         "auto: resume from the newest checkpoint in log_dir; '': start a new run; a checkpoint in log_dir: resume from "

@@ -32,6 +32,7 @@ from .training.optim import annealed_lr
 from .training.parallel import gather_full, parallelize
 from .training.resume import Start, agree_on_start, read_run_config
 from .training.state import TrainState
+from .training.watchdog import Watchdog
 from .utils.errors import UserError
 from .utils.not_rebuilt import module_getattr
 from .utils.random_numbers import GlobalBatchRandom, fold_seed
@@ -83,6 +84,7 @@ class TrainLoop:
         self.guardian = Guardian(config.guardian.max_bad_steps, config.guardian.spike_zscore)
         self.microbatch = config.train.microbatch if config.train.microbatch > 0 else config.train.batch_size
         self.passes = ("full", "masked") if config.train.split_backward and objective.masked else ("both",)
+        self.watchdog = Watchdog(config.guardian.hang_timeout, log_dir)
         self.last_step = config.train.lr_anneal_steps or config.train.max_steps or None
         self.state: TrainState | None = None
         self._stop_signal, self._stop_time = None, 0.0
@@ -142,6 +144,7 @@ class TrainLoop:
 
     def save(self) -> None:
         """Write a complete checkpoint of the current step. All ranks call it together."""
+        self.watchdog.phase(f"saving step {self.step}")
         with self.metrics.paused():
             self.state.save(self.log_dir)
             # While steps are skipped the run may have diverged: the checkpoints before are then kept.
@@ -182,6 +185,7 @@ class TrainLoop:
         with (
             tqdm(total=self.last_step, initial=self.step, unit="step", disable=not dist_util.is_main() or None) as bar,
             self._signals(),
+            self.watchdog.watching(),
         ):
             self._run_steps(bar)
 
@@ -189,14 +193,18 @@ class TrainLoop:
         log, saved_step, failure = self.config.log, self.step, None
         self.metrics.clear()
         while not self.last_step or self.step < self.last_step:
+            self.watchdog.phase(f"loading the data of step {self.step}")
             try:
                 batch, cond = next(self.data)
             except LoaderWorkerDied as error:
                 failure = error
+            self.watchdog.phase(f"waiting for the other ranks before step {self.step}")
             # All ranks must leave the loop at the same step: in the next one the others would wait for this rank.
             if dist_util.any_rank(failure is not None or self._stop_signal is not None):
                 break
+            self.watchdog.phase(f"step {self.step}")
             self.run_step(batch, cond)
+            self.watchdog.phase(f"evaluation, sample grids and logging after step {self.step}")
             bar.update(self.step - bar.n)
             wants_row = [hook.after_step(self) for hook in self.hooks]
             if any(wants_row) or self.step % log.log_interval == 0 or self.step == self.last_step:

@@ -1,5 +1,6 @@
 """Train MDTv2, MDT or DiT on a folder of images. Run the same command again to resume where it stopped."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from masked_diffusion.training.resume import (
     agree_on_start,
     check_same_run,
     describe_architecture,
+    own_log_dir,
     read_run_config,
     resolve,
     write_run_config,
@@ -26,7 +28,7 @@ from masked_diffusion.utils.evaluations import load_evaluations
 from masked_diffusion.utils.precision import check_precision, set_matmul_precision
 
 
-def build_model(config):
+def build_model(config: RunConfig) -> torch.nn.Module:
     """The model that a configuration describes, on this rank's device."""
     torch.manual_seed(config.train.seed)
     model = create_model(config.architecture["name"], **config.architecture["options"]).to(dist_util.dev())
@@ -37,7 +39,7 @@ def build_model(config):
     return model
 
 
-def create_comparison(reference, size, device):
+def create_comparison(reference: str, size: tuple[int, int], device: torch.device) -> Callable:
     """What compares samples with `--eval_reference`; see `LiveEvaluation` in evaluations/live.py."""
     live = load_evaluations("live")
     try:
@@ -46,7 +48,7 @@ def create_comparison(reference, size, device):
         raise UserError(f"--eval_reference: {error}") from error
 
 
-def main():
+def main() -> None:
     # What is wrong with the flags is said before anything is listed, fetched or built.
     config = script_util.parse_flags(RunConfig, __doc__)
     model_class(config.model.model)
@@ -54,7 +56,12 @@ def main():
     check_precision(config.precision, dist_util.dev())
     set_matmul_precision(config.precision)
     logger.configure(config.log.log_dir, quiet=not dist_util.is_main())
+    with own_log_dir(logger.get_dir()):
+        train(config, logger.get_dir())
 
+
+def train(config: RunConfig, log_dir: str) -> None:
+    """Find the data, build what is trained, and train it from where the run starts."""
     data = find_data(config)
     with dist_util.main_first():
         first_stage = create_first_stage(config.model.vae, dist_util.dev())
@@ -66,7 +73,6 @@ def main():
         global_batch=config.train.batch_size * dist_util.get_world_size(),
     )
 
-    log_dir = logger.get_dir()
     before = dist_util.run_on_main(read_run_config, log_dir)
     origin = log_dir if before or not config.log.continue_from else Path(config.log.continue_from).parent
     begun = before or dist_util.run_on_main(read_run_config, origin)

@@ -21,13 +21,11 @@ def test_bad_images_are_listed_with_their_reason(tmp_path):
     paths = write_images(tmp_path, ["a_0.png", "a_1.png", "b_2.png"], size=(16, 16))
     (tmp_path / "a_1.png").write_bytes(b"nothing")
     Image.fromarray(np.zeros((3, 90, 3), dtype=np.uint8)).save(tmp_path / "b_2.png")
-    bad, rotated = preflight.inspect_images(paths, 16)
-    assert rotated == []
-    bad = dict(bad)
-    assert bad.keys() == set(paths[1:])
-    assert "cannot be read" in bad[paths[1]] and "is 90 x 3, too small for --image_size 16" in bad[paths[2]]
-    assert preflight.check_images(paths, 16, "skip") == paths[:1]
-    with pytest.raises(ValueError, match=r"2 images cannot be used, the first: .*a_1\.png.*--on_bad_image skip"):
+    bad, rotated, tiny = preflight.inspect_images(paths, 16)
+    assert rotated == [] and tiny == paths[2:]
+    assert [path for path, _ in bad] == paths[1:2] and "cannot be read" in bad[0][1]
+    assert preflight.check_images(paths, 16, "skip") == [paths[0], paths[2]]
+    with pytest.raises(ValueError, match=r"1 images cannot be used, the first: .*a_1\.png.*--on_bad_image skip"):
         preflight.check_images(paths, 16, "error")
 
 
@@ -70,10 +68,18 @@ def test_bombs_and_broken_links_are_bad_images(tmp_path, monkeypatch, kind, reas
 @pytest.mark.parametrize("on_bad_image", ["error", "skip"])
 def test_all_images_bad_is_said(tmp_path, on_bad_image):
     paths = write_images(tmp_path, ["a_0.png", "a_1.png"], size=(8, 8))
-    with pytest.raises(
-        UserError, match=rf"^none of the 2 images of data can be used, the first: {paths[0]} is 8 x 8, too small"
-    ):
+    for path in paths:
+        Path(path).write_bytes(b"nothing")
+    with pytest.raises(UserError, match=rf"^none of the 2 images of data can be used, the first: {paths[0]} cannot be"):
         preflight.check_images(paths, 64, on_bad_image, "data")
+
+
+def test_tiny_images_are_trained_on_with_a_warning(tmp_path, capsys):
+    paths = write_images(tmp_path, ["a_0.png", "a_1.png"], size=(8, 8))
+    assert preflight.check_images(paths, 64, "error") == paths
+    assert f"2 images are smaller than half of --image_size 64, such as {paths[0]}: they are enlarged" in (
+        capsys.readouterr().out
+    )
 
 
 @pytest.mark.parametrize("ending", ["jpg", "png"])
@@ -95,7 +101,7 @@ def test_exif_rotations_are_counted_without_decoding(tmp_path, monkeypatch, caps
 def test_damaged_exif_makes_no_bad_image(tmp_path):
     Image.new("RGB", (16, 16)).save(tmp_path / "a_0.jpg", exif=b"Exif\x00\x00II*\x00\xff\xff\xff\xff")
     paths = [str(tmp_path / "a_0.jpg")]
-    assert preflight.inspect_images(paths, 16) == ([], [])
+    assert preflight.inspect_images(paths, 16) == ([], [], [])
 
 
 def show(capsys, model_name="MDTv2_Nano_2", vae_factor=1, world_size=1, labels=None, classes=(), **flags):

@@ -14,6 +14,7 @@ from helpers import assert_same, fork, make_loop, run_train, tensors, train_flag
 from masked_diffusion import dist_util
 from masked_diffusion.config import LogConfig, RunConfig
 from masked_diffusion.image_datasets import LoaderWorkerDied
+from masked_diffusion.training import resume
 from masked_diffusion.training.resume import Start, agree_on_start, find_differences, find_start, resolve
 from masked_diffusion.utils.errors import UserError
 from masked_diffusion.weights.checkpoint import complete_steps
@@ -379,3 +380,21 @@ def test_a_checkpoint_that_does_not_fit_or_is_broken_is_named(run):
 def test_both_spellings_of_a_model_are_the_same_run():
     ours, dits = (resolve(RunConfig().replaced(model=name)) for name in ("MDTv2_Nano_2", "MDTv2-Nano/2"))
     assert list(find_differences(ours, dits)) == []
+
+
+# ---------------------------------------------------------------- one run in a folder
+
+
+def test_a_second_run_in_the_folder_is_refused(images, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(resume, "LOCK_SECONDS", 0.3)
+    with resume.own_log_dir(tmp_path):
+        error = refused(monkeypatch, capsys, train_flags(images, tmp_path))
+        assert f"{tmp_path} is being trained in already, by process {os.getpid()} on host" in error
+    run_train(monkeypatch, train_flags(images, tmp_path, max_steps=1))
+    assert complete_steps(tmp_path) == [1] and not (tmp_path / ".lock").exists()
+
+
+def test_the_newest_three_checkpoints_and_every_ema_are_kept(tmp_path):
+    trained(tmp_path, max_steps=5, save_interval=1)
+    assert complete_steps(tmp_path) == [3, 4, 5]
+    assert len(list(tmp_path.glob("ema_0.9_*.pt"))) == 5 and not (tmp_path / "model000002.pt").exists()

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import blobfile as bf
 import numpy as np
@@ -22,29 +22,39 @@ PAPER_MASK_RATIO = 0.3
 # ---------------------------------------------------------------- the images
 
 
-def inspect_images(paths: Sequence[str], image_size: int, num_threads: int = 16) -> tuple[list, list[str]]:
-    """Read the header of every image.
+class Inspection(NamedTuple):
+    """What the headers of images tell.
 
-    :return: `(path, reason)` of the bad images, whose header cannot be read or whose short side is less than half of
-        `image_size`; and the paths of the images that carry an EXIF rotation.
+    :param bad: path and reason of each image whose header cannot be read.
+    :param rotated: paths of the images that carry an EXIF rotation.
+    :param tiny: paths of the images whose short side is less than half of image_size.
     """
 
-    def inspect(path: str) -> tuple[str | None, bool]:
+    bad: list[tuple[str, str]]
+    rotated: list[str]
+    tiny: list[str]
+
+
+def inspect_images(paths: Sequence[str], image_size: int, num_threads: int = 16) -> Inspection:
+    """Read the header of every image."""
+
+    def inspect(path: str) -> tuple[str | None, bool, bool]:
         try:
             with bf.BlobFile(path, "rb") as file, Image.open(file) as image:
                 (width, height), rotated = image.size, _is_rotated(image)
         except MemoryError:
             raise
         except Exception as error:  # on damaged files Pillow's readers raise nearly anything
-            return f"cannot be read: {error}", False
-        if 2 * min(width, height) < image_size:
-            return f"is {width} x {height}, too small for --image_size {image_size}", False
-        return None, rotated
+            return f"cannot be read: {error}", False, False
+        return None, rotated, 2 * min(width, height) < image_size
 
     with ThreadPoolExecutor(num_threads) as pool:
         found = list(zip(paths, pool.map(inspect, paths, chunksize=64), strict=True))
-    bad = [(path, reason) for path, (reason, _) in found if reason]
-    return bad, [path for path, (_, rotated) in found if rotated]
+    return Inspection(
+        [(path, reason) for path, (reason, _, _) in found if reason],
+        [path for path, (_, rotated, _) in found if rotated],
+        [path for path, (_, _, tiny) in found if tiny],
+    )
 
 
 def _is_rotated(image: Image.Image) -> bool:
@@ -64,7 +74,7 @@ def check_images(paths: Sequence[str], image_size: int, on_bad_image: str, data_
     :param data_dir: the folder that error messages name.
     :raises UserError: with `error` if an image is bad, and with `skip` if all images are.
     """
-    bad, rotated = inspect_images(paths, image_size)
+    bad, rotated, tiny = inspect_images(paths, image_size)
     for path, reason in bad[:SHOWN_BAD_IMAGES]:
         logger.log(f"{path} {reason}")
     if len(bad) > SHOWN_BAD_IMAGES:
@@ -73,6 +83,11 @@ def check_images(paths: Sequence[str], image_size: int, on_bad_image: str, data_
         logger.log(
             f"{len(rotated)} images carry an EXIF rotation, such as {rotated[0]}: it is not applied, as in ADM; "
             "if they should be upright, rotate their pixels first (PIL.ImageOps.exif_transpose)"
+        )
+    if tiny:
+        logger.log(
+            f"{len(tiny)} images are smaller than half of --image_size {image_size}, such as {tiny[0]}: they are "
+            "enlarged, as in ADM"
         )
     if bad:
         path, reason = bad[0]

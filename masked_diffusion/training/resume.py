@@ -2,7 +2,9 @@
 
 import os
 import socket
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +14,8 @@ from .. import dist_util, logger
 from ..config import LogConfig, RunConfig
 from ..models import MODELS, create_model, find_model
 from ..utils.errors import UserError
-from ..utils.files import write_json
+from ..utils.files import DiskError, write_json
+from ..utils.locks import FileLock
 from ..weights.checkpoint import (
     CONFIG_NAME,
     ema_name,
@@ -26,6 +29,39 @@ from ..weights.checkpoint import (
 )
 from ..weights.pretrained import find_weights, read_weights
 from .optim import default_grad_clip
+
+LOCK_SECONDS = 10  # that a killed run may take to let go of its folder
+
+# ---------------------------------------------------------------- one run in a folder
+
+
+@contextmanager
+def own_log_dir(log_dir: str | Path) -> Iterator[None]:
+    """Keep other runs out of a log directory during the block. All ranks enter it together.
+
+    :raises UserError: when another run is in it; names its host and process.
+    """
+    locks = []
+
+    def lock() -> None:
+        end = time.monotonic() + LOCK_SECONDS
+        while True:
+            try:
+                advice = "wait for it, stop it, or choose another --log_dir"
+                locks.append(FileLock(Path(log_dir, ".lock"), f"{log_dir} is being trained in", advice))
+                return
+            except UserError as error:
+                if isinstance(error, DiskError) or time.monotonic() > end:
+                    raise
+                time.sleep(0.2)
+
+    dist_util.run_on_main(lock)
+    try:
+        yield
+    finally:
+        for held in locks:
+            held.release()
+
 
 # ---------------------------------------------------------------- where to start
 

@@ -76,7 +76,7 @@ def save_checkpoint(
 
 
 def prune_checkpoints(folder: str | Path, keep: int) -> None:
-    """Remove the partial files of killed processes, and all but the newest `keep` complete checkpoints.
+    """Remove the partial files of killed processes, and all but the newest `keep` checkpoints, except for their EMAs.
 
     :param keep: 0 keeps all checkpoints.
     """
@@ -89,7 +89,7 @@ def prune_checkpoints(folder: str | Path, keep: int) -> None:
     # which checkpoint to finish removing.
     for mark in Path(folder).glob(".opt*.pt.pruned"):
         step = parse_step(mark.name[1:].removesuffix(".pruned"))
-        for path in (Path(folder, model_name(step)), *Path(folder).glob(f"ema_*_{step:06d}.pt"), mark):
+        for path in (Path(folder, model_name(step)), mark):
             path.unlink(missing_ok=True)
 
 
