@@ -74,6 +74,12 @@ class DiffusionConfig(Config):
         read=flag_values.read_gamma, check=flag_values.check_gamma, changes_run=True,
     )  # fmt: skip
 
+    def check(self) -> Self:
+        super().check()
+        if self.predict_xstart and self.predict_v:
+            raise UserError("--predict_xstart and --predict_v exclude each other: a model predicts one thing")
+        return self
+
     def options(self, default_snr_gamma: float | None) -> dict[str, Any]:
         """Keyword arguments for `create_diffusion`.
 
@@ -136,7 +142,7 @@ class TrainConfig(Config):
     )  # fmt: skip
     use_fp16: bool = option(False, "the same as --precision fp16")
     fp16_scale_growth: float = option(
-        1e-3, "fp16: growth of the loss scale per step, as a log2", at_least=0, changes_run=True
+        1e-3, "fp16: growth of the loss scale per step, as a log2", above=0, at_most=16, changes_run=True
     )
     compile: bool = option(False, "compile the transformer blocks with torch.compile")
     exact_lengths: bool = option(

@@ -32,9 +32,11 @@ from .training.optim import annealed_lr
 from .training.parallel import gather_full, parallelize
 from .training.resume import Start, agree_on_start, read_run_config
 from .training.state import TrainState
+from .utils.errors import UserError
 from .utils.not_rebuilt import module_getattr
 from .utils.random_numbers import GlobalBatchRandom, fold_seed
 from .weights.checkpoint import latest_step, model_name, prune_checkpoints
+from .weights.pretrained import read_weights
 
 __getattr__ = module_getattr(__name__)
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -105,7 +107,7 @@ class TrainLoop:
         if start.path is not None and not start.step:
             load_pretrained(self.model, start.path, self.config.classes)
         elif start.path is not None:
-            self.model.load_state_dict(dist_util.load_state_dict(start.path, self.device))
+            self._load_weights(start.path)
         dist_util.sync_params(self.model.parameters())
         self.ddp = parallelize(self.objective, self.config.train.shard)
         self.state = TrainState(self.config, self.objective, self.schedule_sampler, self.guardian)
@@ -121,6 +123,16 @@ class TrainLoop:
         self.metrics = TrainMetrics(self.device, num_timesteps, global_batch, self.last_step)
         self._start_data()
 
+    def _load_weights(self, path: Path) -> None:
+        try:
+            self.model.load_state_dict(read_weights(path))
+        except RuntimeError as error:
+            reason = str(error).splitlines()[1].strip()[:200]
+            raise UserError(
+                f"{path} is of another model than the flags describe ({reason}): repeat --model, --num_classes and "
+                "--decode_layer, or start at step 0 from its weights in another --log_dir with --resume_checkpoint"
+            ) from error
+
     def _start_data(self) -> None:
         """Start the data stream at the current step. After a rollback, data and noise come from another seed."""
         seed, rollbacks = self.config.train.seed, self.state.rollbacks
@@ -132,7 +144,9 @@ class TrainLoop:
         """Write a complete checkpoint of the current step. All ranks call it together."""
         with self.metrics.paused():
             self.state.save(self.log_dir)
-            dist_util.run_on_main(prune_checkpoints, self.log_dir, self.config.log.keep)
+            # While steps are skipped the run may have diverged: the checkpoints before are then kept.
+            keep = 0 if self.guardian.bad_in_a_row else self.config.log.keep
+            dist_util.run_on_main(prune_checkpoints, self.log_dir, keep)
         logger.log(f"saved {self.state.model_path(self.log_dir)}")
 
     def _roll_back(self) -> None:

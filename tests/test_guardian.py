@@ -10,6 +10,7 @@ import torch
 from helpers import make_loop, stream, tensors, trained
 
 from masked_diffusion.training.guardian import Guardian, TrainingFault
+from masked_diffusion.utils.errors import UserError
 from masked_diffusion.weights import checkpoint
 from masked_diffusion.weights.checkpoint import complete_steps, latest_step
 
@@ -52,6 +53,7 @@ def test_too_many_in_a_row_stop_the_run_with_the_checkpoint_intact(tmp_path):
     loop = planted(make_loop(tmp_path, max_steps=50, max_bad_steps=4), faults)
     with pytest.raises(TrainingFault, match="4 steps in a row were not finite"):
         loop.run_loop()
+    assert issubclass(TrainingFault, UserError)  # one sentence, and no restarts of what would diverge again
     assert latest_step(tmp_path) == 6 and loop.step == 6
     state = torch.load(tmp_path / "model000006.pt", weights_only=True)
     assert all(value.isfinite().all() for value in state.values())
@@ -149,3 +151,22 @@ def test_a_killed_removal_is_finished_later(tmp_path):
     checkpoint.prune_checkpoints(tmp_path, keep=0)
     assert complete_steps(tmp_path) == [4]
     assert not list(tmp_path.glob("*000002*")) and not list(tmp_path.glob(".*"))
+
+
+def test_weights_that_are_not_finite_do_not_replace_a_checkpoint(tmp_path):
+    loop = make_loop(tmp_path, keep=1)
+    loop.save()
+    with torch.no_grad():
+        loop.state.params[0].fill_(torch.nan)
+    loop.state.step = 1
+    with pytest.raises(TrainingFault, match="the weights of step 1 are NaN or infinite and are not saved"):
+        loop.save()
+    assert complete_steps(tmp_path) == [0]
+
+
+def test_skipped_steps_push_no_checkpoint_out(tmp_path):
+    faults = {(step, 0): float("inf") for step in range(2, 100)}
+    loop = planted(make_loop(tmp_path, max_steps=50, max_bad_steps=5, keep=1), faults)
+    with pytest.raises(TrainingFault):
+        loop.run_loop()
+    assert complete_steps(tmp_path) == [2, 4, 6]

@@ -384,3 +384,11 @@ def test_a_file_that_is_no_checkpoint_is_refused_by_its_first_bytes(name, conten
     monkeypatch.setattr(pretrained, "read_weights", None)  # nothing more is read
     with pytest.raises(UserError, match=rf"{name} cannot be read as .*it begins with {content[:9]!r}"):
         find_weights(tmp_path / name)
+
+
+@pytest.mark.parametrize("config", ["", "[]", "null", '{"depth": "x"}'])
+def test_a_damaged_configuration_of_an_exported_folder_is_named(tmp_path, config):
+    create_model("DiT_Nano_2", **SMALL).save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(config)
+    with pytest.raises(UserError, match=str(tmp_path)):
+        DiT.from_pretrained(tmp_path)

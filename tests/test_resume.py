@@ -14,7 +14,7 @@ from helpers import assert_same, fork, make_loop, run_train, tensors, train_flag
 from masked_diffusion import dist_util
 from masked_diffusion.config import LogConfig, RunConfig
 from masked_diffusion.image_datasets import LoaderWorkerDied
-from masked_diffusion.training.resume import Start, agree_on_start, find_differences, find_start
+from masked_diffusion.training.resume import Start, agree_on_start, find_differences, find_start, resolve
 from masked_diffusion.utils.errors import UserError
 from masked_diffusion.weights.checkpoint import complete_steps
 
@@ -58,7 +58,7 @@ def test_a_checkpoint_of_the_folder_is_gone_back_to_once(run):
     older = run / "model000002.pt"
     assert start(run, older, begun_from("auto")) == Start(older, 2, True)
     assert start(run, older, begun_from(older)) == Start(run / "model000004.pt", 4, False)
-    assert start(run, run / "model000004.pt", begun_from("auto")) == Start(run / "model000004.pt", 4, False)
+    assert start(run, run / "model000004.pt", begun_from("auto")) == Start(run / "model000004.pt", 4, True)
 
 
 def test_an_empty_name_starts_afresh_but_for_restarts_of_the_launcher(run, monkeypatch):
@@ -315,3 +315,67 @@ def test_resuming_compares_what_changes_a_run_and_nothing_else():
     ((name, *_),) = find_differences(config, config.replaced(data_signature="bb"))
     assert name == "the list of image files"
     assert list(find_differences(RunConfig(), config)) == [], "an older configuration has neither classes nor signature"
+
+
+# ---------------------------------------------------------------- nothing moves for a start that fails
+
+
+def test_the_newest_step_is_gone_back_to_once_too(images, tmp_path, monkeypatch, capsys):
+    run_train(monkeypatch, train_flags(images, tmp_path, max_steps=2))
+    named = {"resume_checkpoint": tmp_path / "model000002.pt"}
+    for steps in (3, 4):
+        run_train(monkeypatch, train_flags(images, tmp_path, max_steps=steps, **named))
+    assert "starting at step 3, weights" in capsys.readouterr().out
+    assert complete_steps(tmp_path) == [2, 3, 4]
+
+
+def test_weights_of_the_folder_are_found_again_after_a_kill_before_the_first_checkpoint(run):
+    named = RunConfig().replaced(resume_checkpoint=str(run / "ema_0.9_000004.pt"), ema_rate="0.9,0.99")
+    moved = Start(run / "earlier_run_1" / "ema_0.9_000004.pt", 0, True)
+    assert agree_on_start(run, named, None) == moved
+    assert agree_on_start(run, named, None) == moved
+
+
+@pytest.mark.parametrize(
+    "name, rates, message",
+    [
+        ("opt000004.pt", "0.9,0.99", "holds no state dict"),
+        ("model000002.pt", "0.5", "ema_0.5_000002.pt .*does not exist, but resuming from step 2 needs it"),
+        ("cut.pt", "0.9,0.99", "cannot be read as a checkpoint"),
+    ],
+)
+def test_a_start_that_fails_moves_nothing(run, name, rates, message):
+    (run / "cut.pt").write_bytes(b"PK")
+    config = RunConfig().replaced(resume_checkpoint=str(run / name), ema_rate=rates)
+    with pytest.raises(UserError, match=message):
+        agree_on_start(run, config, begun_from("auto"))
+    assert complete_steps(run) == [2, 4]
+
+
+def test_continue_from_compares_the_runs(images, tmp_path, monkeypatch, capsys):
+    run_train(monkeypatch, train_flags(images, tmp_path / "first", max_steps=1))
+    flags = train_flags(images, tmp_path / "second", continue_from=tmp_path / "first" / "model000001.pt", lr=0.5)
+    assert "--lr was 0.001 when" in refused(monkeypatch, capsys, flags)
+
+
+def test_a_checkpoint_that_does_not_fit_or_is_broken_is_named(run):
+    broken = torch.load(run / "model000004.pt", weights_only=True)
+    broken["final_layer.linear.bias"][0] = torch.nan
+    (run / "model000004.pt").unlink()  # a link
+    torch.save(broken, run / "model000004.pt")
+    with pytest.raises(UserError, match=r"model000004\.pt .* not finite"):
+        make_loop(run)
+    torch.save({**broken, "final_layer.linear.bias": torch.zeros(7)}, run / "model000004.pt")
+    with pytest.raises(UserError, match=r"model000004\.pt is of another model .*final_layer\.linear\.bias"):
+        make_loop(run)
+    os.link(run / "model000002.pt", run / "model000006.pt")
+    torch.save({"optimizer": {}}, run / "opt000006.pt")
+    for rate in (0.9, 0.99):
+        os.link(run / f"ema_{rate}_000002.pt", run / f"ema_{rate}_000006.pt")
+    with pytest.raises(UserError, match=r"opt000006\.pt is no training state"):
+        make_loop(run)
+
+
+def test_both_spellings_of_a_model_are_the_same_run():
+    ours, dits = (resolve(RunConfig().replaced(model=name)) for name in ("MDTv2_Nano_2", "MDTv2-Nano/2"))
+    assert list(find_differences(ours, dits)) == []

@@ -10,12 +10,13 @@ import torch
 
 from .. import dist_util, logger
 from ..config import LogConfig, RunConfig
-from ..models import create_model
+from ..models import MODELS, create_model, find_model
 from ..utils.errors import UserError
 from ..utils.files import write_json
 from ..weights.checkpoint import (
     CONFIG_NAME,
     ema_name,
+    find_aside,
     latest_step,
     model_name,
     opt_name,
@@ -23,6 +24,7 @@ from ..weights.checkpoint import (
     read_config,
     set_aside,
 )
+from ..weights.pretrained import find_weights, read_weights
 from .optim import default_grad_clip
 
 # ---------------------------------------------------------------- where to start
@@ -69,6 +71,9 @@ def find_start(log_dir: str | Path, log: LogConfig, before: RunConfig | None = N
     path = Path(origin)
     if path.resolve() == Path(log_dir).resolve():
         return resumed
+    if not path.exists() and path.parent.resolve() == Path(log_dir).resolve():
+        # The weights that this run was to start from were moved, and it was killed before its first checkpoint.
+        path = find_aside(log_dir, path.name) or path
     if not path.exists():
         flag = "continue_from" if log.continue_from else "resume_checkpoint"
         raise UserError(f"--{flag} {path} does not exist: name a file or folder, or leave the flag out")
@@ -79,7 +84,7 @@ def find_start(log_dir: str | Path, log: LogConfig, before: RunConfig | None = N
             f"has {opt_name(1000)} beside it, or start from its weights with --resume_checkpoint"
         )
     if path.parent.resolve() == Path(log_dir).resolve():
-        return Start(path, step or 0, step is None or step != newest)
+        return Start(path, step or 0, True)
     if newest is not None:
         raise UserError(
             f"{log_dir} holds checkpoints of a run that did not start from {origin}: choose another --log_dir, or "
@@ -104,21 +109,10 @@ def agree_on_start(log_dir: str | Path, config: RunConfig, before: RunConfig | N
     they are neither lost nor mixed with the checkpoints of this run.
 
     :param before: the configuration that the run in `log_dir` was started with, if any.
-    :raises UserError: as `find_start`; and when a rank cannot see the files that it needs.
+    :raises UserError: as `find_start`; and for files that are missing, damaged, or not to be seen by every rank.
+        Nothing has been moved then.
     """
-
-    def choose() -> Start:
-        start = find_start(log_dir, config.log, before)
-        if start.begins:
-            inside = start.path is not None and start.path.parent.resolve() == Path(log_dir).resolve()
-            left = set_aside(log_dir, start.step if inside else 0)
-            if left:
-                logger.log(f"the checkpoints after step {start.step if inside else 0} are moved to {left}")
-            if inside and not start.step and left and not start.path.exists():
-                start = start._replace(path=left / start.path.name)
-        return start
-
-    start = dist_util.run_on_main(choose)
+    start = dist_util.run_on_main(find_start, log_dir, config.log, before)
     if start.path is not None:
         needed = [start.path]
         if start.step:
@@ -130,12 +124,32 @@ def agree_on_start(log_dir: str | Path, config: RunConfig, before: RunConfig | N
             missing and f"{missing} (rank {dist_util.get_rank()}, {socket.gethostname()})"
         )
         absent = [place for place in places if place]
+        if len(absent) == len(places):
+            raise UserError(
+                f"{absent[0]} does not exist, but resuming from step {start.step} needs it: name a checkpoint that is "
+                "complete, with the --ema_rate that it was trained with"
+            )
         if absent:
             raise UserError(
                 f"{len(absent)} of {len(places)} ranks cannot see the checkpoint, the first missing file is "
                 f"{absent[0]}: put --log_dir on storage that all nodes share"
             )
-    return start
+    return dist_util.run_on_main(_leave_behind, log_dir, start)
+
+
+def _leave_behind(log_dir: str | Path, start: Start) -> Start:
+    """Move the checkpoints that a run leaves behind. Returns its start, whose weights may have been among them."""
+    if not start.begins:
+        return start
+    inside = start.path is not None and start.path.parent.resolve() == Path(log_dir).resolve()
+    if inside:
+        read_weights(find_weights(start.path))  # a damaged file is refused before anything moves
+    step = start.step if inside else 0
+    left = set_aside(log_dir, step)
+    if left:
+        logger.log(f"the checkpoints after step {step} are moved to {left}")
+    moved = inside and left is not None and not start.path.exists()
+    return start._replace(path=left / start.path.name) if moved else start
 
 
 # ---------------------------------------------------------------- configuration
@@ -175,6 +189,7 @@ def resolve(config: RunConfig) -> RunConfig:
     num_classes = options.get("num_classes") if config.model.num_classes is None else config.model.num_classes
     decode_layer = config.model.decode_layer
     return config.replaced(
+        model=next(name for name, make in MODELS.items() if make is find_model(config.model.model)),
         optimizer=optimizer,
         grad_clip=default_grad_clip(optimizer) if train.grad_clip is None else train.grad_clip,
         snr_gamma=config.diffusion.options(model.default_snr_gamma)["snr_gamma"],

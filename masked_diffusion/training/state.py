@@ -15,7 +15,7 @@ from ..utils.errors import UserError
 from ..utils.flag_values import split_numbers
 from ..weights.checkpoint import ema_name, model_name, opt_name, save_checkpoint
 from .ema import PowerEMA, remove_snapshots, save_snapshots
-from .guardian import Guardian
+from .guardian import Guardian, TrainingFault
 from .objective import TwoPassObjective
 from .optim import update_ema
 from .parallel import copy_all, gather_full, load_optimizer_state, make_optimizer, optimizer_state, shard_like
@@ -100,6 +100,11 @@ class TrainState:
         }
 
     def _write(self, folder: Path, weights: dict, emas: dict, train_state: dict) -> None:
+        if not all(value.isfinite().all() for value in weights.values()):  # with --keep the good ones would go for it
+            raise TrainingFault(
+                f"the weights of step {self.step} are NaN or infinite and are not saved: lower --lr; the last "
+                "checkpoint is intact"
+            )
         try:
             averages, dtype = train_state["phema"], self.config.train.phema_dtype
             save_snapshots(folder, self.step, averages, weights, self.names, dtype)
@@ -122,6 +127,9 @@ class TrainState:
             state = dist_util.load_state_dict(model_path.with_name(ema_name(rate, step)), device)
             copy_all(average, [shard_like(state[n], a) for a, n in zip(average, self.names, strict=True)])
         state = dist_util.load_state_dict(model_path.with_name(opt_name(step)), device)
+        keys = {"optimizer", "scaler", "schedule_sampler", "guardian", "phema", "rollbacks", "train_seconds"}
+        if not isinstance(state, dict) or not state.keys() >= keys or "state" not in state["optimizer"]:
+            raise UserError(f"{model_path.with_name(opt_name(step))} is no training state of this code: restore it")
         load_optimizer_state(self.opt, state["optimizer"], self.params)
         self.scaler.load_state_dict(state["scaler"])
         self.schedule_sampler.load_state_dict(state["schedule_sampler"])

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -52,7 +52,8 @@ def atomic_write(path: str | Path, advice: str = DISK_ADVICE) -> Iterator[Binary
             os.replace(beside, path)
             _sync_folder(path.parent)
     except BaseException:
-        beside.unlink(missing_ok=True)
+        with suppress(OSError):  # of a disk that can only be read: what went wrong first is what counts
+            beside.unlink(missing_ok=True)
         raise
 
 

@@ -42,7 +42,12 @@ def check_phema_widths(text: str) -> str | None:
 def read_gamma(text: str) -> float | str | None:
     """For `--snr_gamma`: a number, None or auto."""
     words = {"none": None, "auto": "auto"}
-    return words[text.lower()] if text.lower() in words else float(text)
+    if text.lower() in words:
+        return words[text.lower()]
+    try:
+        return float(text)
+    except ValueError:
+        return text  # `check_gamma` refuses it in a sentence
 
 
 def check_gamma(value: float | str) -> str | None:

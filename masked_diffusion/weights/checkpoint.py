@@ -119,6 +119,12 @@ def set_aside(folder: str | Path, step: int) -> Path | None:
     return aside
 
 
+def find_aside(folder: str | Path, name: str) -> Path | None:
+    """The file of that name that `set_aside` moved last, or None."""
+    found = Path(folder).glob(f"earlier_run_*/{name}")
+    return max(found, key=lambda path: int(path.parent.name.rpartition("_")[2]), default=None)
+
+
 # ---------------------------------------------------------------- finding
 
 
