@@ -241,7 +241,7 @@ def find_architecture(
     if count_blocks(state_dict, "en_inblocks") or count_blocks(state_dict, "de_blocks"):
         family = "MDTv2"
         options["decode_layer"] = count_blocks(state_dict, "de_blocks")
-    sizes = [name for name, size in SIZES.items() if (size["depth"], size["hidden_size"]) == (depth, hidden_size)]
+    sizes = [name for name, size in SIZES.items() if (size.depth, size.hidden_size) == (depth, hidden_size)]
     if table is not None or num_heads is not None:
         options["num_heads"] = num_heads if table is None else table.shape[1]
     if not sizes:
