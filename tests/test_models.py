@@ -334,8 +334,8 @@ def test_every_name_is_an_attribute_of_the_module():
         made = {name: make(input_size=16) for name, make in MODELS.items() if "Nano" in name or "Tiny" in name}
     for name, model in made.items():
         family, size, patch_size = name.split("_")
-        assert (type(model).__name__, model.patch_size, model.depth) == (family, int(patch_size), SIZES[size]["depth"])
-        assert model.decode_layer == {"MDTv2": SIZES[size]["decode_layer"], "MDT": 2, "DiT": None}[family]
+        assert (type(model).__name__, model.patch_size, model.depth) == (family, int(patch_size), SIZES[size].depth)
+        assert model.decode_layer == {"MDTv2": SIZES[size].decode_layer, "MDT": 2, "DiT": None}[family]
 
 
 def test_options_left_at_none_are_those_of_the_size():
