@@ -2,8 +2,11 @@
 
 import copy
 import errno
+import functools
 import hashlib
+import itertools
 import json
+import os
 import sys
 
 import encode_latents as script
@@ -132,12 +135,12 @@ def test_labels_and_names_are_read_without_arrays(images, copied):
     assert [len(d["files"]) for d in described] == [5, 5, 3]
 
 
-def test_arrays_are_memory_mapped(caches, monkeypatch):
+def test_arrays_are_checked_as_memory_maps_once(caches, monkeypatch):
     opened, load = [], np.load
     monkeypatch.setattr(np, "load", lambda *args, **options: opened.append(load(*args, **options)) or opened[-1])
     dataset = LatentDataset(caches["vae"], class_cond=True)
     items = [dataset[i] for i in range(NUM_IMAGES)]
-    assert len(opened) == 6 and all(type(array) is np.memmap for array in opened)
+    assert len(opened) == 3 and all(type(array) is np.memmap for array in opened)
     assert {type(moments) for moments, _ in items} == {np.ndarray} and all(m.base is None for m, _ in items)
 
 
@@ -292,11 +295,50 @@ def test_training_refuses_a_cache_of_another_vae(stages, caches):
         load(caches["identity"], vae)
 
 
-@pytest.mark.parametrize("content", [None, b"", b"no array", 0.5, "shape"], ids=str)
+def test_images_are_read_by_position_from_few_open_files(caches, monkeypatch):
+    opened, advice = [], []
+
+    class Counted(latent_cache._OpenFile):
+        def __init__(self, path):
+            super().__init__(path)
+            opened.append(self.descriptor)
+
+    monkeypatch.setattr(latent_cache, "_open_file", functools.lru_cache(maxsize=2)(Counted))
+    monkeypatch.setattr(os, "posix_fadvise", lambda *arguments: advice.append(arguments[1:]))
+    dataset = LatentDataset(caches["vae"], random_flip=True)
+    shards = [dataset.cache.open(shard) for shard in range(3)]
+    before, flips = len(os.listdir("/proc/self/fd")), set()
+    for epoch, index in itertools.product(range(3), np.random.default_rng(0).permutation(NUM_IMAGES).tolist()):
+        item, _ = dataset[index, epoch]
+        both = np.array(shards[index // 5][index % 5], dtype=np.float32)
+        (flip,) = (flip for flip in (0, 1) if np.array_equal(both[flip], item))
+        flips.add((index, flip))
+        assert item.dtype == np.float32 and item.flags.writeable
+    assert len(flips) > NUM_IMAGES and len(opened) > 3
+    assert len(os.listdir("/proc/self/fd")) <= before + 2
+    assert set(advice) == {(0, 0, os.POSIX_FADV_RANDOM)}
+
+
+def test_a_shard_that_is_spoilt_during_training_is_named(copied):
+    dataset = LatentDataset(copied)
+    with (copied / "shard_00001.npy").open("r+b") as file:
+        file.truncate(200)
+    (copied / "shard_00002.npy").unlink()
+    for index, message in (
+        (7, r"shard_00001\.npy cannot be read \(it has been truncated\)"),
+        (12, "shard_00002.*No such"),
+    ):
+        with pytest.raises(UserError, match=f"{message}.*run scripts/encode_latents"):
+            dataset[index]
+
+
+@pytest.mark.parametrize("content", [None, b"", b"no array", 0.5, "shape", "order"], ids=str)
 def test_training_names_a_spoilt_shard(stages, copied, content):
     path = copied / "shard_00001.npy"
     if content is None:
         path.unlink()
+    elif content == "order":
+        np.save(path, np.asfortranarray(np.load(path)))
     elif content == "shape":
         np.save(path, np.zeros((4, 2, 2, 4, 4, 4), np.float16))
     else:

@@ -9,7 +9,10 @@ complete.
 
 import hashlib
 import json
+import math
+import os
 import random
+import resource
 import time
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
@@ -32,6 +35,8 @@ from .autoencoder import FirstStage, IdentityFirstStage
 VERSION = 1
 HEADER_NAME = "latents.json"
 ADVICE = "free some disk space, or choose another --latent_dir; run the same command again to resume"
+OPEN_FILES_LIMIT = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+MAX_OPEN_FILES = (OPEN_FILES_LIMIT if OPEN_FILES_LIMIT > 0 else 4096) // 2  # the rest is left to the loader
 HEADER_NUMBERS = ("version", "image_size", "channels", "latent_size", "num_images", "shard_size")
 
 # ---------------------------------------------------------------- the folder
@@ -99,7 +104,7 @@ class LatentCache:
         shape = (len(self.rows(shard)), 2, 2, self.header["channels"], size, size)
         try:
             array = np.load(path, mmap_mode="r", allow_pickle=False)
-            if (array.shape, array.dtype) != (shape, np.float16):
+            if (array.shape, array.dtype) != (shape, np.float16) or not array.flags.c_contiguous:
                 raise UserError(f"{array.dtype} {array.shape} instead of float16 {shape}")
         except (OSError, EOFError, ValueError) as error:
             raise UserError(f"{path} cannot be read ({error}): run scripts/encode_latents.py again") from error
@@ -317,11 +322,14 @@ class LatentDataset(Dataset):
         self.cache, self.random_flip, self.seed = LatentCache(latent_dir), random_flip, seed
         if class_cond:
             self.cache.check(class_cond=True)
-        labels = []
+        labels, self._paths, self._offsets = [], [], []
         for shard in range(len(self.cache)):
             labels.append(self.cache.describe(shard)["labels"])
-            self.cache.open(shard)
+            self._paths.append(str(self.cache.path(shard)))  # joining and hashing a Path takes as long as a read
+            self._offsets.append(self.cache.open(shard).offset)
         self.classes = np.concatenate(labels) if class_cond else None
+        size = self.cache.header["latent_size"]
+        self._shape = (2, self.cache.header["channels"], size, size)  # of a posterior
 
     def __len__(self) -> int:
         return self.cache.header["num_images"]
@@ -329,12 +337,37 @@ class LatentDataset(Dataset):
     def __getitem__(self, key: int | tuple[int, int]) -> tuple[np.ndarray, dict[str, np.int64]]:
         index, epoch = key if isinstance(key, tuple) else (key, 0)
         flip = self.random_flip and random.Random(fold_seed(self.seed, epoch, index)).random() < 0.5
-        shard, row = divmod(index, self.cache.header["shard_size"])
-        moments = np.array(_open_shard(self.cache, shard)[row, int(flip)], dtype=np.float32)
+        moments = self._read(index, int(flip)).astype(np.float32)
         return moments, {} if self.classes is None else {"y": np.int64(self.classes[index])}
 
+    def _read(self, index: int, flip: int) -> np.ndarray:
+        """The posterior of an image as (2, C, h, w) float16.
 
-@lru_cache(maxsize=256)
-def _open_shard(cache: LatentCache, shard: int) -> np.memmap:
-    # A limited number: each open shard holds a file descriptor, and a process may be limited to 1024 of these.
-    return cache.open(shard)
+        Read by position: a memory map would have to be made anew whenever a shard is opened, and would read much more
+        of the disk than it is asked for.
+        """
+        shard, row = divmod(index, self.cache.header["shard_size"])
+        path, size = self._paths[shard], 2 * math.prod(self._shape)
+        try:
+            data = os.pread(_open_file(path).descriptor, size, self._offsets[shard] + (2 * row + flip) * size)
+            if len(data) != size:
+                raise UserError("it has been truncated")
+        except (OSError, UserError) as error:
+            raise UserError(f"{path} cannot be read ({error}): run scripts/encode_latents.py again") from error
+        return np.frombuffer(data, np.float16).reshape(self._shape)
+
+
+class _OpenFile:
+    """A file that is closed when nobody uses it any more."""
+
+    def __init__(self, path: str):
+        self.descriptor = os.open(path, os.O_RDONLY)
+        if hasattr(os, "posix_fadvise"):  # no reading ahead: the next image is elsewhere
+            os.posix_fadvise(self.descriptor, 0, 0, os.POSIX_FADV_RANDOM)
+
+    def __del__(self):
+        if hasattr(self, "descriptor"):
+            os.close(self.descriptor)
+
+
+_open_file = lru_cache(maxsize=MAX_OPEN_FILES)(_OpenFile)
