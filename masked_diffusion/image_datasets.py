@@ -5,6 +5,7 @@ Which image comes when is a function of (seed, position in the stream) alone, an
 """
 
 import hashlib
+import io
 import json
 import math
 import os
@@ -12,6 +13,7 @@ import random
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import blobfile as bf
 import numpy as np
@@ -19,6 +21,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from . import dist_util, logger
+from .image_shards import HEADER_NAME, DamagedShard, ImageShards, is_packed, shard_name
 from .utils.errors import UserError
 from .utils.loader_processes import LoaderIterator, init_loader_process
 from .utils.loader_processes import LoaderWorkerDied as LoaderWorkerDied  # what `next()` of `load_data` may raise
@@ -50,7 +53,8 @@ def load_data(
     `{"y": (batch_size,) int64}`. The stream is one permutation of all images after another; each global batch is the
     next world_size * batch_size of it, cut into one block per rank.
 
-    :param data_dir: a folder, local or remote, searched with all its subfolders.
+    :param data_dir: a folder, local or remote, searched with all its subfolders; or one that scripts/pack_images.py
+        made of it, which gives the same batches.
     :param batch_size: images per rank.
     :param class_cond: take labels from the file names; see `class_names`.
     :param deterministic: keep the sorted order.
@@ -109,15 +113,21 @@ def stream(
     )
 
 
-def list_image_files(data_dir: str) -> list[str]:
+def list_image_files(data_dir: str) -> Sequence[str]:
     """Paths of all images below a folder, in ADM's order: each folder's entries sorted, subfolders in their place.
 
     One line is logged when images of other kinds are passed over.
 
-    :raises UserError: when there is no such folder, no image in it, or a subfolder that may not be read.
+    :return: a list; of a packed folder its `ImageShards`, the paths that the images had before.
+    :raises UserError: when there is no such folder, no image in it, a subfolder that may not be read, or a packed
+        folder whose shards and index do not fit.
     """
     if not data_dir:
         raise UserError("data_dir is empty: name a folder of images (--data_dir PATH)")
+    if is_packed(data_dir):
+        shards = ImageShards(data_dir)
+        shards.check_shards()
+        return shards
     if not bf.isdir(data_dir):
         raise UserError(f"--data_dir {data_dir} is not a folder: name one that holds images")
     other_kinds = Counter()
@@ -125,6 +135,11 @@ def list_image_files(data_dir: str) -> list[str]:
     kinds = ", ".join(f".{extension} {count}" for extension, count in other_kinds.most_common())
     convert = "convert them to jpg or png"
     if not paths:
+        if bf.exists(bf.join(data_dir, shard_name(0))):
+            raise UserError(
+                f"{data_dir} holds image shards but no {HEADER_NAME}, which is written last: run "
+                "scripts/pack_images.py again, or copy the missing file"
+            )
         but = f", but {other_kinds.total()} of other kinds ({kinds}): {convert}" if other_kinds else ""
         raise UserError(f"{data_dir} holds no image ({', '.join(EXTENSIONS)}) in any folder{but}")
     if other_kinds:
@@ -155,8 +170,10 @@ def _list_image_files_recursively(folder, other_kinds=None):
     return paths
 
 
-def relative_names(paths: Sequence[str], data_dir: str) -> list[str]:
+def relative_names(paths: Sequence[str], data_dir: str) -> Sequence[str]:
     """Paths as `list_image_files(data_dir)` gives them -> names relative to `data_dir`."""
+    if isinstance(paths, ImageShards):
+        return paths.relative()
     return [path.removeprefix(data_dir).lstrip("/") for path in paths]
 
 
@@ -165,6 +182,8 @@ def data_signature(names: Sequence[str]) -> str:
 
     A latent cache records the same of the images that it was made of (`files_sha256`).
     """
+    if isinstance(names, ImageShards):
+        return names.signature()
     return hashlib.sha256(json.dumps(list(names)).encode()).hexdigest()
 
 
@@ -174,6 +193,8 @@ def image_classes(paths: Sequence[str]) -> tuple[np.ndarray, list[str]]:
     :return: (len(paths),) int64 labels, and the sorted class names.
     :raises UserError: for a name without an underscore.
     """
+    if isinstance(paths, ImageShards):
+        return paths.classes()
     names = []
     for path in paths:
         name, underscore, _ = bf.basename(path).partition("_")
@@ -242,6 +263,7 @@ class ImageDataset(Dataset):
         on_bad_image="error",
     ):
         self.resolution, self.image_paths = resolution, image_paths[shard::num_shards]
+        self.images = self.image_paths if isinstance(self.image_paths, ImageShards) else ImageFiles(self.image_paths)
         self.classes = None if classes is None else classes[shard::num_shards]
         self.random_crop, self.random_flip, self.seed = random_crop, random_flip, seed
         self.on_bad_image = on_bad_image
@@ -266,13 +288,46 @@ class ImageDataset(Dataset):
         """The image, or with `skip` the first readable one after it, and its index."""
         for _ in range(len(self)):
             try:
-                return index, read_image(self.image_paths[index])
+                return index, decode_image(self.images.read(index), self.images.name(index))
             except UserError as error:
-                if self.on_bad_image == "error":
+                if self.on_bad_image == "error" or isinstance(error, DamagedShard):
                     raise
                 print(f"skipped: {error}", file=sys.stderr, flush=True)
                 index = (index + 1) % len(self)
         raise UserError(f"none of the {len(self)} images can be read, such as {self.image_paths[index]}")
+
+
+class ImageFiles:
+    """The bytes of image files by their index, as `ImageShards` has those of packed ones."""
+
+    def __init__(self, paths: Sequence[str]) -> None:
+        self.paths = paths
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def name(self, index: int) -> str:
+        """What an error calls an image."""
+        return self.paths[index]
+
+    def read(self, index: int) -> bytes:
+        """The bytes of a file.
+
+        :raises UserError: when it cannot be read; the message names it.
+        """
+        path = self.paths[index]
+        with _image_errors(path), bf.BlobFile(path, "rb") as file:
+            return file.read()
+
+
+@contextmanager
+def _image_errors(name):
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Exception as error:  # on damaged files Pillow's readers raise nearly anything
+        raise UserError(f"{name} cannot be read as an image ({error}): mend or remove it") from error
 
 
 def read_image(path: str) -> Image.Image:
@@ -281,13 +336,16 @@ def read_image(path: str) -> Image.Image:
     :raises UserError: for a file that is not there, is no image, is cut short or is a decompression bomb; the message
         names it.
     """
-    try:
-        with bf.BlobFile(path, "rb") as file, Image.open(file) as image:
-            return _to_rgb(image)
-    except MemoryError:
-        raise
-    except Exception as error:  # on damaged files Pillow's readers raise nearly anything
-        raise UserError(f"{path} cannot be read as an image ({error}): mend or remove it") from error
+    return decode_image(ImageFiles([path]).read(0), path)
+
+
+def decode_image(data: bytes, name: str) -> Image.Image:
+    """`read_image` of a file's bytes.
+
+    :param name: what an error calls it.
+    """
+    with _image_errors(name), Image.open(io.BytesIO(data)) as image:
+        return _to_rgb(image)
 
 
 def _to_rgb(image):

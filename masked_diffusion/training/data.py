@@ -1,6 +1,6 @@
 """What a run is trained on: the images of a folder, or their cached latents."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -31,7 +31,7 @@ class TrainingData(NamedTuple):
     :param load: of `first_stage`, `seed` and `start_step`; returns the stream.
     """
 
-    names: list[str]
+    names: Sequence[str]
     labels: np.ndarray | None
     class_names: list[str]
     signature: str

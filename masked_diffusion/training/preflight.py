@@ -8,13 +8,14 @@ from typing import Any
 import blobfile as bf
 import numpy as np
 import torch.nn as nn
-from PIL import ExifTags, Image
 
 from .. import logger
 from ..config import RunConfig, TrainConfig
+from ..image_shards import ImageShards
 from ..utils.errors import UserError
 from ..utils.flag_values import split_numbers
 from ..utils.flops import forward_flops
+from ..utils.image_headers import read_header
 
 SHOWN_CLASSES, SHOWN_BAD_IMAGES, BAR = 10, 20, 40
 PAPER_MASK_RATIO = 0.3
@@ -23,41 +24,41 @@ PAPER_MASK_RATIO = 0.3
 
 
 def inspect_images(paths: Sequence[str], image_size: int, num_threads: int = 16) -> tuple[list, list[str]]:
-    """Read the header of every image.
+    """Read the header of every image; of packed ones the index, which has them.
 
     :return: `(path, reason)` of the bad ones, whose header cannot be read or whose short side is less than half of
         `image_size`; and the paths of those that carry an EXIF rotation.
     """
 
+    def tiny(width, height):
+        if 2 * min(width, height) < image_size:
+            return f"is {width} x {height}, tiny for an image_size of {image_size}"
+        return None
+
     def inspect(path):
         try:
-            with bf.BlobFile(path, "rb") as file, Image.open(file) as image:
-                (width, height), rotated = image.size, _is_rotated(image)
+            with bf.BlobFile(path, "rb") as file:
+                width, height, rotated = read_header(file)
         except MemoryError:
             raise
         except Exception as error:  # on damaged files Pillow's readers raise nearly anything
             return f"cannot be read: {error}", False
-        if 2 * min(width, height) < image_size:
-            return f"is {width} x {height}, tiny for an image_size of {image_size}", False
-        return None, rotated
+        reason = tiny(width, height)
+        return reason, rotated and not reason
 
+    if isinstance(paths, ImageShards):
+        reasons = [tiny(width, height) for width, height in paths.sizes().tolist()]
+        bad = [(paths[i], reason) for i, reason in enumerate(reasons) if reason]
+        return bad, [paths[i] for i in np.flatnonzero(paths.rotated()) if not reasons[i]]
     with ThreadPoolExecutor(num_threads) as pool:
         found = list(zip(paths, pool.map(inspect, paths, chunksize=64), strict=True))
     bad = [(path, reason) for path, (reason, _) in found if reason]
     return bad, [path for path, (_, rotated) in found if rotated]
 
 
-def _is_rotated(image):
-    # A PNG may carry EXIF behind its pixels, for which Pillow would decode them all.
-    if "exif" not in image.info:
-        return False
-    try:
-        return image.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9)
-    except Exception:  # damaged EXIF does not make an image bad, since training does not read it
-        return False
-
-
-def check_images(paths: Sequence[str], image_size: int, on_bad_image: str, data_dir: str = "--data_dir") -> list[str]:
+def check_images(
+    paths: Sequence[str], image_size: int, on_bad_image: str, data_dir: str = "--data_dir"
+) -> Sequence[str]:
     """The paths to train on.
 
     :param on_bad_image: `error`, or `skip` to leave bad images out; each is listed either way.
@@ -83,8 +84,11 @@ def check_images(paths: Sequence[str], image_size: int, on_bad_image: str, data_
                 f"{len(bad)} bad images, the first: {path} {reason}; mend or remove them, or leave them out with "
                 "--on_bad_image skip"
             )
+    if not bad:
+        return paths
     skipped = {path for path, _ in bad}
-    return [path for path in paths if path not in skipped]
+    kept = [index for index, path in enumerate(paths) if path not in skipped]
+    return paths.take(kept) if isinstance(paths, ImageShards) else [paths[index] for index in kept]
 
 
 # ---------------------------------------------------------------- the classes
