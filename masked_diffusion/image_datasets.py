@@ -21,7 +21,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from . import dist_util, logger
-from .image_shards import HEADER_NAME, DamagedShard, ImageShards, is_packed, shard_name
+from .image_shards import HEADER_NAME, UNFINISHED, DamagedShard, ImageShards, is_packed, shard_name
 from .utils.errors import UserError
 from .utils.loader_processes import LoaderIterator, init_loader_process
 from .utils.loader_processes import LoaderWorkerDied as LoaderWorkerDied  # what `next()` of `load_data` may raise
@@ -135,9 +135,9 @@ def list_image_files(data_dir: str) -> Sequence[str]:
     kinds = ", ".join(f".{extension} {count}" for extension, count in other_kinds.most_common())
     convert = "convert them to jpg or png"
     if not paths:
-        if bf.exists(bf.join(data_dir, shard_name(0))):
+        if any(bf.exists(bf.join(data_dir, name)) for name in (UNFINISHED, shard_name(0))):
             raise UserError(
-                f"{data_dir} holds image shards but no {HEADER_NAME}, which is written last: run "
+                f"{data_dir} has been packed in part, {HEADER_NAME} is missing, which is written last: run "
                 "scripts/pack_images.py again, or copy the missing file"
             )
         but = f", but {other_kinds.total()} of other kinds ({kinds}): {convert}" if other_kinds else ""

@@ -5,12 +5,10 @@ run goes on, and processes and ranks share the work. What is known of a finished
 for the last one; then the index is made of it.
 """
 
-import hashlib
 import io
 import json
 import os
 import shutil
-import tarfile
 import time
 import zipfile
 import zlib
@@ -18,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
@@ -30,6 +28,7 @@ from .image_shards import (
     NAMES_NAME,
     RECORD,
     RECORDS_NAME,
+    UNFINISHED,
     VERSION,
     DamagedShard,
     ImageShards,
@@ -42,37 +41,11 @@ from .utils.errors import UserError
 from .utils.files import atomic_write, disk_errors, file_hash, write_json
 from .utils.image_headers import read_header as read_image_header
 from .utils.loader_processes import LoaderIterator, init_loader_process
+from .utils.tar_shards import TarWriter, find_shared_stems, member_name
 
-UNFINISHED, SETTINGS_NAME = ".packing", "settings.json"
+SETTINGS_NAME = "settings.json"
 ADVICE = "make room, or choose another --out; the same command goes on where it stopped"
 SHOWN_BAD_IMAGES = 20
-
-# ---------------------------------------------------------------- names
-
-
-def member_name(name: str, shared_stem: bool) -> str:
-    """The name in the tar of an image's relative name; no two images get the same.
-
-    WebDataset takes what stands before the first dot of the file name for the key, and gathers the members that have it
-    in common into one sample. So folders stay as they are, and a dot inside the key becomes `%2E`.
-
-    :param shared_stem: whether another image differs in the extension only; then the key says the extension too.
-    """
-    folder, slash, file = name.rpartition("/")
-    stem, _, extension = file.rpartition(".")
-    key = stem.replace("%", "%25").replace(".", "%2E")
-    return f"{folder}{slash}{key}{'%' + extension if shared_stem else ''}.{extension}"
-
-
-def find_shared_stems(names: Sequence[str]) -> np.ndarray:
-    """(len(names),) bool: whether another name differs in nothing but the extension."""
-    stems = np.empty(len(names), dtype=np.uint64)
-    for index, name in enumerate(names):  # as numbers: a million strings more would take 100 MB
-        digest = hashlib.blake2b(os.fsencode(name.rpartition(".")[0]), digest_size=8).digest()
-        stems[index] = int.from_bytes(digest, "little")
-    _, inverse, counts = np.unique(stems, return_inverse=True, return_counts=True)
-    return counts[inverse] > 1
-
 
 # ---------------------------------------------------------------- one shard
 
@@ -139,7 +112,8 @@ def write_shard(task: Task, shard: int) -> list[tuple[str, str]]:
                 except (MemoryError, DamagedShard):
                     raise
                 except Exception as error:  # on damaged files Pillow's readers raise nearly anything
-                    bad.append((task.names[index], f"cannot be read: {error}"))
+                    reason = error.__cause__ if isinstance(error, UserError) else error
+                    bad.append((task.names[index], f"cannot be read: {reason}"))
                     continue
                 member = member_name(task.names[index], bool(task.shared_stems[index]))
                 offset = tar.add(member, data)
@@ -158,38 +132,6 @@ def write_shard(task: Task, shard: int) -> list[tuple[str, str]]:
     records["name_end"] = np.cumsum([len(name) for name in names], dtype=np.uint64)
     write_part(task.out, shard, records, b"".join(names), {"bytes": tar.size, "sha256": tar.sha256(), "skipped": bad})
     return bad
-
-
-class TarWriter:
-    """Writes a tar whose bytes depend on nothing but names and contents."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file, self._digest, self.size = file, hashlib.sha256(), 0
-
-    def _write(self, data: bytes) -> None:
-        self._file.write(data)
-        self._digest.update(data)
-        self.size += len(data)
-
-    def add(self, name: str, data: bytes) -> int:
-        """Append a member; returns the offset of its first byte."""
-        info = tarfile.TarInfo(name)  # mtime, owner and group are 0
-        info.size = len(data)
-        # Not in the pax format, whose extended headers are not the same in all versions of Python.
-        self._write(info.tobuf(tarfile.GNU_FORMAT, "utf-8", "surrogateescape"))
-        offset = self.size
-        self._write(data)
-        self._write(bytes(-len(data) % tarfile.BLOCKSIZE))
-        return offset
-
-    def finish(self) -> None:
-        """Mark the end, as tar does."""
-        self._write(bytes(2 * tarfile.BLOCKSIZE))
-        self._write(bytes(-self.size % tarfile.RECORDSIZE))
-
-    def sha256(self) -> str:
-        """Of all that was written, in hexadecimal."""
-        return self._digest.hexdigest()
 
 
 # ---------------------------------------------------------------- what is known of finished shards
@@ -298,10 +240,11 @@ def _start(out: Path, settings: dict[str, Any], verify: bool) -> None:
 
 
 def _is_index_whole(out: Path, header: dict[str, Any]) -> bool:
-    checksums = header["index_sha256"]
-    return all(
-        (out / name).exists() and file_hash(out / name) == checksums[name] for name in (RECORDS_NAME, NAMES_NAME)
-    )
+    return all((out / name).exists() and _describe(out / name) == known for name, known in header["index"].items())
+
+
+def _describe(path: Path) -> dict[str, Any]:
+    return {"size": path.stat().st_size, "sha256": file_hash(path)}
 
 
 def _find_missing(task: Task, verify: bool) -> list[int]:
@@ -372,8 +315,8 @@ def _finish(task: Task, settings: dict[str, Any], packed: list[int], bad: list[t
     if bad and task.on_bad_image == "error":
         name, reason = bad[0]
         raise UserError(
-            f"{len(bad)} bad images, the first: {name} {reason}; mend them, or leave them out with --on_bad_image skip: "
-            "the same command then goes on"
+            f"{len(bad)} bad images, the first: {name} {reason}; mend them, or leave them out with "
+            "--on_bad_image skip: the same command then goes on"
         )
     out = task.out
     if is_packed(str(out)):
@@ -389,8 +332,8 @@ def _check_repaired(out: Path, packed: list[int]) -> None:
     for shard in packed:
         if read_part(out, shard).described["sha256"] != header["shards"][shard]["sha256"]:
             raise UserError(
-                f"{out / shard_name(shard)} was packed again and has become another: images of --data_dir have changed; "
-                f"choose another --out, or remove {out / HEADER_NAME} to pack all of them again"
+                f"{out / shard_name(shard)} was packed again and has become another: images of --data_dir "
+                f"have changed; choose another --out, or remove {out / HEADER_NAME} to pack all of them again"
             )
 
 
@@ -418,5 +361,5 @@ def _write_index(task: Task, settings: dict[str, Any]) -> None:
         for shard, part in enumerate(parts)
     ]
     header = {"version": VERSION, "num_images": len(records), "files_sha256": data_signature(kept)} | settings
-    header |= {"index_sha256": {name: file_hash(task.out / name) for name in (RECORDS_NAME, NAMES_NAME)}}
+    header |= {"index": {name: _describe(task.out / name) for name in (RECORDS_NAME, NAMES_NAME)}}
     write_json(task.out / HEADER_NAME, header | {"skipped": skipped, "shards": shards})

@@ -14,6 +14,7 @@ A packed folder holds the images of another folder, and trains as that one does:
 import hashlib
 import json
 import os
+import re
 import sys
 import zlib
 from collections.abc import Iterator, Sequence
@@ -45,6 +46,7 @@ RECORD = np.dtype(
         ("rotated", "<u4"),  # 1: its EXIF data ask for a rotation
     ]
 )
+UNFINISHED = ".packing"  # the folder of what is known while the index is not written
 OPEN_SHARDS = 256  # each holds a file descriptor, of which a process may be granted 1024
 HEADER_TYPES = {"num_images": int, "files_sha256": str, "class_cond": bool, "classes": list, "shards": list}
 
@@ -80,8 +82,9 @@ def read_header(folder: str) -> dict[str, Any]:
             if not isinstance(header.get(key), kind):
                 raise ValueError(f"its {key!r} is {header.get(key)!r}")
         for name in (RECORDS_NAME, NAMES_NAME):
-            if not isinstance(header["index_sha256"][name], str):
-                raise ValueError(f"its checksum of {name} is no text")
+            described = header["index"][name]
+            if not re.fullmatch("[0-9a-f]{64}", described["sha256"]) or not isinstance(described["size"], int):
+                raise ValueError(f"its {name} is {described!r}")
         for shard, described in enumerate(header["shards"]):
             # Names are not taken from the file: it could name files outside the folder.
             if described["name"] != shard_name(shard) or not isinstance(described["bytes"], int):
@@ -124,7 +127,7 @@ class ImageShards(Sequence[str]):
     def _load(self, name: str) -> np.ndarray:
         path = bf.join(self.folder, name)
         if is_remote(path):
-            path = remote_files.fetch(path, self.header["index_sha256"][name])
+            path = remote_files.fetch(path, **self.header["index"][name])
         try:
             # A plain view: each access to a `memmap` costs microseconds more.
             return np.load(path, mmap_mode="r", allow_pickle=False).view(np.ndarray)
@@ -248,7 +251,7 @@ class ImageShards(Sequence[str]):
         sizes = [described["bytes"] for described in self.header["shards"][: shard + 1]]
         copy = None
         if sum(sizes) <= remote_files.cache_bytes():
-            version = self.header["index_sha256"][RECORDS_NAME]
+            version = self.header["index"][RECORDS_NAME]["sha256"]
             copy = remote_files.cache_folder() / f"{version[:32]}-shards" / shard_name(shard)
         return RemoteShard(path, sizes[-1], copy)
 

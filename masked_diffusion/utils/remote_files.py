@@ -13,6 +13,7 @@ from .files import atomic_write, disk_errors
 ATTEMPTS, LONGEST_WAIT = 6, 8.0  # the waits of all attempts are 0.25 + 0.5 + ... = 7.75 seconds
 CACHE_FOLDER, CACHE_GIB = "MASKED_DIFFUSION_CACHE", "MASKED_DIFFUSION_CACHE_GIB"
 DEFAULT_GIB = "16"
+BLOCK = 1 << 23
 CACHE_ADVICE = f"make room there, or name another folder (export {CACHE_FOLDER}=PATH)"
 
 
@@ -71,9 +72,10 @@ def cache_bytes() -> int:
     return int(gib * 2**30)
 
 
-def fetch(path: str, sha256: str) -> Path:
+def fetch(path: str, size: int, sha256: str) -> Path:
     """The local copy of a remote file, made when there is none.
 
+    :param size: bytes. :param sha256: of the file, in hexadecimal.
     :raises UserError: when the file is not there, has another SHA-256, or the cache's disk does not take it.
     """
     local = cache_folder() / f"{sha256[:32]}-{bf.basename(path)}"
@@ -83,14 +85,10 @@ def fetch(path: str, sha256: str) -> Path:
     with disk_errors(local.parent, CACHE_ADVICE):
         local.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(local, CACHE_ADVICE) as copy:
-        try:
-            source = bf.BlobFile(path, "rb", streaming=True)
-        except FileNotFoundError as error:
-            raise UserError(f"{path} is not there: copy all files of the packed folder") from error
-        with source:
-            while block := source.read(1 << 22):
-                digest.update(block)
-                copy.write(block)
+        for offset in range(0, size, BLOCK):
+            block = read_range(path, offset, min(BLOCK, size - offset), size)
+            digest.update(block)
+            copy.write(block)
         if digest.hexdigest() != sha256:
             raise UserError(f"{path} has another checksum than its folder's index says: copy the packed folder again")
     return local
