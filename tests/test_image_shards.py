@@ -81,7 +81,7 @@ def test_the_webdataset_package_reads_the_shards(odd_folder, packed_folder):
         assert sample[path.rpartition(".")[2].lower()] == Path(path).read_bytes()
 
 
-# ---------------------------------------------------------------- the same as the odd_folder
+# ---------------------------------------------------------------- the same as the folder
 
 
 def test_names_bytes_classes_and_signature_are_the_folders(odd_folder, packed_folder):
