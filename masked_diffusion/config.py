@@ -83,7 +83,9 @@ class DiffusionConfig(Config):
 class DataConfig(Config):
     """data"""
 
-    data_dir: str = option("", "folder of images named CLASS_ANYTHING.jpg, searched with its subfolders")
+    data_dir: str = option(
+        "", "folder of images named CLASS_ANYTHING.jpg, searched with its subfolders, or what pack_images.py made of it"
+    )
     latent_dir: str = option("", "folder that scripts/encode_latents.py made of the images, instead of --data_dir")
     class_cond: bool = option(True, "train with class labels", changes_run=True)
     random_crop: bool = option(False, "crop at random instead of the centre", changes_run=True)

@@ -14,7 +14,9 @@ from masked_diffusion.utils.options import Config, option
 class EncodeConfig(Config):
     """encoding"""
 
-    data_dir: str = option("", "folder of images named CLASS_ANYTHING.jpg, searched with its subfolders")
+    data_dir: str = option(
+        "", "folder of images named CLASS_ANYTHING.jpg, searched with its subfolders, or what pack_images.py made of it"
+    )
     latent_dir: str = option("", "folder to write the latents to")
     class_cond: bool = option(True, "keep class labels")
     image_size: int = option(256, "height and width of the centre crops in pixels", at_least=1)

@@ -30,11 +30,6 @@ def inspect_images(paths: Sequence[str], image_size: int, num_threads: int = 16)
         `image_size`; and the paths of those that carry an EXIF rotation.
     """
 
-    def tiny(width, height):
-        if 2 * min(width, height) < image_size:
-            return f"is {width} x {height}, tiny for an image_size of {image_size}"
-        return None
-
     def inspect(path):
         try:
             with bf.BlobFile(path, "rb") as file:
@@ -43,17 +38,23 @@ def inspect_images(paths: Sequence[str], image_size: int, num_threads: int = 16)
             raise
         except Exception as error:  # on damaged files Pillow's readers raise nearly anything
             return f"cannot be read: {error}", False
-        reason = tiny(width, height)
-        return reason, rotated and not reason
+        if 2 * min(width, height) < image_size:
+            return _describe_tiny(width, height, image_size), False
+        return None, rotated
 
     if isinstance(paths, ImageShards):
-        reasons = [tiny(width, height) for width, height in paths.sizes().tolist()]
-        bad = [(paths[i], reason) for i, reason in enumerate(reasons) if reason]
-        return bad, [paths[i] for i in np.flatnonzero(paths.rotated()) if not reasons[i]]
+        sizes = paths.sizes()
+        tiny = 2 * sizes.min(axis=1) < image_size
+        bad = [(paths[i], _describe_tiny(*sizes[i], image_size)) for i in np.flatnonzero(tiny)]
+        return bad, [paths[i] for i in np.flatnonzero(paths.rotated() & ~tiny)]
     with ThreadPoolExecutor(num_threads) as pool:
         found = list(zip(paths, pool.map(inspect, paths, chunksize=64), strict=True))
     bad = [(path, reason) for path, (reason, _) in found if reason]
     return bad, [path for path, (_, rotated) in found if rotated]
+
+
+def _describe_tiny(width, height, image_size):
+    return f"is {width} x {height}, tiny for an image_size of {image_size}"
 
 
 def check_images(
