@@ -16,7 +16,7 @@ from masked_diffusion.sampling.build import load_image_sampler
 from masked_diffusion.sampling.class_names import IMAGENET_CLASSES, find_label
 from masked_diffusion.sampling.image_sampler import ImageSampler
 from masked_diffusion.utils.errors import UserError
-from masked_diffusion.utils.flag_values import check_words
+from masked_diffusion.utils.flag_values import check_file, check_words
 from masked_diffusion.utils.options import Config, option
 from masked_diffusion.utils.pictures import check_picture_name, save_animation, save_grid
 
@@ -33,17 +33,19 @@ class PicturesConfig(Config):
         (), 'numbers or names: 279 "golden retriever"; left out: the published six of ImageNet, else the first ones',
         check=check_words,
     )  # fmt: skip
-    out: str = option("sample.jpg", "the grid of pictures")
+    out: str = option("sample.jpg", "the grid of pictures", check=check_file)
     columns: int = option(3, "pictures per row", at_least=1)
     trajectory: str | None = option(None, "file for a strip of the predicted images along the way")
     animate: str | None = option(None, "animation of the predicted images along the way: .gif, .png or .webp")
 
     def check(self) -> Self:
         super().check()
-        for path in filter(None, (self.out, self.trajectory)):
-            check_picture_name(path)
-        if self.animate:
-            check_picture_name(self.animate, animated=True)
+        for name in ("out", "trajectory", "animate"):
+            try:
+                if path := getattr(self, name):
+                    check_picture_name(path, animated=name == "animate")
+            except UserError as error:
+                raise UserError(f"--{name}: {error}") from error
         return self
 
 

@@ -1,10 +1,14 @@
-"""Process groups of torchrun, torch.distributed.launch or mpiexec, on GPUs (nccl) or CPUs (gloo); or none at all."""
+"""Distributed training: process groups of torchrun, torch.distributed.launch or mpiexec, on GPUs (nccl) or CPUs (gloo).
 
+Without a launcher, all functions work for a single process without a process group.
+"""
+
+import argparse
 import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,6 +16,7 @@ from typing import Any, TypeVar
 import blobfile as bf
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from .utils.errors import UserError
 from .utils.not_rebuilt import module_getattr
@@ -20,15 +25,15 @@ T = TypeVar("T")
 __getattr__ = module_getattr(__name__)
 SHARED_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK")  # Open MPI, MPICH and Intel MPI, PMIx launchers
+GPUS_PER_NODE = 8  # ADM's constant, for its users; nothing here uses it, since the launcher assigns the GPUs
+
+_host_group: dist.ProcessGroup | None = None  # the gloo group of `any_rank`
 
 
-GPUS_PER_NODE = 8  # of ADM's clusters; nothing here depends on it, since a launcher says which GPU a process takes
+def setup_dist() -> None:
+    """Join the launcher's process group; without a launcher, create a group of one process.
 
-
-def setup_dist():
-    """Join the launcher's process group as `join_process_group` does; alone, make a group of one process.
-
-    Published scripts call `torch.distributed` next, which needs a group in any case.
+    The published scripts call `torch.distributed` afterwards, which always needs a group. See `join_process_group`.
     """
     join_process_group()
     if not dist.is_initialized():
@@ -36,20 +41,20 @@ def setup_dist():
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 
 
-def setup_dist_multinode(args):
-    """`setup_dist` as MDT's scripts call it.
+def setup_dist_multinode(args: argparse.Namespace) -> None:
+    """`setup_dist`, as the scripts of MDT call it.
 
-    :param args: parsed flags; its `rank`, `world_size`, `local_rank` and `gpu` are set, and `distributed` to True.
+    :param args: parsed flags, on which `rank`, `world_size`, `local_rank`, `gpu` and `distributed` (True) are set.
     """
     setup_dist()
     args.rank, args.world_size, args.distributed = get_rank(), get_world_size(), True
     args.local_rank = args.gpu = get_local_rank()
 
 
-def join_process_group():
-    """Join the process group of torchrun, torch.distributed.launch or mpiexec; alone, do nothing.
+def join_process_group() -> None:
+    """Join the process group of torchrun, torch.distributed.launch or mpiexec; without a launcher, do nothing.
 
-    :raises UserError: when a launcher starts more processes on a node than it has GPUs.
+    :raises UserError: if there are more processes than GPUs on a node, or the processes do not connect after a restart.
     """
     if dist.is_initialized():
         return
@@ -63,27 +68,27 @@ def join_process_group():
     local_rank, num_gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
     if local_rank >= num_gpus:
         raise UserError(
-            f"local rank {local_rank} has no GPU of its own: this node shows {num_gpus}; "
+            f"there is no GPU for local rank {local_rank}, since this node has only {num_gpus}: "
             f"start at most {num_gpus} processes per node (torchrun --nproc_per_node)"
         )
     torch.cuda.set_device(local_rank)
     _join("nccl", device_id=dev())
 
 
-def _join(backend, **options):
+def _join(backend: str, **options: Any) -> None:
     try:
         dist.init_process_group(backend, **options)
     except RuntimeError as error:
         if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0" or SHARED_STORE in os.environ:
             raise
-        # torchrun reuses its store after a restart, in which gloo then finds the addresses of the dead processes.
+        # After a restart torchrun uses the same store again, and gloo finds the addresses of the old processes there.
         raise UserError(
-            f"the processes do not meet after a restart: export {SHARED_STORE}=1 before torchrun"
+            f"the processes cannot connect after a restart: set {SHARED_STORE}=1 before starting torchrun"
         ) from error
 
 
-def _describe_mpi_job():
-    """Put an MPI job into the environment variables that torch reads."""
+def _describe_mpi_job() -> None:
+    """Set the environment variables that torch.distributed reads, from the MPI job."""
     from mpi4py import MPI
 
     world = MPI.COMM_WORLD
@@ -103,54 +108,61 @@ def _describe_mpi_job():
     }
 
 
-def cleanup():
+def cleanup() -> None:
+    """Leave the process group."""
     global _host_group
     if dist.is_initialized():
         dist.destroy_process_group()
         _host_group = None
 
 
-def dev():
+def dev() -> torch.device:
     """The device of this process."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def get_rank():
+def get_rank() -> int:
+    """The number of this process in the job; 0 without a process group."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def get_world_size():
+def get_world_size() -> int:
+    """The number of processes in the job; 1 without a process group."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def is_main():
+def is_main() -> bool:
+    """Whether this process is rank 0."""
     return get_rank() == 0
 
 
-def is_dist_avail_and_initialized():
+def is_dist_avail_and_initialized() -> bool:
+    """Whether there is a process group."""
     return dist.is_available() and dist.is_initialized()
 
 
-def synchronize():
-    """Wait for all ranks: MDT's name of `barrier`."""
+def synchronize() -> None:
+    """MDT's name for `barrier`."""
     barrier()
 
 
 def get_local_rank() -> int:
-    """The number of this process on its node, 0 without a launcher."""
+    """The number of this process on its node; 0 without a launcher."""
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
-def barrier():
+def barrier() -> None:
+    """Wait until all ranks have called this."""
     if dist.is_initialized():
         dist.barrier()
 
 
 @contextmanager
 def main_first() -> Iterator[None]:
-    """Rank 0 runs the block before the others: for downloads that the others then find in the cache.
+    """Run a `with` block on rank 0 first, for example to download a file that the other ranks find in the cache.
 
-    :raises UserError: on the other ranks too, where rank 0 failed with one.
+    :raises UserError: on all ranks, if rank 0 raised one.
+    :raises RuntimeError: on the other ranks, if rank 0 raised another error.
     """
     if not is_main():
         _raise_main_failure(broadcast_object(None))
@@ -165,9 +177,10 @@ def main_first() -> Iterator[None]:
 
 
 def run_on_main(function: Callable[..., T], *args: Any) -> T:
-    """Rank 0's result of a function, on every rank. All ranks call it; where rank 0 fails, none waits for it.
+    """Run a function on rank 0 and return its result on all ranks, which all call this.
 
-    :raises UserError: on every rank, where rank 0 failed with one.
+    :raises UserError: on all ranks, if rank 0 raised one.
+    :raises RuntimeError: on the other ranks, if rank 0 raised another error.
     """
     failure = result = None
     if is_main():
@@ -192,46 +205,46 @@ def _raise_main_failure(failure: tuple[bool, str] | None) -> None:
 
 
 def is_first(key: str) -> bool:
-    """Whether this is the first process of the job to ask with this key. Before the ranks have met, rank 0 is."""
+    """Whether this is the first process of the job that calls this with `key`; True only on rank 0 without a group."""
     if not dist.is_initialized():
         ranks = (os.environ.get(name) for name in ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK"))
         return next((int(rank) for rank in ranks if rank), 0) == 0
     try:
         return dist.distributed_c10d._get_default_store().add(key, 1) == 1
-    except RuntimeError:  # the process that held the store has ended
+    except RuntimeError:  # the process with the store has ended
         return is_main()
 
 
 def is_first_of_node(key: str) -> bool:
-    """Whether this is the first process of its node to ask with this key; local rank 0, before the ranks have met."""
+    """Whether this is the first process of its node that calls this with `key`; local rank 0 without a group."""
     if not dist.is_initialized():
         return get_local_rank() == 0
     return is_first(f"{key} on node {os.environ.get('GROUP_RANK', 0)}")
 
 
 def end_restarts() -> None:
-    """Let torchrun end the job, where it would start it again: for an error that would only come back.
+    """Stop torchrun instead of letting it restart the job, for an error that every restart would repeat.
 
-    One process per node calls it: a second signal would interrupt torchrun's clean-up.
+    Only one process per node may call it: a second signal would interrupt torchrun's clean-up.
     """
     left = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) - int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
     if left <= 0:
         return
     with suppress(OSError):  # no /proc on this system
         if b"torch" in Path(f"/proc/{os.getppid()}/cmdline").read_bytes():
-            print("torchrun is told to end the job; what it prints below says no more", file=sys.stderr, flush=True)
+            print("torchrun is told to end the job: its messages below can be ignored", file=sys.stderr, flush=True)
             os.kill(os.getppid(), signal.SIGTERM)
 
 
-def sync_params(params):
-    """Overwrite every tensor with rank 0's."""
+def sync_params(params: Iterable[Tensor]) -> None:
+    """Replace the values of the tensors by those of rank 0."""
     if dist.is_initialized():
         for param in params:
             dist.broadcast(param.data, 0)
 
 
-def all_gather_rows(rows):
-    """(N, ...) on each rank -> (N * world_size, ...) in the order of the ranks. All ranks bring the same N."""
+def all_gather_rows(rows: Tensor) -> Tensor:
+    """(N, ...) on each rank -> (N * world_size, ...) on all ranks, in the order of the ranks; N is the same on all."""
     if not dist.is_initialized():
         return rows
     gathered = [torch.empty_like(rows) for _ in range(get_world_size())]
@@ -239,16 +252,16 @@ def all_gather_rows(rows):
     return torch.cat(gathered)
 
 
-def mean_over_ranks(values):
-    """The mean over ranks of a 1-D tensor, on every rank."""
+def mean_over_ranks(values: Tensor) -> Tensor:
+    """The mean of a tensor over all ranks, on all ranks. It overwrites `values`."""
     if dist.is_initialized():
         dist.all_reduce(values)
         values /= get_world_size()
     return values
 
 
-def broadcast_object(value):
-    """Rank 0's value on every rank, which may be any Python object."""
+def broadcast_object(value: Any) -> Any:
+    """The value of rank 0, on all ranks; any Python object."""
     box = [value]
     if dist.is_initialized():
         dist.broadcast_object_list(box, 0)
@@ -256,7 +269,7 @@ def broadcast_object(value):
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """Every rank's value, in the order of the ranks, on every rank."""
+    """The values of all ranks, in the order of the ranks, on all ranks; any Python objects."""
     if not dist.is_initialized():
         return [value]
     gathered = [None] * get_world_size()
@@ -265,7 +278,10 @@ def gather_objects(value: Any) -> list[Any]:
 
 
 def any_rank(flag: bool) -> bool:
-    """Whether the flag is set on some rank, known to all: they meet on their hosts, and no GPU is waited for."""
+    """Whether the flag is True on at least one rank; all ranks call this and get the same answer.
+
+    The ranks communicate over gloo, so that none has to wait for its GPU.
+    """
     if not dist.is_initialized():
         return flag
     global _host_group
@@ -276,13 +292,12 @@ def any_rank(flag: bool) -> bool:
     return bool(value)
 
 
-_host_group = None
+def load_state_dict(path: str, map_location: torch.device | str = "cpu") -> Any:
+    """Read a file of tensors that `torch.save` wrote. Code in the file is never run.
 
-
-def load_state_dict(path, map_location="cpu"):
-    """Read tensors that `torch.save` wrote, from a local or remote path. Code in the file is never run.
-
-    :raises UserError: for a file that is cut short, not a checkpoint, or holds other things than tensors.
+    :param path: a local path, or a remote one that blobfile can read.
+    :raises FileNotFoundError: if there is no such file.
+    :raises UserError: for a file that is truncated, is no checkpoint, or holds objects other than tensors.
     """
     try:
         with bf.BlobFile(path, "rb") as file:
@@ -292,6 +307,6 @@ def load_state_dict(path, map_location="cpu"):
     except Exception as error:  # torch raises anything from EOFError to UnpicklingError
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
-            f"{path} cannot be read as a checkpoint ({reason}): it is cut short, of another kind, or holds objects "
-            "that are not tensors, which are never loaded"
+            f"{path} cannot be read as a checkpoint ({reason}): it is truncated, another kind of file, or holds "
+            "objects other than tensors, which are never loaded"
         ) from error

@@ -1,19 +1,22 @@
-"""The Gaussian diffusion process: forward process, losses, ancestral and implicit sampling.
+"""The Gaussian diffusion process: training losses, ancestral sampling and DDIM sampling.
 
 Ho et al. 2020 (DDPM), Nichol & Dhariwal 2021 (improved DDPM), Song et al. 2021 (DDIM), Dhariwal & Nichol 2021 (ADM),
-Hang et al. 2023 (Min-SNR). Names and arguments are those of ADM's `guided_diffusion`.
+Hang et al. 2023 (Min-SNR). The names and the order of the arguments are those of ADM's `guided_diffusion`.
 """
 
 import enum
 import math
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from numbers import Number
+from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 
-from .diffusion_utils import (  # noqa: F401  (the schedules are found here in ADM, DiT and MDT)
+from .diffusion_utils import (  # noqa: F401  (ADM, DiT and MDT have the schedules in this module)
     _warmup_beta,
     betas_for_alpha_bar,
     discretized_gaussian_log_likelihood,
@@ -22,167 +25,71 @@ from .diffusion_utils import (  # noqa: F401  (the schedules are found here in A
     mean_flat,
     normal_kl,
 )
-from .forward_process import ForwardProcess
+from .reverse_process import ModelMeanType, ModelVarType, ReverseProcess
 from .utils.errors import UserError
 from .utils.not_rebuilt import module_getattr
 
 __getattr__ = module_getattr(__name__)
 
 
-class ModelMeanType(enum.Enum):
-    """What the network predicts."""
-
-    EPSILON = "eps"
-    START_X = "x_start"
-    PREVIOUS_X = "x_prev"  # a published name; no diffusion is made of it
-    VELOCITY = "v"  # v = sqrt(alphas_cumprod) eps - sqrt(1 - alphas_cumprod) x_start (Salimans & Ho 2022)
-
-
-class ModelVarType(enum.Enum):
-    """Where the variance of the reverse process comes from."""
-
-    LEARNED_RANGE = "learned_range"  # the second half of the output interpolates between the two fixed ones
-    FIXED_SMALL = "fixed_small"  # the posterior's
-    FIXED_LARGE = "fixed_large"  # beta
-    LEARNED = "learned"  # a published name; no diffusion is made of it
-
-
 class LossType(enum.Enum):
-    MSE = "mse"  # weighted MSE, plus the variational term when the variance is learned
-    RESCALED_MSE = "rescaled_mse"  # the same with the variational term times steps / 1000
-    KL = "kl"  # the variational bound
-    RESCALED_KL = "rescaled_kl"  # the bound times the number of steps: an estimate of its sum
+    """What training minimizes."""
 
-    def is_vb(self):
+    MSE = "mse"  # MSE of the prediction, plus the variational bound if the variance is learned
+    RESCALED_MSE = "rescaled_mse"  # the same, with the variational bound multiplied by num_timesteps / 1000
+    KL = "kl"  # one term of the variational bound
+    RESCALED_KL = "rescaled_kl"  # that term times num_timesteps: an estimate of the whole bound
+
+    def is_vb(self) -> bool:
+        """Whether the loss is the variational bound alone."""
         return self in (LossType.KL, LossType.RESCALED_KL)
 
 
-class GaussianDiffusion(ForwardProcess):
+class GaussianDiffusion(ReverseProcess):
     """Training losses and sampling loops for one noise schedule.
 
-    Everywhere: `x_start`, `x`, `x_t`, `noise` are (N, C, ...) floats; `t` is (N,) int64 in [0, num_timesteps);
-    `model(x, t, **model_kwargs)` returns (N, C, ...), or (N, 2C, ...) with a learned variance.
+    In all methods, `x_start`, `x`, `x_t` and `noise` are (N, C, ...) floats, `t` is (N,) int64 in [0, num_timesteps),
+    and `model(x, t, **model_kwargs)` returns (N, C, ...), or (N, 2C, ...) with a learned variance.
 
     :param betas: noise variances, in (0, 1].
-    :param rescale_timesteps: give models and `cond_fn`s t * 1000 / num_timesteps as floats, as ADM's first models had.
-    :param snr_gamma: Min-SNR's gamma, which weights the MSE term; None is no weight.
+    :param rescale_timesteps: give models and `cond_fn`s the float t * 1000 / num_timesteps, as ADM's first models had.
+    :param snr_gamma: gamma of the Min-SNR weight of the MSE; None for an unweighted MSE.
     :raises UserError: for betas outside (0, 1], and for `PREVIOUS_X` and `LEARNED`.
     """
 
     def __init__(
         self,
         *,
-        betas,
-        model_mean_type=ModelMeanType.EPSILON,
-        model_var_type=ModelVarType.LEARNED_RANGE,
-        loss_type=LossType.MSE,
-        rescale_timesteps=False,
-        snr_gamma=None,
+        betas: np.ndarray | Sequence[float],
+        model_mean_type: ModelMeanType = ModelMeanType.EPSILON,
+        model_var_type: ModelVarType = ModelVarType.LEARNED_RANGE,
+        loss_type: LossType = LossType.MSE,
+        rescale_timesteps: bool = False,
+        snr_gamma: float | None = None,
     ):
-        if model_mean_type == ModelMeanType.PREVIOUS_X:
-            raise UserError(
-                "models that predict x_{t-1} (PREVIOUS_X) are not rebuilt: use EPSILON, START_X or VELOCITY"
-            )
-        if model_var_type == ModelVarType.LEARNED:
-            raise UserError("freely learned variances (LEARNED) are not rebuilt: use LEARNED_RANGE (learn_sigma=True)")
-        super().__init__(betas)
-        self.model_mean_type, self.model_var_type, self.loss_type = model_mean_type, model_var_type, loss_type
-        self.rescale_timesteps, self.snr_gamma = rescale_timesteps, snr_gamma
-
-    def model_timesteps(self, t):
-        """What models and `cond_fn`s are given for this process's (N,) steps."""
-        return t.float() * (1000.0 / self.num_timesteps) if self.rescale_timesteps else t
-
-    # ------------------------------------------------------------ reverse process
-
-    def p_mean_variance(self, model, x, t, clip_denoised=True, denoised_fn=None, model_kwargs=None):
-        """p(x_{t-1} | x_t) and the prediction of x_0.
-
-        :param clip_denoised: clip the predicted x_0 to [-1, 1].
-        :param denoised_fn: applied to the predicted x_0 before the clipping.
-        :return: dict of `mean`, `variance`, `log_variance`, `pred_xstart`, each of x's shape.
-        """
-        return self._interpret(self._call(model, x, t, model_kwargs), x, t, clip_denoised, denoised_fn)
-
-    def _call(self, function, x, t, kwargs):
-        """The output of a model or a `cond_fn` at this process's steps."""
-        return function(x, self.model_timesteps(t), **(kwargs or {}))
-
-    def _interpret(self, model_output, x, t, clip_denoised, denoised_fn=None):
-        """`p_mean_variance` for an output that is already there."""
-        prediction, variance_values = self._split(model_output, x)
-        variance, log_variance = self._variance(variance_values, x, t)
-        pred_xstart = self._pred_xstart(prediction, x, t)
-        if denoised_fn is not None:
-            pred_xstart = denoised_fn(pred_xstart)
-        if clip_denoised:
-            pred_xstart = pred_xstart.clamp(-1, 1)
-        mean, _, _ = self.q_posterior_mean_variance(pred_xstart, x, t)
-        return {"mean": mean, "variance": variance, "log_variance": log_variance, "pred_xstart": pred_xstart}
-
-    def _split(self, model_output, x):
-        """The prediction, and the variance values or None; refuses an output of another shape."""
-        factor = 2 if self.model_var_type == ModelVarType.LEARNED_RANGE else 1
-        expected = (x.shape[0], factor * x.shape[1], *x.shape[2:])
-        if model_output.shape != expected:
-            raise UserError(
-                f"the model returned {tuple(model_output.shape)} for an input of {tuple(x.shape)}, but this diffusion "
-                f"({self.model_var_type.name}) needs {expected}: give model and diffusion the same learn_sigma"
-            )
-        return model_output.chunk(2, dim=1) if factor == 2 else (model_output, None)
-
-    def _variance(self, variance_values, x, t):
-        """Variance and log variance of p(x_{t-1} | x_t), of x's shape."""
-        fixed = {
-            ModelVarType.FIXED_SMALL: ("posterior_variance", "posterior_log_variance_clipped"),
-            ModelVarType.FIXED_LARGE: ("fixed_large_variance", "fixed_large_log_variance"),
-        }
-        if self.model_var_type in fixed:
-            return tuple(self._extract(name, t, x).expand_as(x) for name in fixed[self.model_var_type])
-        # Improved DDPM, eq. 15, for values in [-1, 1]
-        fraction = (variance_values + 1) / 2
-        low, high = self._extract("posterior_log_variance_clipped", t, x), self._extract("log_betas", t, x)
-        log_variance = fraction * high + (1 - fraction) * low
-        return log_variance.exp(), log_variance
-
-    def _pred_xstart(self, prediction, x, t):
-        if self.model_mean_type == ModelMeanType.START_X:
-            return prediction
-        if self.model_mean_type == ModelMeanType.VELOCITY:
-            return self._predict_xstart_from_v(x, t, prediction)
-        return self._predict_xstart_from_eps(x, t, prediction)
-
-    def condition_mean(self, cond_fn, p_mean_var, x, t, model_kwargs=None):
-        """The mean shifted by a classifier's gradient `cond_fn(x, t, **model_kwargs)` (ADM, algorithm 1)."""
-        gradient = self._call(cond_fn, x, t, model_kwargs)
-        return p_mean_var["mean"].float() + p_mean_var["variance"] * gradient.float()
-
-    def condition_score(self, cond_fn, p_mean_var, x, t, model_kwargs=None):
-        """`p_mean_var` with its score shifted by a classifier's gradient (ADM, algorithm 2; Song et al. 2020)."""
-        eps = self._predict_eps_from_xstart(x, t, p_mean_var["pred_xstart"])
-        gradient = self._call(cond_fn, x, t, model_kwargs)
-        eps = eps - self._extract("sqrt_one_minus_alphas_cumprod", t, x) * gradient
-        pred_xstart = self._predict_xstart_from_eps(x, t, eps)
-        mean, _, _ = self.q_posterior_mean_variance(pred_xstart, x, t)
-        return {**p_mean_var, "pred_xstart": pred_xstart, "mean": mean}
+        super().__init__(betas, model_mean_type, model_var_type, rescale_timesteps)
+        self.loss_type, self.snr_gamma = loss_type, snr_gamma
 
     # ------------------------------------------------------------ ancestral sampling
 
     def p_sample(
         self,
-        model,
-        x,
-        t,
-        clip_denoised=True,
-        denoised_fn=None,
-        cond_fn=None,
-        model_kwargs=None,
-        randn_like=torch.randn_like,
-    ):
+        model: Callable[..., Tensor],
+        x: Tensor,
+        t: Tensor,
+        clip_denoised: bool = True,
+        denoised_fn: Callable[[Tensor], Tensor] | None = None,
+        cond_fn: Callable[..., Tensor] | None = None,
+        model_kwargs: Mapping[str, Any] | None = None,
+        randn_like: Callable[[Tensor], Tensor] = torch.randn_like,
+    ) -> dict[str, Tensor]:
         """One ancestral step from x_t to x_{t-1} (DDPM, algorithm 2).
 
-        :param randn_like: where the noise comes from; a per-sample generator makes images independent of the batch.
-        :return: dict of `sample` and `pred_xstart`.
+        :param clip_denoised, denoised_fn: see `p_mean_variance`.
+        :param cond_fn: see `condition_mean`.
+        :param randn_like: `randn_like(x)` draws the noise; with one generator per sample, an image does not depend on
+            the other images of its batch.
+        :return: dict of `sample` and `pred_xstart`, each of x's shape.
         """
         out = self.p_mean_variance(model, x, t, clip_denoised, denoised_fn, model_kwargs)
         noise = randn_like(x)
@@ -194,46 +101,56 @@ class GaussianDiffusion(ForwardProcess):
 
     def p_sample_loop(
         self,
-        model,
-        shape,
-        noise=None,
-        clip_denoised=True,
-        denoised_fn=None,
-        cond_fn=None,
-        model_kwargs=None,
-        device=None,
-        progress=False,
-        randn_like=torch.randn_like,
-    ):
-        """Samples of `shape` by all ancestral steps; arguments as of `p_sample_loop_progressive`."""
-        step = (clip_denoised, denoised_fn, cond_fn, model_kwargs)
-        return _last(self.p_sample_loop_progressive(model, shape, noise, *step, device, progress, randn_like))
+        model: Callable[..., Tensor],
+        shape: Sequence[int],
+        noise: Tensor | None = None,
+        clip_denoised: bool = True,
+        denoised_fn: Callable[[Tensor], Tensor] | None = None,
+        cond_fn: Callable[..., Tensor] | None = None,
+        model_kwargs: Mapping[str, Any] | None = None,
+        device: torch.device | str | None = None,
+        progress: bool = False,
+        randn_like: Callable[[Tensor], Tensor] = torch.randn_like,
+    ) -> Tensor:
+        """Samples of the given shape, after all ancestral steps. Arguments: see `p_sample_loop_progressive`."""
+        options = (clip_denoised, denoised_fn, cond_fn, model_kwargs, device, progress, randn_like)
+        return _last_sample(self.p_sample_loop_progressive(model, shape, noise, *options))
 
     def p_sample_loop_progressive(
         self,
-        model,
-        shape,
-        noise=None,
-        clip_denoised=True,
-        denoised_fn=None,
-        cond_fn=None,
-        model_kwargs=None,
-        device=None,
-        progress=False,
-        randn_like=torch.randn_like,
-    ):
-        """Yields `p_sample`'s dict after every step.
+        model: Callable[..., Tensor],
+        shape: Sequence[int],
+        noise: Tensor | None = None,
+        clip_denoised: bool = True,
+        denoised_fn: Callable[[Tensor], Tensor] | None = None,
+        cond_fn: Callable[..., Tensor] | None = None,
+        model_kwargs: Mapping[str, Any] | None = None,
+        device: torch.device | str | None = None,
+        progress: bool = False,
+        randn_like: Callable[[Tensor], Tensor] = torch.randn_like,
+    ) -> Iterator[dict[str, Tensor]]:
+        """Yield what `p_sample` returns, for every step from the last to step 0.
 
-        :param shape: (N, C, ...) of the samples.
-        :param noise: x_T; drawn where it is not given.
-        :param clip_denoised, denoised_fn, cond_fn, model_kwargs, randn_like: as in `p_sample`.
-        :param device: where x_T is drawn; the model's by default.
-        :param progress: show a bar.
+        :param shape: (N, C, ...), the shape of the samples.
+        :param noise: x_T; None draws it.
+        :param clip_denoised, denoised_fn, cond_fn, model_kwargs, randn_like: see `p_sample`.
+        :param device: device of the samples; None is that of `noise`, or without it that of the model's parameters.
+        :param progress: show a progress bar.
         """
-        step = (clip_denoised, denoised_fn, cond_fn, model_kwargs, randn_like)
-        yield from self._loop(self.p_sample, model, shape, noise, device, progress, step)
+        options = (clip_denoised, denoised_fn, cond_fn, model_kwargs, randn_like)
+        yield from self._loop(self.p_sample, model, shape, noise, device, progress, options)
 
-    def _loop(self, step, model, shape, noise, device, progress, step_arguments):
+    def _loop(
+        self,
+        step: Callable[..., dict[str, Tensor]],
+        model: Callable[..., Tensor],
+        shape: Sequence[int],
+        noise: Tensor | None,
+        device: torch.device | str | None,
+        progress: bool,
+        step_arguments: tuple,
+    ) -> Iterator[dict[str, Tensor]]:
+        """Yield what `step(model, x, t, *step_arguments)` returns, for every step from the last to step 0."""
         if device is None:
             device = noise.device if noise is not None else next(model.parameters()).device
         x = torch.randn(*shape, device=device) if noise is None else noise
@@ -244,21 +161,27 @@ class GaussianDiffusion(ForwardProcess):
             yield out
             x = out["sample"]
 
-    # ------------------------------------------------------------ implicit sampling
+    # ------------------------------------------------------------ DDIM sampling
 
     def ddim_sample(
         self,
-        model,
-        x,
-        t,
-        clip_denoised=True,
-        denoised_fn=None,
-        cond_fn=None,
-        model_kwargs=None,
-        eta=0.0,
-        randn_like=torch.randn_like,
-    ):
-        """One step from x_t to x_{t-1} (DDIM, eqs. 12 and 16); eta = 0 is deterministic, 1 ancestral."""
+        model: Callable[..., Tensor],
+        x: Tensor,
+        t: Tensor,
+        clip_denoised: bool = True,
+        denoised_fn: Callable[[Tensor], Tensor] | None = None,
+        cond_fn: Callable[..., Tensor] | None = None,
+        model_kwargs: Mapping[str, Any] | None = None,
+        eta: float = 0.0,
+        randn_like: Callable[[Tensor], Tensor] = torch.randn_like,
+    ) -> dict[str, Tensor]:
+        """One DDIM step from x_t to x_{t-1} (DDIM, eqs. 12 and 16).
+
+        :param clip_denoised, denoised_fn, model_kwargs, randn_like: see `p_sample`.
+        :param cond_fn: see `condition_score`.
+        :param eta: 0 is deterministic, 1 adds as much noise as DDPM's posterior.
+        :return: dict of `sample` and `pred_xstart`, each of x's shape.
+        """
         out = self.p_mean_variance(model, x, t, clip_denoised, denoised_fn, model_kwargs)
         if cond_fn is not None:
             out = self.condition_score(cond_fn, out, x, t, model_kwargs)
@@ -271,19 +194,32 @@ class GaussianDiffusion(ForwardProcess):
         return {"sample": mean + nonzero_mask * sigma * noise, "pred_xstart": out["pred_xstart"]}
 
     def ddim_reverse_sample(
-        self, model, x, t, clip_denoised=True, denoised_fn=None, cond_fn=None, model_kwargs=None, eta=0.0
-    ):
-        """One step of the deterministic ODE the other way, from x_t to x_{t+1} (eta must be 0).
+        self,
+        model: Callable[..., Tensor],
+        x: Tensor,
+        t: Tensor,
+        clip_denoised: bool = True,
+        denoised_fn: Callable[[Tensor], Tensor] | None = None,
+        cond_fn: Callable[..., Tensor] | None = None,
+        model_kwargs: Mapping[str, Any] | None = None,
+        eta: float = 0.0,
+    ) -> dict[str, Tensor]:
+        """One step of DDIM's deterministic ODE in reverse, from x_t to x_{t+1}.
 
-        The positions are DiT's and MDT's. ADM's, which has no `cond_fn` (..., denoised_fn, model_kwargs, eta), are
-        told apart by their types: a dict in the place of the function, or a number in the place of the dict.
+        The order of the arguments is that of DiT and MDT. ADM's has no `cond_fn` (denoised_fn, model_kwargs, eta): a
+        call in that order works too, and is recognized by a dict as `cond_fn`, or a number as `model_kwargs`.
+
+        :param eta: must be 0.
+        :return: dict of `sample` and `pred_xstart`, each of x's shape.
+        :raises UserError: if eta is not 0.
+        :raises TypeError: if the arguments fit neither order.
         """
         if isinstance(cond_fn, Mapping) or isinstance(model_kwargs, Number):
             cond_fn, model_kwargs, eta = None, cond_fn, eta if model_kwargs is None else model_kwargs
             if callable(model_kwargs) or not isinstance(eta, Number):
-                raise TypeError("ddim_reverse_sample takes cond_fn, model_kwargs, eta, or as in ADM model_kwargs, eta")
+                raise TypeError("ddim_reverse_sample takes (cond_fn, model_kwargs, eta), or ADM's (model_kwargs, eta)")
         if eta != 0.0:
-            raise UserError(f"eta is {eta}: the reverse ODE is deterministic, so eta must be 0")
+            raise UserError(f"eta is {eta}: eta must be 0, since the reverse ODE is deterministic")
         out = self.p_mean_variance(model, x, t, clip_denoised, denoised_fn, model_kwargs)
         if cond_fn is not None:
             out = self.condition_score(cond_fn, out, x, t, model_kwargs)
@@ -294,49 +230,55 @@ class GaussianDiffusion(ForwardProcess):
 
     def ddim_sample_loop(
         self,
-        model,
-        shape,
-        noise=None,
-        clip_denoised=True,
-        denoised_fn=None,
-        cond_fn=None,
-        model_kwargs=None,
-        device=None,
-        progress=False,
-        eta=0.0,
-        randn_like=torch.randn_like,
-    ):
-        """Samples of `shape` by DDIM; arguments as of `ddim_sample_loop_progressive`."""
+        model: Callable[..., Tensor],
+        shape: Sequence[int],
+        noise: Tensor | None = None,
+        clip_denoised: bool = True,
+        denoised_fn: Callable[[Tensor], Tensor] | None = None,
+        cond_fn: Callable[..., Tensor] | None = None,
+        model_kwargs: Mapping[str, Any] | None = None,
+        device: torch.device | str | None = None,
+        progress: bool = False,
+        eta: float = 0.0,
+        randn_like: Callable[[Tensor], Tensor] = torch.randn_like,
+    ) -> Tensor:
+        """Samples of the given shape, after all DDIM steps. Arguments: see `ddim_sample_loop_progressive`."""
         step = (clip_denoised, denoised_fn, cond_fn, model_kwargs)
-        return _last(self.ddim_sample_loop_progressive(model, shape, noise, *step, device, progress, eta, randn_like))
+        return _last_sample(
+            self.ddim_sample_loop_progressive(model, shape, noise, *step, device, progress, eta, randn_like)
+        )
 
     def ddim_sample_loop_progressive(
         self,
-        model,
-        shape,
-        noise=None,
-        clip_denoised=True,
-        denoised_fn=None,
-        cond_fn=None,
-        model_kwargs=None,
-        device=None,
-        progress=False,
-        eta=0.0,
-        randn_like=torch.randn_like,
-    ):
-        """Yields `ddim_sample`'s dict after every step; arguments as of `p_sample_loop_progressive`, and `eta`."""
-        step = (clip_denoised, denoised_fn, cond_fn, model_kwargs, eta, randn_like)
-        yield from self._loop(self.ddim_sample, model, shape, noise, device, progress, step)
+        model: Callable[..., Tensor],
+        shape: Sequence[int],
+        noise: Tensor | None = None,
+        clip_denoised: bool = True,
+        denoised_fn: Callable[[Tensor], Tensor] | None = None,
+        cond_fn: Callable[..., Tensor] | None = None,
+        model_kwargs: Mapping[str, Any] | None = None,
+        device: torch.device | str | None = None,
+        progress: bool = False,
+        eta: float = 0.0,
+        randn_like: Callable[[Tensor], Tensor] = torch.randn_like,
+    ) -> Iterator[dict[str, Tensor]]:
+        """Yield what `ddim_sample` returns, for every step. Arguments: as `p_sample_loop_progressive`, and `eta`."""
+        options = (clip_denoised, denoised_fn, cond_fn, model_kwargs, eta, randn_like)
+        yield from self._loop(self.ddim_sample, model, shape, noise, device, progress, options)
 
     # ------------------------------------------------------------ losses
 
-    def _vb_terms_bpd(self, model_output, x_start, x_t, t, clip_denoised):
-        """One term of the variational bound in bits per dimension: KL for t > 0, the decoder's NLL at t = 0.
+    def _vb_terms_bpd(
+        self, model_output: Tensor, x_start: Tensor, x_t: Tensor, t: Tensor, clip_denoised: bool
+    ) -> dict[str, Tensor]:
+        """The term of the variational bound at t, in bits per dimension (DDPM, eq. 5).
 
-        :return: dict of `output` (N,) and `pred_xstart`.
+        It is the KL divergence of the two posteriors for t > 0, and the decoder's negative log-likelihood at t = 0.
+
+        :return: dict of `output` (N,) and `pred_xstart`, of x_start's shape.
         """
         true_mean, _, true_log_variance = self.q_posterior_mean_variance(x_start, x_t, t)
-        out = self._interpret(model_output, x_t, t, clip_denoised)
+        out = self._mean_variance_from_output(model_output, x_t, t, clip_denoised)
         kl = normal_kl(true_mean, true_log_variance, out["mean"], out["log_variance"])
         decoder_nll = -discretized_gaussian_log_likelihood(
             x_start, means=out["mean"], log_scales=0.5 * out["log_variance"]
@@ -344,19 +286,26 @@ class GaussianDiffusion(ForwardProcess):
         output = torch.where(t == 0, mean_flat(decoder_nll), mean_flat(kl)) / math.log(2.0)
         return {"output": output, "pred_xstart": out["pred_xstart"]}
 
-    def _mse_weight(self, t, like):
-        """Min-SNR (Hang et al. 2023, sec. 3.4), for the quantity the network predicts; (N,)."""
-        snr = self._extract("snr", t, like).flatten()
+    def _min_snr_weight(self, t: Tensor, x_start: Tensor) -> Tensor:
+        """(N,) Min-SNR weights of the MSE of what the network predicts (Hang et al. 2023, sec. 3.4)."""
+        snr = self._extract("snr", t, x_start).flatten()
         clipped = snr.clamp(max=self.snr_gamma)
         if self.model_mean_type == ModelMeanType.START_X:
             return clipped
         return clipped / (snr + 1 if self.model_mean_type == ModelMeanType.VELOCITY else snr)
 
-    def training_losses(self, model, x_start, t, model_kwargs=None, noise=None):
-        """Losses of one pass, per sample.
+    def training_losses(
+        self,
+        model: Callable[..., Tensor],
+        x_start: Tensor,
+        t: Tensor,
+        model_kwargs: Mapping[str, Any] | None = None,
+        noise: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """The losses of each sample, from one call of the model.
 
-        :param noise: drawn where it is not given.
-        :return: dict of (N,) tensors: `loss`, and with an MSE loss `mse` and, for a learned variance, `vb`.
+        :param noise: the noise added to x_start; None draws it.
+        :return: dict of (N,) tensors: `loss`; with an MSE loss also `mse`, and `vb` if the variance is learned.
         """
         if noise is None:
             noise = torch.randn_like(x_start)
@@ -368,9 +317,9 @@ class GaussianDiffusion(ForwardProcess):
             return {"loss": loss * self.num_timesteps if self.loss_type == LossType.RESCALED_KL else loss}
 
         terms = {}
-        prediction, variance_values = self._split(model_output, x_t)
+        prediction, variance_values = self._split_output(model_output, x_t)
         if variance_values is not None:
-            # The bound trains the variance alone: the mean is detached (improved DDPM, sec. 3.1).
+            # The mean is detached, so that the bound trains only the variance (improved DDPM, sec. 3.1).
             frozen = torch.cat([prediction.detach(), variance_values], dim=1)
             terms["vb"] = self._vb_terms_bpd(frozen, x_start, x_t, t, clip_denoised=False)["output"]
             if self.loss_type == LossType.RESCALED_MSE:
@@ -382,21 +331,28 @@ class GaussianDiffusion(ForwardProcess):
         }[self.model_mean_type]()
         terms["mse"] = mean_flat((target - prediction) ** 2)
         if self.snr_gamma is not None:
-            terms["mse"] = terms["mse"] * self._mse_weight(t, x_start)
+            terms["mse"] = terms["mse"] * self._min_snr_weight(t, x_start)
         terms["loss"] = terms["mse"] + terms["vb"] if "vb" in terms else terms["mse"]
         return terms
 
-    def _prior_bpd(self, x_start):
-        """KL of q(x_T | x_0) to the standard normal in bits per dimension, (N,)."""
+    def _prior_bpd(self, x_start: Tensor) -> Tensor:
+        """(N,) KL divergence of q(x_T | x_0) from the standard normal, in bits per dimension."""
         t = torch.full((len(x_start),), self.num_timesteps - 1, dtype=torch.long, device=x_start.device)
         mean, _, log_variance = self.q_mean_variance(x_start, t)
         return mean_flat(normal_kl(mean, log_variance, 0.0, 0.0)) / math.log(2.0)
 
-    def calc_bpd_loop(self, model, x_start, clip_denoised=True, model_kwargs=None):
-        """The whole variational bound, term by term, in bits per dimension.
+    def calc_bpd_loop(
+        self,
+        model: Callable[..., Tensor],
+        x_start: Tensor,
+        clip_denoised: bool = True,
+        model_kwargs: Mapping[str, Any] | None = None,
+    ) -> dict[str, Tensor]:
+        """The variational bound and all its terms, in bits per dimension.
 
-        :return: dict of `total_bpd` (N,), `prior_bpd` (N,), and `vb`, `xstart_mse`, `mse` (N, num_timesteps), with
-            the last step first.
+        :param clip_denoised: clip the predicted x_0 to [-1, 1].
+        :return: dict of (N,) `total_bpd` and `prior_bpd`, and of (N, num_timesteps) `vb`, `xstart_mse` and `mse` (of
+            eps), whose first column is the last timestep.
         """
         vb, xstart_mse, mse = [], [], []
         for i in range(self.num_timesteps)[::-1]:
@@ -421,12 +377,15 @@ class GaussianDiffusion(ForwardProcess):
         }
 
 
-def _last(steps):
-    """The sample of the last of a loop's dicts; the others are let go as they come."""
+def _last_sample(steps: Iterable[dict[str, Tensor]]) -> Tensor:
+    """The sample of a loop's last step; the outputs of the other steps are freed on the way."""
     return deque(steps, maxlen=1).pop()["sample"]
 
 
-def _extract_into_tensor(arr, timesteps, broadcast_shape):
-    """ADM's name: entries of a numpy table at (N,) timesteps as float32, expanded to `broadcast_shape`."""
+def _extract_into_tensor(arr: np.ndarray, timesteps: Tensor, broadcast_shape: Sequence[int]) -> Tensor:
+    """Entries of a numpy table at (N,) timesteps, as float32, expanded to `broadcast_shape`.
+
+    Nothing here calls it; scripts of ADM's users do.
+    """
     entries = torch.from_numpy(arr).to(timesteps.device)[timesteps].float()
     return entries.view(-1, *[1] * (len(broadcast_shape) - 1)).expand(broadcast_shape)

@@ -1,6 +1,6 @@
-"""Guidance rules: how strongly, when, and by what a prediction is guided.
+"""Guidance rules: at which timesteps a prediction is guided, and how strongly.
 
-A rule is a function from timesteps to a weight `w(t)`; `guide` applies it. `GuidedDenoiser` puts both around a model.
+A rule maps timesteps to weights w(t), and `guide` applies the weights. `GuidedDenoiser` does both for a model.
 """
 
 import math
@@ -21,7 +21,7 @@ def constant_weight(t: torch.Tensor, cfg_scale: float) -> torch.Tensor:
     """Classifier-free guidance (Ho & Salimans 2022, eq. 6 with w = 1 + guidance strength): w(t) = cfg_scale.
 
     :param t: (N,) timesteps.
-    :return: (N,) float weights.
+    :return: (N,) float32 weights.
     """
     return torch.full(t.shape, float(cfg_scale), device=t.device)
 
@@ -31,10 +31,10 @@ def power_cosine_weight(
 ) -> torch.Tensor:
     """Power-cosine guidance of MDT: w(t) = 1 + (s - 1) * (1 - cos(pi * (1 - t / steps)^pow)) / 2.
 
-    The weight grows from 1 at pure noise to `cfg_scale` at the data; a larger power delays the growth.
+    During sampling, the weight grows from 1 (pure noise) to s = `cfg_scale` (image). A larger `scale_pow` delays it.
 
     :param t: (N,) timesteps in [0, diffusion_steps].
-    :return: (N,) float weights in [1, cfg_scale].
+    :return: (N,) float32 weights between 1 and cfg_scale.
     """
     progress = (1 - t.float() / diffusion_steps) ** scale_pow
     return 1 + (cfg_scale - 1) * (1 - torch.cos(math.pi * progress)) / 2
@@ -43,8 +43,9 @@ def power_cosine_weight(
 def interval_weight(t: torch.Tensor, cfg_scale: float, interval: tuple[float, float]) -> torch.Tensor:
     """Guidance in a limited interval (Kynkaanniemi et al. 2024, eq. 5): w(t) = cfg_scale inside, 1 outside.
 
-    :param t: (N,) timesteps. :param interval: its first and last timestep.
-    :return: (N,) float weights.
+    :param t: (N,) timesteps.
+    :param interval: smallest and largest timestep of the interval, both included.
+    :return: (N,) float32 weights.
     """
     first, last = interval
     return torch.where((t >= first) & (t <= last), float(cfg_scale), 1.0)
@@ -53,14 +54,14 @@ def interval_weight(t: torch.Tensor, cfg_scale: float, interval: tuple[float, fl
 def guide(
     out_cond: torch.Tensor, out_null: torch.Tensor, weight: torch.Tensor, guided_channels: int = 3
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Extrapolate from the null prediction to the conditional one: null + w (cond - null).
+    """Extrapolate from the prediction for the null class to that for the given class: null + w (cond - null).
 
-    :param out_cond: (n, C, H, W) model output given the classes.
-    :param out_null: (n, C, H, W) model output given the null class.
+    :param out_cond: (n, C, H, W) model output for the given classes.
+    :param out_null: (n, C, H, W) model output for the null class.
     :param weight: (n,) guidance weights.
-    :param guided_channels: how many leading channels are guided. DiT and every published MDT number guide the first
-        three of four latent channels; the others stay as each row predicted them.
-    :return: two (n, C, H, W) tensors, the guided class rows and the guided null rows.
+    :param guided_channels: guide only the first channels, this many. DiT and MDT guide three of the four latent
+        channels, also in all published results; the other channels stay unguided.
+    :return: `out_cond` and `out_null` with their first channels replaced by the guided prediction.
     """
     weight = weight.view(-1, *[1] * (out_cond.ndim - 1)).to(out_cond.dtype)
     eps_cond, eps_null = out_cond[:, :guided_channels], out_null[:, :guided_channels]
@@ -79,12 +80,14 @@ class Guidance:
     """The settings of a guidance rule.
 
     :param rule: one of `RULES`.
-    :param cfg_scale: the largest weight. :param scale_pow: of `power-cosine`. :param interval: of `interval`.
-    :param guided_channels: leading channels that are guided; None guides all that the model denoises.
-    :param skip_below: where the weight is within this of 1, the guiding half is not computed; the default skips where
-        the weight is 1 exactly, a negative number never skips.
-    :param diffusion_steps: timesteps of the trained schedule.
-    :raises UserError: for an unknown rule, a number that is not finite, and an interval that is empty.
+    :param cfg_scale: guidance scale: the largest weight.
+    :param scale_pow: power of the `power-cosine` rule.
+    :param interval: smallest and largest timestep that the `interval` rule guides.
+    :param guided_channels: guide only the first channels, this many; None guides all channels of the input.
+    :param skip_below: skip the unconditional (or weaker) model at steps whose weights differ from 1 by at most this:
+        0 skips it only if all weights are exactly 1, a negative number never does.
+    :param diffusion_steps: number of timesteps that the model was trained with.
+    :raises UserError: for an unknown rule, a number that is not finite, and an empty interval.
     """
 
     rule: str = "none"
@@ -103,7 +106,9 @@ class Guidance:
             if not all(map(math.isfinite, value if name == "interval" else (value,))):
                 raise UserError(f"{name} of the guidance is {value}: it must be finite")
         if self.interval[0] > self.interval[1]:
-            raise UserError(f"the guidance interval {self.interval} is empty: its first timestep is the smaller one")
+            raise UserError(
+                f"the guidance interval {self.interval} is empty: the first timestep must be the smaller one"
+            )
 
     def weight(self, t: torch.Tensor) -> torch.Tensor:
         """(N,) timesteps -> (N,) weights."""
@@ -116,7 +121,7 @@ class Guidance:
         return torch.ones(t.shape, device=t.device)
 
     def describe(self) -> dict[str, Any]:
-        """What the rule depends on, as JSON values."""
+        """The rule and the settings that it uses, as JSON values."""
         used = {"power-cosine": ["scale_pow"], "interval": ["interval"]}.get(self.rule, [])
         if self.rule != "none":
             used = ["cfg_scale", *used, "guided_channels", "skip_below"]
@@ -125,13 +130,16 @@ class Guidance:
 
 
 class GuidedDenoiser:
-    """A model of n rows that runs, where it must, a second n rows to be guided by.
+    """A model with guidance, called like the model itself.
 
-    :param model: `model(x, t, y)` -> (n, C or 2C, H, W).
-    :param null_label: of the class-free half (classifier-free guidance).
-    :param guide_model: a weaker model of the same kind that guides instead of the null class: autoguidance (Karras et
-        al. 2024, "Guiding a diffusion model with a bad version of itself", eq. 3).
-    :raises UserError: when there is nothing to be guided by.
+    Without `guide_model` this is classifier-free guidance: the model also runs on the null class, in the same batch.
+    With it, this is autoguidance: the weaker model takes the place of the null class (Karras et al. 2024, "Guiding a
+    diffusion model with a bad version of itself", eq. 3).
+
+    :param model: `model(x, t, y)` returns (n, C or 2C, H, W).
+    :param null_label: label of the null class; None if the model has none.
+    :param guide_model: a weaker model with the same inputs and outputs.
+    :raises UserError: if a rule is set, but there is neither a null class nor a `guide_model`.
     """
 
     def __init__(
@@ -146,9 +154,9 @@ class GuidedDenoiser:
         self.model, self.guidance, self.null_label, self.guide_model = model, guidance, null_label, guide_model
 
     def __call__(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """(n, C, H, W) noisy input, (n,) timesteps, (n,) labels -> (n, C or 2C, H, W), guided."""
+        """(n, C, H, W) noisy input, (n,) timesteps and (n,) labels -> (n, C or 2C, H, W) guided output."""
         weight = self.guidance.weight(t)
-        # Which batch to run is the host's to decide: a step waits for the device here, once.
+        # Deciding whether to skip needs the weights on the CPU: each step waits for the GPU once, here.
         if self.guidance.rule == "none" or (weight - 1).abs().max() <= self.guidance.skip_below:
             return self.model(x, t, y)
         if self.guide_model is not None:

@@ -1,6 +1,6 @@
-"""Logging for people and for scripts, on rank 0 only: lines, `log.txt`, `progress.csv`, `progress.jsonl`, TensorBoard.
+"""Logging on rank 0: text on the screen and in `log.txt`; values in `progress.csv`, `progress.jsonl` and TensorBoard.
 
-The function names are ADM's `logger`'s. Files are appended to, so a resumed run keeps its history.
+The functions are those of ADM's `logger`. Files are appended to, so a resumed run keeps what it logged before.
 """
 
 import csv
@@ -9,11 +9,14 @@ import os
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
+import numpy as np
 from tqdm.auto import tqdm
 
 from .utils.errors import UserError
@@ -29,60 +32,71 @@ __getattr__ = module_getattr(__name__)
 
 
 class CSVTable:
-    """A CSV file that takes new columns at any time: the file is then written anew beside itself and swapped in."""
+    """A CSV file that takes rows with new columns at any time.
 
-    def __init__(self, path):
+    For a new column the whole file is rewritten, under another name that replaces it at the end.
+    """
+
+    def __init__(self, path: str | Path):
         self.path = Path(path)
         self.columns = []
         if self.path.exists():
             with self.path.open(newline="") as file:
                 self.columns = next(csv.reader(file), [])
 
-    def rewind(self, step):
-        """Drop the rows after `step`, and one that was cut short."""
+    def rewind(self, step: int) -> None:
+        """Remove the rows after `step`, and a row that was only partly written."""
         if self.columns:
             rows = [row for row in self._read() if row.get("step") and None not in row.values()]
-            self._write_anew([row for row in rows if int(float(row["step"])) <= step])
+            self._rewrite([row for row in rows if int(float(row["step"])) <= step])
 
-    def write(self, row):
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Append a row: values by their column."""
         if not set(row) <= set(self.columns):
             self._add_columns([key for key in row if key not in self.columns])
         with self.path.open("a", newline="") as file:
             csv.DictWriter(file, self.columns).writerow(row)
 
-    def _add_columns(self, columns):
+    def _add_columns(self, columns: list[str]) -> None:
         rows = self._read()
         self.columns += columns
-        self._write_anew(rows)
+        self._rewrite(rows)
 
-    def _read(self):
+    def _read(self) -> list[dict[str, str]]:
         if not self.path.exists():
             return []
         with self.path.open(newline="") as file:
             return list(csv.DictReader(file))
 
-    def _write_anew(self, rows):
-        beside = self.path.with_suffix(".tmp")
-        with beside.open("w", newline="") as file:
+    def _rewrite(self, rows: list[dict[str, str]]) -> None:
+        temporary = self.path.with_suffix(".tmp")
+        with temporary.open("w", newline="") as file:
             writer = csv.DictWriter(file, self.columns, extrasaction="ignore")
             writer.writeheader()
             writer.writerows(rows)
-        beside.replace(self.path)
+        temporary.replace(self.path)
 
 
 class Logger:
-    """Key-value pairs gathered until `dumpkvs`, and lines of text.
+    """Logs lines of text, and values that are collected in a row until `dumpkvs` writes it.
 
-    :param dir: where the files go; None writes no files.
-    :param output_formats: some of `FORMATS`; None is all of them. Rows are also written as lines of text where the
-        formats are named, as in ADM; training says them in lines of its own.
-    :param comm: None; see `configure`.
+    :param dir: directory of the files; None writes no files.
+    :param output_formats: some of `FORMATS`; None is all. If they are given, every row is also logged as a line of
+        text, as in ADM; training gives none, and logs lines of its own.
+    :param comm: ADM's MPI communicator; must be None.
     :param quiet: print and write nothing, as ranks other than 0 do.
-    :param log_suffix: goes into the names of the files.
-    :raises UserError: for an unknown format, for a `comm`, and for a directory that cannot be made.
+    :param log_suffix: added to the names of the files.
+    :raises UserError: for an unknown format, a `comm`, and a directory that cannot be created.
     """
 
-    def __init__(self, dir=None, output_formats=None, comm=None, quiet=False, log_suffix=""):
+    def __init__(
+        self,
+        dir: str | None = None,
+        output_formats: Iterable[str] | None = None,
+        comm: None = None,
+        quiet: bool = False,
+        log_suffix: str = "",
+    ):
         formats = FORMATS if output_formats is None else tuple(output_formats)
         if not set(formats) <= set(FORMATS):
             raise UserError(f"output formats {output_formats!r} are not all known: choose some of {', '.join(FORMATS)}")
@@ -102,10 +116,11 @@ class Logger:
         if "csv" in in_files:
             self.table = CSVTable(self._path("progress", "csv"))
 
-    def _path(self, name, ending):
+    def _path(self, name: str, ending: str) -> Path:
         return Path(self.dir, f"{name}{self.log_suffix}.{ending}")
 
-    def log(self, *args, level=INFO):
+    def log(self, *args: object, level: int = INFO) -> None:
+        """Print and write a line of text, unless its level is below that of `set_level`."""
         if self.quiet or level < self.level:
             return
         line = " ".join(map(str, args))
@@ -116,31 +131,33 @@ class Logger:
             with disk_errors(self.lines_path), self.lines_path.open("a") as file:
                 file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
 
-    def set_level(self, level):
+    def set_level(self, level: int) -> None:
+        """Skip lines below a level: `DEBUG`, `INFO` (the default), `WARN`, `ERROR` or `DISABLED`."""
         self.level = level
 
-    def get_dir(self):
+    def get_dir(self) -> str | None:
+        """The log directory, or None."""
         return self.dir
 
-    def rewind(self, step):
-        """Forget the rows after `step`: a run that resumes there will write them again."""
+    def rewind(self, step: int) -> None:
+        """Remove the logged rows after `step`: a run that resumes at `step` logs them again."""
         if self.table is not None:
             with disk_errors(self.table.path):
                 self.table.rewind(step)
         if self.json_path and self.json_path.exists():
             lines = [line for line in self.json_path.read_text().splitlines() if line.endswith("}")]
             kept = [line for line in lines if json.loads(line).get("step", 0) <= step]
-            beside = self.json_path.with_suffix(".tmp")
+            temporary = self.json_path.with_suffix(".tmp")
             with disk_errors(self.json_path):
-                beside.write_text("".join(line + "\n" for line in kept))
-                beside.replace(self.json_path)
+                temporary.write_text("".join(line + "\n" for line in kept))
+                temporary.replace(self.json_path)
         self.purge_step = step + 1
 
     @property
-    def board(self):
-        """TensorBoard's writer, made on first use: its import takes a second."""
+    def board(self) -> Any:
+        """TensorBoard's `SummaryWriter`, created at first use, since its import takes a second."""
         if self._board is None:
-            # Where TensorFlow is installed, TensorBoard imports all of it for its file functions, unless this is found.
+            # If TensorFlow is installed, TensorBoard imports it for its file functions, unless this module exists.
             sys.modules.setdefault("tensorboard.compat.notf", ModuleType("notf"))
             from torch.utils.tensorboard import SummaryWriter
 
@@ -148,21 +165,24 @@ class Logger:
                 self._board = SummaryWriter(self.dir, purge_step=self.purge_step, filename_suffix=self.log_suffix)
         return self._board
 
-    def image(self, name, pixels, step):
-        """Show (H, W, 3) uint8 pixels on TensorBoard."""
+    def image(self, name: str, pixels: np.ndarray, step: int) -> None:
+        """Add an image to TensorBoard: (H, W, 3) uint8 pixels."""
         if self.has_board:
             self.board.add_image(name, pixels, step, dataformats="HWC")
 
-    def logkv(self, key, val):
+    def logkv(self, key: str, val: Any) -> None:
+        """Set a value of the row."""
         self.values[key], self.counts[key] = val, 1
 
-    def logkv_mean(self, key, val):
+    def logkv_mean(self, key: str, val: Any) -> None:
+        """Set a value of the row to the mean of all values that were given for it."""
         count = self.counts[key]
         self.values[key] = self.values[key] * count / (count + 1) + val / (count + 1)
         self.counts[key] += 1
 
-    def dumpkvs(self):
-        # Tensors and numpy numbers become Python's, which JSON knows.
+    def dumpkvs(self) -> dict[str, Any]:
+        """Write the row, return it, and start a new one."""
+        # JSON takes Python's numbers, not tensors or numpy's.
         row = {key: value.item() if hasattr(value, "item") else value for key, value in self.values.items()}
         self.values.clear()
         self.counts.clear()
@@ -183,27 +203,35 @@ class Logger:
                 self.board.add_scalar(key, value, row.get("step"))
         return row
 
-    def close(self):
+    def close(self) -> None:
+        """Close TensorBoard's writer."""
         if self._board is not None:
             self._board.close()
             self._board = None
 
 
-def _is_number(value):
+def _is_number(value: object) -> bool:
     return isinstance(value, (int, float))
 
 
 _current = Logger()
 
 
-def configure(dir=None, format_strs=None, comm=None, log_suffix="", quiet=None):
-    """Log to `dir`; by default to the environment's `OPENAI_LOGDIR`, else to `output`.
+def configure(
+    dir: str | None = None,
+    format_strs: Iterable[str] | None = None,
+    comm: None = None,
+    log_suffix: str = "",
+    quiet: bool | None = None,
+) -> None:
+    """Log to a directory from now on.
 
-    :param format_strs: some of `FORMATS`; None is all of them.
-    :param comm: None: values are not averaged over MPI ranks.
-    :param log_suffix: goes into the names of the files.
-    :param quiet: print and write nothing; None does so on all ranks but 0.
-    :raises UserError: as `Logger`.
+    :param dir: the log directory; None is the environment variable `OPENAI_LOGDIR`, or `output` if it is not set.
+    :param format_strs: some of `FORMATS`; None is all.
+    :param comm: must be None: values are not averaged over MPI ranks.
+    :param log_suffix: added to the names of the files.
+    :param quiet: print and write nothing; None means on all ranks except rank 0.
+    :raises UserError: see `Logger`.
     """
     global _current
     dir = os.path.expanduser(dir or os.environ.get("OPENAI_LOGDIR") or DEFAULT_DIR)
@@ -211,21 +239,23 @@ def configure(dir=None, format_strs=None, comm=None, log_suffix="", quiet=None):
     _current = Logger(dir, format_strs, comm, quiet, log_suffix)
 
 
-def get_rank_without_mpi_import():
-    """The rank that the launcher wrote into the environment; 0 without a launcher."""
+def get_rank_without_mpi_import() -> int:
+    """The rank of this process in the launcher's environment variables; 0 without a launcher."""
     return next((int(os.environ[name]) for name in RANK_VARIABLES if name in os.environ), 0)
 
 
-def reset():
-    """Back to the logger before `configure`, which prints and writes no files."""
+def reset() -> None:
+    """Undo `configure`: lines are printed, and no files are written."""
     global _current
     _current.close()
     _current = Logger()
 
 
 @contextmanager
-def scoped_configure(dir=None, format_strs=None, comm=None):
-    """`configure` within a block; afterwards the logger of before is used again."""
+def scoped_configure(
+    dir: str | None = None, format_strs: Iterable[str] | None = None, comm: None = None
+) -> Iterator[None]:
+    """`configure` for a `with` block; after it, the logger from before the block is used again."""
     global _current
     before = _current
     configure(dir, format_strs, comm)
@@ -236,75 +266,79 @@ def scoped_configure(dir=None, format_strs=None, comm=None):
         _current = before
 
 
-def get_current():
+def get_current() -> Logger:
     """The `Logger` that the functions of this module use."""
     return _current
 
 
-def get_dir():
+def get_dir() -> str | None:
     """The log directory, or None before `configure`."""
     return _current.dir
 
 
-def log(*args, level=INFO):
-    """Print and write a line, if its level is that of `set_level` or above."""
+def log(*args: object, level: int = INFO) -> None:
+    """Print and write a line of text, unless its level is below that of `set_level`."""
     _current.log(*args, level=level)
 
 
-def debug(*args):
+def debug(*args: object) -> None:
+    """`log` with the level `DEBUG`."""
     log(*args, level=DEBUG)
 
 
-def info(*args):
+def info(*args: object) -> None:
+    """`log` with the level `INFO`."""
     log(*args, level=INFO)
 
 
-def warn(*args):
+def warn(*args: object) -> None:
+    """`log` with the level `WARN`."""
     log(*args, level=WARN)
 
 
-def error(*args):
+def error(*args: object) -> None:
+    """`log` with the level `ERROR`."""
     log(*args, level=ERROR)
 
 
-def set_level(level):
-    """Leave out lines below a level: `DEBUG`, `INFO` (the default), `WARN`, `ERROR`, `DISABLED`."""
+def set_level(level: int) -> None:
+    """Skip lines below a level: `DEBUG`, `INFO` (the default), `WARN`, `ERROR` or `DISABLED`."""
     _current.set_level(level)
 
 
-def rewind(step):
-    """Forget the logged rows after `step`: a run that resumes there will write them again."""
+def rewind(step: int) -> None:
+    """Remove the logged rows after `step`: a run that resumes at `step` logs them again."""
     _current.rewind(step)
 
 
-def image(name, pixels, step):
-    """Show (H, W, 3) uint8 pixels on TensorBoard."""
+def image(name: str, pixels: np.ndarray, step: int) -> None:
+    """Add an image to TensorBoard: (H, W, 3) uint8 pixels."""
     _current.image(name, pixels, step)
 
 
-def logkv(key, val):
+def logkv(key: str, val: Any) -> None:
     """Set a value of the row that `dumpkvs` writes."""
     _current.logkv(key, val)
 
 
-def logkv_mean(key, val):
-    """Add a value to the mean that `dumpkvs` writes."""
+def logkv_mean(key: str, val: Any) -> None:
+    """Set a value of the row that `dumpkvs` writes to the mean of all values that were given for it."""
     _current.logkv_mean(key, val)
 
 
-def logkvs(d):
+def logkvs(d: Mapping[str, Any]) -> None:
     """Set several values of the row that `dumpkvs` writes."""
     for key, val in d.items():
         logkv(key, val)
 
 
-def getkvs():
-    """The values gathered since the last `dumpkvs`."""
+def getkvs() -> dict[str, Any]:
+    """The values logged since the last `dumpkvs`."""
     return _current.values
 
 
-def dumpkvs():
-    """Write the gathered row to `progress.csv` and `progress.jsonl`, and return it."""
+def dumpkvs() -> dict[str, Any]:
+    """Write the row of logged values to `progress.csv`, `progress.jsonl` and TensorBoard, and return it."""
     return _current.dumpkvs()
 
 
@@ -312,8 +346,8 @@ record_tabular, dump_tabular = logkv, dumpkvs
 
 
 @contextmanager
-def profile_kv(scopename):
-    """Add the seconds that a block takes to the value `wait_{scopename}`."""
+def profile_kv(scopename: str) -> Iterator[None]:
+    """Add the duration of a `with` block in seconds to the value `wait_{scopename}`."""
     start = time.time()
     try:
         yield
@@ -321,12 +355,12 @@ def profile_kv(scopename):
         _current.values[f"wait_{scopename}"] += time.time() - start
 
 
-def profile(n):
-    """A decorator: the seconds of every call are added to the value `wait_{n}`."""
+def profile(n: str) -> Callable[[Callable], Callable]:
+    """A decorator that adds the duration of every call in seconds to the value `wait_{n}`."""
 
-    def decorate(function):
+    def decorate(function: Callable) -> Callable:
         @wraps(function)
-        def timed(*args, **kwargs):
+        def timed(*args: Any, **kwargs: Any) -> Any:
             with profile_kv(n):
                 return function(*args, **kwargs)
 

@@ -1,12 +1,12 @@
-"""The denoisers: MDTv2, MDT (version 1) and the DiT baseline, with all their sizes.
+"""The models: MDTv2, MDT (version 1) and the DiT baseline, in all sizes.
 
-Masked Diffusion Transformer (Gao et al., ICCV 2023 and arXiv:2303.14389v2); DiT (Peebles & Xie, ICCV 2023).
-Attribute names are those of the published checkpoints, which load with `strict=True`.
+Masked Diffusion Transformer (Gao et al., ICCV 2023, and arXiv:2303.14389v2 for MDTv2); DiT (Peebles & Xie, ICCV 2023).
+The names of parameters are those of the published checkpoints, which load with `strict=True`.
 """
 
 import difflib
-from collections import namedtuple
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -14,10 +14,11 @@ from timm.layers import PatchEmbed
 from torch import Tensor
 
 from .guidance import Guidance, guide
-from .layers.attention import Attention, RelativePositionBias, gather_pairs  # noqa: F401 (published here)
+from .layers.attention import Attention, RelativePositionBias, gather_pairs  # noqa: F401 (published names)
 from .layers.base import BlockModel
-from .layers.blocks import DiTBlock, FinalLayer, MDTBlock, modulate  # noqa: F401 (published here)
-from .layers.embeddings import (  # noqa: F401 (published here)
+from .layers.blocks import DiTBlock, FinalLayer, MDTBlock, modulate  # noqa: F401 (published names)
+from .layers.embeddings import (  # noqa: F401 (published names)
+    Draw,
     LabelEmbedder,
     TimestepEmbedder,
     get_1d_sincos_pos_embed_from_grid,
@@ -27,26 +28,26 @@ from .layers.embeddings import (  # noqa: F401 (published here)
 )
 from .utils.errors import UserError
 
-# ---------------------------------------------------------------- DiT
-
 
 class DiT(BlockModel):
-    """Diffusion transformer: the baseline, and the frame that MDT and MDTv2 fill with their own blocks.
+    """Diffusion transformer: the baseline, and the base class of MDT and MDTv2.
 
-    :param input_size: height and width of the input (a latent: image_size / 8).
-    :param in_channels: C of the input; the output has 2C channels with `learn_sigma`, else C.
-    :param num_classes: classes of the label table; 0 makes an unconditional model.
-    :param class_dropout_prob: chance of replacing a label by the null class in training mode.
-    :raises UserError: for sizes that do not divide each other, and for options out of their range.
+    :param input_size: height and width of the input; for a latent, image_size / 8.
+    :param patch_size: height and width of a patch, which becomes one token.
+    :param in_channels: C, the number of channels of the input.
+    :param class_dropout_prob: probability of replacing a label by the null class in training mode.
+    :param num_classes: number of classes; 0 for an unconditional model.
+    :param learn_sigma: the output has 2C channels, for a learned variance, instead of C.
+    :raises UserError: for options that are out of range or do not fit together.
     """
 
-    # What a family is trained and sampled with unless the user asks for something else.
-    default_optimizer = "adamw"
+    # Defaults of the family: training, sampling, and its masked pass.
+    default_optimizer: str = "adamw"
     default_snr_gamma: float | None = None
-    guidance_rule = "constant"
-
-    trains_positions = False
-    mask_ratio = decode_layer = None  # there is no masked pass
+    guidance_rule: str = "constant"
+    trains_positions: bool = False  # whether the position table is learned
+    mask_ratio: float | None = None  # None: no masked pass
+    decode_layer: int | None = None
 
     def __init__(
         self, input_size: int = 32, patch_size: int = 2, in_channels: int = 4, hidden_size: int = 1152, depth: int = 28,
@@ -77,19 +78,19 @@ class DiT(BlockModel):
 
     @property
     def null_label(self) -> int | None:
-        """The label of the null class, or None for a model trained without label dropout."""
+        """The label of the null class; None for a model without label dropout."""
         return self.y_embedder.null_label
 
     def make_stacks(self) -> dict[str, list[DiTBlock]]:
-        """New blocks by the attribute that holds them. A family overrides this one function to have other stacks."""
+        """Create the stacks of blocks: name of the attribute -> blocks. MDT and MDTv2 override this."""
         return {"blocks": [DiTBlock(self.hidden_size, self.num_heads, self.mlp_ratio) for _ in range(self.depth)]}
 
     def decoder_blocks(self) -> list[DiTBlock]:
-        """The blocks after the side-interpolater; none in DiT."""
+        """The blocks after the side-interpolater; DiT has none."""
         return []
 
     def initialize_weights(self) -> None:
-        """Draw the initial weights from PyTorch's global generator."""
+        """Initialize the weights from PyTorch's global random number generator."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -100,19 +101,19 @@ class DiT(BlockModel):
         for module in (self.y_embedder.embedding_table, self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
             nn.init.normal_(module.weight, std=0.02)
         for module in self.modules():
-            if isinstance(module, DiTBlock | FinalLayer):  # adaLN-Zero: every block starts as the identity
+            if isinstance(module, DiTBlock | FinalLayer):  # adaLN-Zero: at first every block is the identity
                 nn.init.zeros_(module.adaLN_modulation[1].weight)
         nn.init.zeros_(self.final_layer.linear.weight)
 
     def embed(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) -> (N, T, D) patches with their positions."""
+        """(N, C, H, W) -> (N, T, D) tokens, with their position embedding added."""
         self.check_input(x)
-        # The convolution leaves other strides than the blocks do: those would be compiled for both, and PyTorch 2.14
-        # compiles the bf16 blocks wrongly for the former on a CPU.
+        # Contiguous, since the strides after the convolution differ from those after a block: torch.compile would
+        # compile the blocks for both, and PyTorch 2.14 compiles them wrongly for the former in bf16 on a CPU.
         return (self.x_embedder(x) + self.pos_embed).contiguous()
 
     def condition(self, t: Tensor, y: Tensor | None, drop_labels: Tensor | None) -> Tensor:
-        """(N,) timesteps and (N,) labels, or None for the null class -> (N, D)."""
+        """(N,) timesteps and (N,) labels -> (N, D) conditioning vectors; y None means the null class."""
         if y is None:
             if self.null_label is None:
                 raise UserError("y is None, but this model was made with class_dropout_prob=0 and has no null class")
@@ -124,16 +125,16 @@ class DiT(BlockModel):
         n, g, p, c = x.shape[0], self.grid_size, self.patch_size, self.out_channels
         return x.view(n, g, g, p, p, c).permute(0, 5, 1, 3, 2, 4).reshape(n, c, g * p, g * p)
 
-    def draw_drop_labels(self, num_samples: int, device, rand=torch.rand) -> Tensor | None:
-        """Draw the labels that a training pass drops: (num_samples,) bool; None for a model that never drops any."""
+    def draw_drop_labels(self, num_samples: int, device: torch.device, rand: Draw = torch.rand) -> Tensor | None:
+        """Draw the labels that a training step drops. See `LabelEmbedder.draw_drop_ids`."""
         return self.y_embedder.draw_drop_ids(num_samples, device, rand)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None, *, drop_labels: Tensor | None = None) -> Tensor:
         """
         :param x: (N, C, H, W) noisy input. :param t: (N,) timesteps. :param y: (N,) int64 labels; None: null class.
-        :param drop_labels: (N,) bool, True = null class; drawn in training mode if None.
+        :param drop_labels: (N,) bool, True = null class; None draws them in training mode.
         :return: (N, C or 2C, H, W).
-        :raises UserError: for an input of another shape than the model's, and for labels on the CPU beyond its table.
+        :raises UserError: for an input of the wrong shape, and for labels outside the table (on the CPU only).
         """
         x = self.embed(x)  # (N, T, D)
         c = self.condition(t, y, drop_labels)  # (N, D)
@@ -147,11 +148,12 @@ class DiT(BlockModel):
     ) -> Tensor:  # fmt: skip
         """A forward pass with classifier-free guidance.
 
-        :param x: (2n, C, H, W), of which the first n rows matter. :param y: (2n,) labels: n classes, then n nulls.
-        :param cfg_scale: guidance scale; None is a plain forward. DiT guides with a constant weight, MDT with the
-            power-cosine schedule over `diffusion_steps`.
+        :param x: (2n, C, H, W), of which only the first n rows are used. :param t: (2n,) timesteps.
+        :param y: (2n,) labels: n classes, then the null label n times.
+        :param cfg_scale: guidance scale; None is `forward`. The weight is constant for DiT; for MDT and MDTv2 it is
+            the power-cosine schedule over `diffusion_steps`, with the power `scale_pow`.
         :param guided_channels: see `guidance.guide`.
-        :return: (2n, C or 2C, H, W); both halves carry the same guided channels.
+        :return: (2n, C or 2C, H, W); the guided channels are the same in both halves.
         :raises UserError: for an odd number of rows.
         """
         if cfg_scale is None:
@@ -168,32 +170,32 @@ class DiT(BlockModel):
 
 
 class MDT(DiT):
-    """Masked Diffusion Transformer, version 1: one stack of blocks, the side-interpolater before the last ones.
+    """Masked Diffusion Transformer, version 1: one stack of blocks, with the side-interpolater before the last ones.
 
-    The options are those of `DiT`, and:
-    :param mask_ratio: share of tokens dropped in a masked pass; None makes a model without one.
-    :param decode_layer: blocks after the side-interpolater; None: the family's number.
+    :param mask_ratio: share of the tokens that a masked pass drops; None for a model without a masked pass.
+    :param decode_layer: number of blocks after the side-interpolater; None is the default of the family.
+    :raises UserError: for options that are out of range or do not fit together. The other options: see `DiT`.
     """
 
     guidance_rule = "power-cosine"
     trains_positions = True
-    mask_ratio_spread = 0.0
-    default_decode_layer = 2
+    mask_ratio_spread: float = 0.0  # a masked pass draws its ratio from [mask_ratio, mask_ratio + this]
+    default_decode_layer: int = 2
 
     def __init__(
         self, input_size: int = 32, patch_size: int = 2, in_channels: int = 4, hidden_size: int = 1152, depth: int = 28,
         num_heads: int = 16, mlp_ratio: float = 4.0, class_dropout_prob: float = 0.1, num_classes: int = 1000,
         learn_sigma: bool = True, mask_ratio: float | None = None, decode_layer: int | None = None,
     ):  # fmt: skip
-        # Set before DiT's constructor runs: it calls `make_stacks`.
+        # Set before the constructor of DiT, which calls `make_stacks`.
         self.decode_layer = self.default_decode_layer if decode_layer is None else decode_layer
         if not 0 <= self.decode_layer <= depth:
             raise UserError(f"decode_layer is {self.decode_layer}: it must lie in [0, depth ({depth})]")
         num_patches, largest = (input_size // patch_size) ** 2, (mask_ratio or 0.0) + self.mask_ratio_spread
         if mask_ratio is not None and not (0 <= mask_ratio < 1 and int(num_patches * (1 - largest)) >= 1):
             raise UserError(
-                f"mask_ratio is {mask_ratio}: up to {largest:.2f} of {num_patches} tokens would be dropped; "
-                "it must be at least 0 and leave one token"
+                f"mask_ratio is {mask_ratio}, so up to {largest:.2f} of {num_patches} tokens would be dropped: "
+                "it must be at least 0 and keep at least one token"
             )
         super().__init__(
             input_size, patch_size, in_channels, hidden_size, depth, num_heads, mlp_ratio,
@@ -204,27 +206,30 @@ class MDT(DiT):
         self.mask_token = nn.Parameter(torch.zeros(1, 1, hidden_size))
         if mask_ratio is not None:
             nn.init.normal_(self.mask_token, std=0.02)
-        else:  # never run then: DDP waits for ever for gradients that do not come
+        else:  # unused without a masked pass, and DDP would wait forever for their gradients
             self.mask_token.requires_grad_(False)
             self.sideblocks.requires_grad_(False)
         for block in self.all_blocks():
             nn.init.trunc_normal_(block.attn.rel_pos_bias.relative_position_bias_table, std=0.02)
 
     def make_blocks(self, count: int, skip: bool = False) -> list[MDTBlock]:
-        """Blocks with a relative position bias over the model's tokens and, with `skip`, a long skip input."""
+        """Create blocks with a relative position bias, and with `skip` also with a long skip connection."""
         size = (self.hidden_size, self.num_heads, self.mlp_ratio)
         return [MDTBlock(*size, skip=skip, num_patches=self.num_patches) for _ in range(count)]
 
-    def make_stacks(self):
+    def make_stacks(self) -> dict[str, list[MDTBlock]]:
         return {"blocks": self.make_blocks(self.depth), "sideblocks": self.make_blocks(1)}
 
-    def draw_kept(self, num_samples: int, device, rand=torch.rand, host_rand=torch.rand, multiple: int = 1) -> Tensor:
-        """Draw the tokens that each sample of a masked pass keeps.
+    def draw_kept(
+        self, num_samples: int, device: torch.device, rand: Draw = torch.rand, host_rand: Draw = torch.rand,
+        multiple: int = 1,
+    ) -> Tensor:  # fmt: skip
+        """Draw the tokens that each sample keeps in a masked pass, with one ratio r for all samples.
 
-        :param host_rand: where the ratio comes from; it is drawn on the host, so that nothing waits for the device.
-        :param rand: where the (N, T) scores on `device` come from.
-        :param multiple: round K to a multiple of this, so that few lengths occur.
-        :return: (N, K) int64 positions, ascending: those of the K = int(T (1 - r)) smallest scores.
+        :param rand: `rand(N, T, device=device)` draws the scores of the tokens.
+        :param host_rand: `host_rand(1)` draws the ratio on the CPU: it decides a shape, so the CPU needs its value.
+        :param multiple: round K to a multiple of this, for fewer different shapes to compile.
+        :return: (N, K) int64 positions in ascending order: the tokens with the K = int(T (1 - r)) smallest scores.
         """
         ratio = self.mask_ratio
         if self.mask_ratio_spread:
@@ -237,8 +242,8 @@ class MDT(DiT):
     def interpolate_dropped(self, x: Tensor, c: Tensor, ids_keep: Tensor) -> Tensor:
         """The side-interpolater: predict the dropped tokens from the kept ones.
 
-        :param x: (N, K, D) kept tokens. :param ids_keep: (N, K) their positions.
-        :return: (N, T, D); kept tokens pass unchanged but for the decoder position.
+        :param x: (N, K, D) kept tokens. :param c: (N, D) conditioning vectors. :param ids_keep: (N, K) kept positions.
+        :return: (N, T, D) tokens; the kept ones are x with the decoder's position embedding added.
         """
         num_samples, _, dim = x.shape
         full = self.mask_token.to(x.dtype).expand(num_samples, self.num_patches, -1)
@@ -246,17 +251,17 @@ class MDT(DiT):
         dropped = torch.ones(full.shape[:2], dtype=torch.bool, device=x.device).scatter_(1, ids_keep, False)
         return torch.where(dropped[:, :, None], self.sideblocks[0](full, c), full)
 
-    def decoder_blocks(self):
+    def decoder_blocks(self) -> list[MDTBlock]:
         return list(self.blocks[self.depth - self.decode_layer :])
 
     def encode(self, x: Tensor, c: Tensor, pair_index: Tensor | None) -> Tensor:
-        """(N, K, D) tokens through the blocks before the side-interpolater."""
+        """Run (N, K, D) tokens through the blocks before the side-interpolater; `pair_index`: see `Attention`."""
         for block in self.blocks[: self.depth - self.decode_layer]:
             x = block(x, c, pair_index=pair_index)
         return x
 
     def decode(self, x: Tensor, c: Tensor, patches: Tensor) -> Tensor:
-        """(N, T, D) tokens through the blocks after the side-interpolater."""
+        """Run (N, T, D) tokens through the blocks after the side-interpolater; `patches` are the output of `embed`."""
         for block in self.decoder_blocks():
             x = block(x, c)
         return x
@@ -268,7 +273,7 @@ class MDT(DiT):
         """
         :param x, t, y, drop_labels: see `DiT.forward`.
         :param enable_mask: run the masked pass, if the model has a `mask_ratio`.
-        :param ids_keep: (N, K) ascending positions of the tokens that a masked pass keeps; drawn if None.
+        :param ids_keep: (N, K) ascending positions of the tokens that a masked pass keeps; None draws them.
         :return: (N, C or 2C, H, W).
         """
         patches = self.embed(x)  # (N, T, D)
@@ -287,18 +292,19 @@ class MDT(DiT):
 
 
 class MDTv2(MDT):
-    """Masked Diffusion Transformer, version 2: a U-shaped encoder, and decoder blocks that see the patches again."""
+    """Masked Diffusion Transformer, version 2: a U-shaped encoder, and a decoder with the patches as skip inputs."""
 
     default_optimizer = "adan"
     default_snr_gamma = 5.0
     mask_ratio_spread = 0.2
     default_decode_layer = 4
 
-    def make_stacks(self):
+    def make_stacks(self) -> dict[str, list[MDTBlock]]:
         half, odd = divmod(self.depth - self.decode_layer, 2)
         if odd:
-            numbers = f"depth ({self.depth}) - decode_layer ({self.decode_layer})"
-            raise UserError(f"{numbers} must be even: the encoder is two equal halves")
+            raise UserError(
+                f"depth ({self.depth}) - decode_layer ({self.decode_layer}) must be even: two encoder halves"
+            )
         return {
             "en_inblocks": self.make_blocks(half),
             "en_outblocks": self.make_blocks(half, skip=True),
@@ -306,20 +312,19 @@ class MDTv2(MDT):
             "sideblocks": self.make_blocks(1),
         }
 
-    def decoder_blocks(self):
+    def decoder_blocks(self) -> list[MDTBlock]:
         return list(self.de_blocks)
 
-    def encode(self, x, c, pair_index):
+    def encode(self, x: Tensor, c: Tensor, pair_index: Tensor | None) -> Tensor:
         skips = []
         for block in self.en_inblocks:
             x = block(x, c, pair_index=pair_index)
-            # A view: a block whose two inputs are one object would be compiled once more.
-            skips.append(x.view_as(x))
+            skips.append(x.view_as(x))  # a view: if x and skip are one object, torch.compile compiles a block again
         for block in self.en_outblocks:
             x = block(x, c, skip=skips.pop(), pair_index=pair_index)
         return x
 
-    def decode(self, x, c, patches):
+    def decode(self, x: Tensor, c: Tensor, patches: Tensor) -> Tensor:
         for block in self.de_blocks:
             x = block(x, c, skip=patches)
         return x
@@ -327,47 +332,46 @@ class MDTv2(MDT):
 
 # ---------------------------------------------------------------- sizes
 
-Size = namedtuple("Size", "depth hidden_size num_heads decode_layer")  # the last: of MDTv2 in the paper's runs
-SIZES = {
-    "Nano": Size(4, 128, 4, 2),
-    "Tiny": Size(8, 192, 6, 2),
-    "S": Size(12, 384, 6, 6),
-    "B": Size(12, 768, 12, 4),
-    "L": Size(24, 1024, 16, 4),
-    "XL": Size(28, 1152, 16, 4),
+SIZES = {  # `decode_layer` is that of MDTv2 in the paper; the other families have one number for all sizes
+    "Nano": {"depth": 4, "hidden_size": 128, "num_heads": 4, "decode_layer": 2},
+    "Tiny": {"depth": 8, "hidden_size": 192, "num_heads": 6, "decode_layer": 2},
+    "S": {"depth": 12, "hidden_size": 384, "num_heads": 6, "decode_layer": 6},
+    "B": {"depth": 12, "hidden_size": 768, "num_heads": 12, "decode_layer": 4},
+    "L": {"depth": 24, "hidden_size": 1024, "num_heads": 16, "decode_layer": 4},
+    "XL": {"depth": 28, "hidden_size": 1152, "num_heads": 16, "decode_layer": 4},
 }
-MODELS = {}  # every model by its name: a class with the options of its size, which a caller may override
+MODELS: dict[str, partial] = {}  # name -> the class with the options of its size, which a caller can override
 
 
-def sizes_of(family: type[DiT]) -> list[partial]:
-    """Enter a family in `MODELS`: each size with each patch size."""
+def register_sizes(family: type[DiT]) -> list[partial]:
+    """Add every size of a family, with every patch size, to `MODELS`; return the new entries in their order."""
     for size, options in SIZES.items():
-        options = {key: value for key, value in options._asdict().items() if key != "decode_layer" or family is MDTv2}
+        options = {key: value for key, value in options.items() if key != "decode_layer" or family is MDTv2}
         for patch_size in (2, 4, 8):
             MODELS[f"{family.__name__}_{size}_{patch_size}"] = partial(family, patch_size=patch_size, **options)
     return [make for make in MODELS.values() if make.func is family]
 
 
-# By these names users import them.
+# The published names of the models.
 (
     MDTv2_Nano_2, MDTv2_Nano_4, MDTv2_Nano_8, MDTv2_Tiny_2, MDTv2_Tiny_4, MDTv2_Tiny_8, MDTv2_S_2, MDTv2_S_4, MDTv2_S_8,
     MDTv2_B_2, MDTv2_B_4, MDTv2_B_8, MDTv2_L_2, MDTv2_L_4, MDTv2_L_8, MDTv2_XL_2, MDTv2_XL_4, MDTv2_XL_8,
-) = sizes_of(MDTv2)  # fmt: skip
+) = register_sizes(MDTv2)  # fmt: skip
 (
     MDT_Nano_2, MDT_Nano_4, MDT_Nano_8, MDT_Tiny_2, MDT_Tiny_4, MDT_Tiny_8, MDT_S_2, MDT_S_4, MDT_S_8,
     MDT_B_2, MDT_B_4, MDT_B_8, MDT_L_2, MDT_L_4, MDT_L_8, MDT_XL_2, MDT_XL_4, MDT_XL_8,
-) = sizes_of(MDT)  # fmt: skip
+) = register_sizes(MDT)  # fmt: skip
 (
     DiT_Nano_2, DiT_Nano_4, DiT_Nano_8, DiT_Tiny_2, DiT_Tiny_4, DiT_Tiny_8, DiT_S_2, DiT_S_4, DiT_S_8,
     DiT_B_2, DiT_B_4, DiT_B_8, DiT_L_2, DiT_L_4, DiT_L_8, DiT_XL_2, DiT_XL_4, DiT_XL_8,
-) = sizes_of(DiT)  # fmt: skip
+) = register_sizes(DiT)  # fmt: skip
 DiT_models = {name.replace("_", "-", 1).replace("_", "/"): make for name, make in MODELS.items() if make.func is DiT}
 
 
 def find_model(name: str) -> partial:
-    """The entry of `MODELS` that a name means: `MDTv2_XL_2`, or DiT's spelling `MDTv2-XL/2`.
+    """The entry of `MODELS` for a name such as `MDTv2_XL_2`, or `MDTv2-XL/2` in the spelling of DiT.
 
-    :raises UserError: for a name that means none; names the nearest.
+    :raises UserError: for an unknown name; the message suggests the most similar names.
     """
     key = name.replace("-", "_").replace("/", "_")
     if key not in MODELS:
@@ -377,16 +381,16 @@ def find_model(name: str) -> partial:
 
 
 def model_class(name: str) -> type[DiT]:
-    """The family of a named model, whose class holds the family's defaults. See `find_model`."""
+    """The class of a named model, which has the defaults of its family. See `find_model`."""
     return find_model(name).func
 
 
-def create_model(name: str, **options) -> DiT:
-    """Make a model by name.
+def create_model(name: str, **options: Any) -> DiT:
+    """Create a model by its name.
 
     :param name: see `find_model`.
-    :param options: see `DiT` and `MDT`. None leaves an option at its default, or at the size's own value.
-    :raises UserError: for a name that is not in `MODELS`, and for a masked pass of DiT.
+    :param options: see `DiT` and `MDT`; None is the default of the option or of the size.
+    :raises UserError: for an unknown name, options that the class refuses, and a masked pass of DiT.
     """
     make = find_model(name)
     options = {key: value for key, value in options.items() if value is not None}

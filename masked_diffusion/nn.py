@@ -1,4 +1,4 @@
-"""The helpers that users of ADM import from `nn`."""
+"""Helpers that scripts of ADM's users import from `nn`."""
 
 import torch
 
@@ -12,5 +12,5 @@ __getattr__ = module_getattr(__name__)
 
 
 def timestep_embedding(timesteps: torch.Tensor, dim: int, max_period: float = 10000) -> torch.Tensor:
-    """`layers.embeddings.timestep_embedding` with ADM's name of the first argument."""
+    """`layers.embeddings.timestep_embedding`, with ADM's name for the first argument: (N,) -> (N, dim) float32."""
     return _timestep_embedding(timesteps, dim, max_period)

@@ -1,13 +1,23 @@
-"""How training draws timesteps."""
+"""Timestep samplers: how training draws the timestep of each sample."""
 
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
 import torch
+from torch import Tensor
 
 from . import dist_util
+from .gaussian_diffusion import GaussianDiffusion
 from .utils.errors import UserError
 
 
-def create_named_schedule_sampler(name, diffusion):
-    """A timestep sampler by name: `uniform` or `loss-second-moment`."""
+def create_named_schedule_sampler(name: str, diffusion: GaussianDiffusion) -> "ScheduleSampler":
+    """Create the timestep sampler of a name.
+
+    :param name: `uniform` or `loss-second-moment`.
+    :raises UserError: for any other name.
+    """
     samplers = {"uniform": UniformSampler, "loss-second-moment": LossSecondMomentResampler}
     if name not in samplers:
         raise UserError(f"schedule_sampler is {name!r}: choose one of {', '.join(samplers)}")
@@ -15,19 +25,22 @@ def create_named_schedule_sampler(name, diffusion):
 
 
 class ScheduleSampler:
-    """A distribution over timesteps, with the importance weights that keep the loss unbiased."""
+    """A distribution over timesteps, with importance weights that keep the mean of the loss unbiased."""
 
-    def __init__(self, diffusion):
+    def __init__(self, diffusion: GaussianDiffusion):
         self.num_timesteps = diffusion.num_timesteps
 
-    def weights(self):
-        """(num_timesteps,) float64 positive weights, not normalised; a tensor, or in ADM's way a numpy array."""
+    def weights(self) -> Tensor | np.ndarray:
+        """The relative probability of each timestep: (num_timesteps,) float64, not negative, of any sum."""
         raise NotImplementedError
 
-    def sample(self, batch_size, device, rand=torch.rand):
-        """
-        :param rand: where the (batch_size,) uniform numbers on `device` come from.
-        :return: (batch_size,) int64 timesteps, and (batch_size,) float32 weights of their losses.
+    def sample(
+        self, batch_size: int, device: torch.device | str, rand: Callable[..., Tensor] = torch.rand
+    ) -> tuple[Tensor, Tensor]:
+        """Draw timesteps.
+
+        :param rand: `rand(batch_size, device=device)` draws the uniform numbers in [0, 1).
+        :return: (batch_size,) int64 timesteps, and (batch_size,) float32 factors to multiply their losses by.
         """
         p = torch.as_tensor(self.weights()).to(device)
         p = p / p.sum()
@@ -35,59 +48,67 @@ class ScheduleSampler:
         t = torch.searchsorted(p.cumsum(0), uniform, right=True).clamp_(max=len(p) - 1)
         return t, (1 / (len(p) * p[t])).float()
 
-    def update_with_local_losses(self, local_ts, local_losses):
-        """Learn from this rank's (N,) timesteps and (N,) losses. All ranks call it together."""
+    def update_with_local_losses(self, local_ts: Tensor, local_losses: Tensor) -> None:
+        """Adapt to the (N,) timesteps and (N,) losses of this rank. All ranks call it together."""
 
-    def state_dict(self):
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps of the sampler; empty for a sampler that does not adapt."""
         return {}
 
-    def load_state_dict(self, state):
-        pass
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a `state_dict`."""
 
 
 class UniformSampler(ScheduleSampler):
-    def weights(self):
+    """All timesteps are equally likely."""
+
+    def weights(self) -> Tensor:
         return torch.ones(self.num_timesteps, dtype=torch.float64)
 
-    def sample(self, batch_size, device, rand=torch.rand):
+    def sample(
+        self, batch_size: int, device: torch.device | str, rand: Callable[..., Tensor] = torch.rand
+    ) -> tuple[Tensor, Tensor]:
         t = (rand(batch_size, device=device).double() * self.num_timesteps).long()
         return t, torch.ones(batch_size, device=device)
 
 
 class LossAwareSampler(ScheduleSampler):
-    """A timestep sampler that learns from the losses of all ranks."""
+    """A timestep sampler that adapts to the losses of all ranks."""
 
-    def update_with_local_losses(self, local_ts, local_losses):
-        """Learn from every rank's (N,) timesteps and (N,) losses. All ranks call it together, with the same N."""
+    def update_with_local_losses(self, local_ts: Tensor, local_losses: Tensor) -> None:
+        """Gather the (N,) timesteps and (N,) losses of all ranks. All ranks call it together, with the same N."""
         ts = dist_util.all_gather_rows(local_ts)
         losses = dist_util.all_gather_rows(local_losses.detach())
         self.update_with_all_losses(ts.tolist(), losses.double().tolist())
 
-    def update_with_all_losses(self, ts, losses):
-        """Learn from two lists: timesteps, and their losses; the same on every rank."""
+    def update_with_all_losses(self, ts: list[int], losses: list[float]) -> None:
+        """Adapt to timesteps and their losses, which are the same on every rank."""
         raise NotImplementedError
 
 
 class LossSecondMomentResampler(LossAwareSampler):
-    """Timesteps in proportion to the root of their losses' second moment (improved DDPM, eq. 18).
+    """Probabilities in proportion to the root mean square of each timestep's recent losses (improved DDPM, eq. 18).
 
-    Uniform until every timestep has been seen `history_per_term` times.
+    Until every timestep was drawn `history_per_term` times, all are equally likely.
+
+    :param history_per_term: number of recent losses that are kept for each timestep.
+    :param uniform_prob: share of the probability that is spread evenly over all timesteps.
     """
 
-    def __init__(self, diffusion, history_per_term=10, uniform_prob=0.001):
+    def __init__(self, diffusion: GaussianDiffusion, history_per_term: int = 10, uniform_prob: float = 0.001):
         super().__init__(diffusion)
         self.history_per_term, self.uniform_prob = history_per_term, uniform_prob
         self.loss_history = torch.zeros(self.num_timesteps, history_per_term, dtype=torch.float64)
         self.loss_counts = torch.zeros(self.num_timesteps, dtype=torch.int64)
 
-    def weights(self):
+    def weights(self) -> Tensor:
         if (self.loss_counts < self.history_per_term).any():
             return torch.ones(self.num_timesteps, dtype=torch.float64)
         weights = self.loss_history.square().mean(dim=1).sqrt()
         weights = weights / weights.sum()
         return weights * (1 - self.uniform_prob) + self.uniform_prob / len(weights)
 
-    def update_with_all_losses(self, ts, losses):
+    def update_with_all_losses(self, ts: list[int], losses: list[float]) -> None:
         for t, loss in zip(ts, losses, strict=True):
             if self.loss_counts[t] == self.history_per_term:
                 self.loss_history[t] = self.loss_history[t].roll(-1)
@@ -96,9 +117,9 @@ class LossSecondMomentResampler(LossAwareSampler):
                 self.loss_history[t, self.loss_counts[t]] = loss
                 self.loss_counts[t] += 1
 
-    def state_dict(self):
+    def state_dict(self) -> dict[str, Tensor]:
         return {"loss_history": self.loss_history, "loss_counts": self.loss_counts}
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self.loss_history.copy_(state["loss_history"])
         self.loss_counts.copy_(state["loss_counts"])

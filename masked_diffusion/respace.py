@@ -1,9 +1,12 @@
-"""Diffusions that use only some of the original timesteps."""
+"""Diffusions that use only some of the original timesteps, and the functions that create a diffusion."""
 
+from collections.abc import Iterable, Sequence
 from numbers import Integral
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from .gaussian_diffusion import GaussianDiffusion, LossType, ModelMeanType, ModelVarType, get_named_beta_schedule
 from .utils.errors import UserError
@@ -12,14 +15,15 @@ from .utils.not_rebuilt import module_getattr
 __getattr__ = module_getattr(__name__)
 
 
-def space_timesteps(num_timesteps, section_counts):
-    """Choose timesteps of an original process.
+def space_timesteps(num_timesteps: int, section_counts: str | int | Sequence[int]) -> set[int]:
+    """Choose some of the timesteps of the original process.
 
-    :param num_timesteps: steps of the original process.
-    :param section_counts: "250" evenly spread steps; "10,15,20" for so many in each of three equal sections; or
-        "ddim50" for DDIM's fixed stride with exactly that many steps. A number or a list of counts works too.
-    :return: set of ints.
-    :raises UserError: where the counts cannot be had.
+    :param num_timesteps: number of timesteps of the original process.
+    :param section_counts: "250" chooses 250 evenly spaced timesteps; "10,15,20" divides the process into three equal
+        sections and chooses 10, 15 and 20 timesteps of them; "ddim50" chooses 50 timesteps with an integer stride, as
+        in the DDIM paper. An int or a list of ints works like the text without "ddim".
+    :return: the chosen timesteps, in [0, num_timesteps).
+    :raises UserError: for any other value, and for counts that the process or a section cannot give.
     """
     if isinstance(section_counts, str):
         counts = section_counts.removeprefix("ddim").split(",")
@@ -39,45 +43,52 @@ def space_timesteps(num_timesteps, section_counts):
     for i, count in enumerate(section_counts):
         section_size = size + (i < extra)
         if not 1 <= count <= section_size:
-            raise UserError(f"timestep_respacing asks for {count} of the {section_size} steps of section {i}")
+            raise UserError(
+                f"timestep_respacing asks for {count} of the {section_size} steps of section {i}: "
+                f"choose a number from 1 to {section_size}"
+            )
         stride = (section_size - 1) / (count - 1) if count > 1 else 1
         offset = 0.0
-        for _ in range(count):  # added up, not multiplied: rounding picks the same steps as ADM's
+        for _ in range(count):  # a running sum, not a product: it is rounded to the same timesteps as in ADM
             steps.add(start + round(offset))
             offset += stride
         start += section_size
     return steps
 
 
-def _ddim_stride(num_timesteps, count):
+def _ddim_stride(num_timesteps: int, count: int) -> set[int]:
     for stride in range(1, num_timesteps):
         steps = range(0, num_timesteps, stride)
         if len(steps) == count:
             return set(steps)
-    raise UserError(f"no whole stride takes exactly {count} of {num_timesteps} steps: choose another ddim count")
+    raise UserError(f"no integer stride gives exactly {count} of {num_timesteps} steps: choose another ddim count")
 
 
 class SpacedDiffusion(GaussianDiffusion):
-    """A diffusion over a subset of an original process's timesteps.
+    """A diffusion over a subset of the timesteps of an original process (improved DDPM, sec. 4).
 
-    The kept steps have the original `alphas_cumprod`; models and `cond_fn`s are given original timesteps.
+    The chosen timesteps keep the `alphas_cumprod` of the original process; models and `cond_fn`s get its timesteps.
 
-    :param use_timesteps: the original timesteps to keep.
-    :param betas: of the original process.
+    :param use_timesteps: the timesteps of the original process to use.
+    :param betas: the betas of the original process.
+    :param options: see `GaussianDiffusion`.
+    :raises UserError: for timesteps outside the original process, and as `GaussianDiffusion`.
     """
 
-    def __init__(self, use_timesteps, *, betas, **options):
+    def __init__(self, use_timesteps: Iterable[int], *, betas: np.ndarray | Sequence[float], **options: Any):
         self.use_timesteps = set(use_timesteps)
         self.timestep_map = sorted(self.use_timesteps)
         self.original_num_steps = len(betas)
         if not self.timestep_map or self.timestep_map[0] < 0 or self.timestep_map[-1] >= len(betas):
-            raise UserError(f"use_timesteps must be a non-empty set of steps in [0, {len(betas)})")
+            raise UserError(
+                f"use_timesteps is {self.timestep_map}: it must be a non-empty set of steps in [0, {len(betas)})"
+            )
         kept = np.cumprod(1.0 - np.asarray(betas, dtype=np.float64))[self.timestep_map]
         super().__init__(betas=1 - kept / np.append(1.0, kept[:-1]), **options)
         self._device_maps = {}
 
-    def model_timesteps(self, t):
-        """(N,) steps of this process -> (N,) steps of the original one, which models and `cond_fn`s are given."""
+    def model_timesteps(self, t: Tensor) -> Tensor:
+        """The (N,) timesteps of the original process that models and `cond_fn`s get for the (N,) steps `t`."""
         if t.device not in self._device_maps:
             self._device_maps[t.device] = torch.tensor(self.timestep_map, device=t.device)
         t = self._device_maps[t.device][t]
@@ -86,17 +97,21 @@ class SpacedDiffusion(GaussianDiffusion):
 
 def create_gaussian_diffusion(
     *,
-    steps=1000,
-    learn_sigma=False,
-    sigma_small=False,
-    noise_schedule="linear",
-    use_kl=False,
-    predict_xstart=False,
-    rescale_timesteps=False,
-    rescale_learned_sigmas=False,
-    timestep_respacing="",
-):
-    """ADM's way to make a diffusion, with ADM's defaults: a fixed variance and no Min-SNR; see `create_diffusion`."""
+    steps: int = 1000,
+    learn_sigma: bool = False,
+    sigma_small: bool = False,
+    noise_schedule: str = "linear",
+    use_kl: bool = False,
+    predict_xstart: bool = False,
+    rescale_timesteps: bool = False,
+    rescale_learned_sigmas: bool = False,
+    timestep_respacing: str | int | Sequence[int] = "",
+) -> SpacedDiffusion:
+    """`create_diffusion` with the argument names and defaults of ADM: a fixed variance, and no Min-SNR weight.
+
+    :param steps: number of timesteps of the original process.
+    :param rescale_timesteps: see `GaussianDiffusion`. The other arguments: see `create_diffusion`.
+    """
     diffusion = create_diffusion(
         timestep_respacing,
         noise_schedule,
@@ -113,36 +128,37 @@ def create_gaussian_diffusion(
 
 
 def create_diffusion(
-    timestep_respacing="",
-    noise_schedule="linear",
-    use_kl=False,
-    sigma_small=False,
-    predict_xstart=False,
-    learn_sigma=True,
-    rescale_learned_sigmas=False,
-    diffusion_steps=1000,
-    predict_v=False,
-    snr_gamma=5.0,
-):
-    """Make a diffusion.
+    timestep_respacing: str | int | Sequence[int] | None = "",
+    noise_schedule: str = "linear",
+    use_kl: bool = False,
+    sigma_small: bool = False,
+    predict_xstart: bool = False,
+    learn_sigma: bool = True,
+    rescale_learned_sigmas: bool = False,
+    diffusion_steps: int = 1000,
+    predict_v: bool = False,
+    snr_gamma: float | None = 5.0,
+) -> SpacedDiffusion:
+    """Create a diffusion.
 
-    The first eight arguments are DiT's and MDT's. The published defaults of the families differ in the loss: MDTv2
-    is trained with a Min-SNR weight of 5, which is the default here; DiT and MDT are trained without, so that
-    training them takes `snr_gamma=None` (`image_train.py` asks for what its model needs). Sampling does not depend
-    on it.
+    The first eight arguments are those of DiT and MDT, in their order. The default of `snr_gamma` is right for
+    training MDTv2. DiT and MDT are trained without Min-SNR: pass `snr_gamma=None` to train them with a loop of your
+    own (`image_train.py` chooses by the model's family). Sampling does not depend on `snr_gamma`.
 
-    :param timestep_respacing: see `space_timesteps`; "" or None keeps all steps.
+    :param timestep_respacing: which timesteps to use, see `space_timesteps`; "" or None uses all.
     :param noise_schedule: `linear` or `squaredcos_cap_v2`.
     :param use_kl: train on the variational bound instead of the MSE.
-    :param sigma_small: without `learn_sigma`, the posterior's variance instead of beta.
-    :param predict_xstart, predict_v: what the model predicts, instead of eps.
-    :param learn_sigma: the model's output has twice the channels, and its second half makes the variance.
-    :param rescale_learned_sigmas: multiply the variational term by steps / 1000.
-    :param snr_gamma: Min-SNR weight of the MSE, as MDTv2 trains; None for MDT and DiT, which use no weight.
-    :raises UserError: for options that exclude each other or cannot be had.
+    :param sigma_small: without `learn_sigma`: use the variance of the posterior instead of beta.
+    :param predict_xstart: the model predicts x_0 instead of eps.
+    :param predict_v: the model predicts v instead of eps.
+    :param learn_sigma: the model's output has twice the channels; the second half gives the variance.
+    :param rescale_learned_sigmas: multiply the variational bound in the loss by num_timesteps / 1000.
+    :param diffusion_steps: number of timesteps of the original process.
+    :param snr_gamma: gamma of the Min-SNR weight of the MSE; None for no weight.
+    :raises UserError: for unknown names, values out of range, and options that exclude each other.
     """
     if predict_xstart and predict_v:
-        raise UserError("predict_xstart and predict_v are both set: a model predicts one thing")
+        raise UserError("predict_xstart and predict_v are both set: choose at most one")
     if snr_gamma is not None and snr_gamma <= 0:
         raise UserError(f"snr_gamma is {snr_gamma}: it must be positive, or None for no weight")
     if use_kl:

@@ -42,7 +42,7 @@ def test_no_number_may_be_nan_infinite_or_out_of_its_range(field):
         (["--ema_rate", "nan"], "--ema_rate is nan"),
         (["--ema_rate", "2"], "--ema_rate is 2"),
         (["--ema_rate", "abc"], "--ema_rate is abc"),
-        (["--ema_rate", ""], "--ema_rate is : it must be"),
+        (["--ema_rate", ""], "--ema_rate is '': it must be"),
         (["--ema_rate", "0.9,0.90"], "--ema_rate is 0.9,0.90: it must be different numbers"),
         (["--phema", "0.05,0.05"], "--phema is 0.05,0.05"),
         (["--phema", "0.3"], "--phema is 0.3"),
@@ -50,8 +50,8 @@ def test_no_number_may_be_nan_infinite_or_out_of_its_range(field):
         (["--weight_decay", "-1"], "--weight_decay is -1.0"),
         (["--keep", "-1"], "--keep is -1: it must be at least 0"),
         (["--max_steps", "-5"], "--max_steps is -5"),
-        (["--lr", "inf"], "--lr is inf: it must be above 0"),
-        (["--mask_ratio", "nan"], "--mask_ratio is nan: it must be at least 0 and below 1"),
+        (["--lr", "inf"], "--lr is inf: it must be finite and above 0"),
+        (["--mask_ratio", "nan"], "--mask_ratio is nan: it must be finite and at least 0 and below 1"),
         (["--seed", "-1"], "--seed is -1: it must be at least 0"),
         (["--snr_gamma", "0"], "--snr_gamma is 0.0: it must be a number above 0"),
         (["--precision", "fp8"], "--precision is fp8: it must be one of fp32, tf32, bf16, fp16"),
@@ -72,11 +72,21 @@ def test_flags_take_the_spellings_of_the_published_scripts():
     config = parse("--compile", "--use-fp16", "False", "--mask_ratio=0.3", "--optimizer", "None", "--local-rank=1")
     assert config.train.compile is True and config.train.use_fp16 is False and config.train.optimizer is None
     assert config.model.mask_ratio == 0.3 and parse("--mask_ratio", "None").model.mask_ratio is None
-    sample = parse("--cfg-scale", "1.5", "--guidance_interval", "10", "900", config_class=SampleConfig, seed=7)
-    assert sample.guidance.cfg_scale == 1.5 and sample.guidance.guidance_interval == (10.0, 900.0)
-    assert sample.solver.seed == 7 and parse("--guided_channels", "all", config_class=SampleConfig).guidance == (
-        dataclasses.replace(SampleConfig().guidance, guided_channels=None)
+    sample = parse(
+        "--cfg-scale",
+        "1.5",
+        "--cfg-cond",
+        "--guidance_interval",
+        "10",
+        "900",
+        config_class=SampleConfig,
+        seed=7,
+        model_path="m",
     )
+    assert sample.guidance.cfg_scale == 1.5 and sample.guidance.guidance_interval == (10.0, 900.0)
+    assert sample.solver.seed == 7 and parse(
+        "--guided_channels", "all", config_class=SampleConfig, model_path="m"
+    ).guidance == (dataclasses.replace(SampleConfig().guidance, guided_channels=None))
 
 
 def test_every_flag_is_stated_once():

@@ -10,6 +10,7 @@ import pytest
 import torch
 from fill import fill
 from helpers import write_images
+from PIL import Image
 
 from masked_diffusion import create_diffusion, create_model, dist_util, load_model, logger
 from masked_diffusion.guidance import Guidance, GuidedDenoiser
@@ -60,11 +61,17 @@ def draw(model, solver_name, num_steps, noise, labels, guidance=None):
     return last_sample(solver.progressive(denoise, noise, model_kwargs={"y": labels}, randn_like=randn_like))
 
 
+def assert_same_pixels(ours, theirs):
+    """With several threads sums are taken in another order, which moves a pixel beside a whole number by one."""
+    difference = np.abs(ours.astype(int) - theirs)
+    assert ours.shape == theirs.shape and difference.max() <= 1 and difference.mean() < 1e-3
+
+
 def assert_same_picture(path, images, tmp_path, nrow):
     from torchvision.utils import save_image
 
     save_image(images, tmp_path / "expected.png", nrow=nrow, normalize=True, value_range=(-1, 1))
-    assert Path(path).read_bytes() == (tmp_path / "expected.png").read_bytes()
+    assert_same_pixels(*(np.asarray(Image.open(file)) for file in (path, tmp_path / "expected.png")))
     assert images.std() > 0.05
 
 
@@ -113,7 +120,7 @@ def test_mdts_batches_of_samples(guided, run, vae_folder, tmp_path, capsys):
         decoded = create_first_stage(vae_folder).decode(latents)
         images.append(((decoded + 1) * 127.5).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1))
     with np.load(tmp_path / "samples_3x64x64x3.npz") as file:
-        np.testing.assert_array_equal(file["arr_0"], torch.cat(images)[:3].numpy())
+        assert_same_pixels(file["arr_0"], torch.cat(images)[:3].numpy())
         np.testing.assert_array_equal(file["arr_1"], torch.cat(labels)[:3].numpy())
         assert file["arr_0"].std() > 5
 

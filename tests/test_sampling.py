@@ -339,6 +339,7 @@ def test_a_run_of_three_ranks_killed_again_and_again_draws_the_same_images(check
         ({"model_path": "nowhere.pt"}, "nowhere.pt does not exist"),
         ({"model": "MDTv2_S_2"}, "--model asks for MDTv2 of depth 12"),
         ({"image_size": 256}, "--image_size asks for 256, but the checkpoint has 8"),
+        ({"decode_layer": 1}, "--decode_layer asks for 1, but the checkpoint has 2: leave the flag out"),
         ({"num_sampling_steps": "fast"}, "--num_sampling_steps is fast: it must be a number of steps above 0"),
         ({"num_sampling_steps": 0}, "--num_sampling_steps is 0: it must be a number of steps above 0"),
         ({"num_sampling_steps": 1001}, "--num_sampling_steps is 1001: "),

@@ -55,7 +55,7 @@ def test_torchrun_does_not_start_again_what_the_user_must_mend(tmp_path):
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, capture_output=True, text=True, env=env, timeout=120)
     assert result.returncode != 0
-    assert result.stderr.count("error: --lr is nan: it must be above 0") == 1, result.stderr
+    assert result.stderr.count("error: --lr is nan: it must be finite and above 0") == 1, result.stderr
 
 
 def test_restarts_are_ended_only_where_torchrun_would_restart(monkeypatch):

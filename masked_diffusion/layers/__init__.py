@@ -1,1 +1,1 @@
-"""Layers of the transformers: attention with its relative position bias, and embeddings."""
+"""Layers of the transformers: attention with a relative position bias, transformer blocks, and embeddings."""

@@ -8,13 +8,13 @@ import torch.nn.functional as F
 
 from ..utils.errors import UserError
 
-UNREAD_ROWS = 3  # at the end of every bias table: nothing reads them, but the released weights carry them
+UNREAD_ROWS = 3  # at the end of each bias table; nothing reads them, but the published checkpoints have them
 
 
 def relative_position_index(height: int, width: int) -> torch.Tensor:
-    """Row of the bias table for every ordered pair of tokens on a (height, width) grid.
+    """The row of the bias table for every ordered pair of tokens on a (height, width) grid.
 
-    :return: (T, T) int64 with T = height * width; entry (i, j) encodes the offset position(i) - position(j).
+    :return: (T, T) int64 with T = height * width; entry (i, j) is the row for the offset from token j to token i.
     """
     rows = torch.arange(height).repeat_interleave(width)
     cols = torch.arange(width).repeat(height)
@@ -34,7 +34,10 @@ def gather_pairs(index: torch.Tensor, ids_keep: torch.Tensor) -> torch.Tensor:
 
 
 class RelativePositionBias(nn.Module):
-    """A learned bias per head and per 2-D offset between two tokens, added to the attention logits."""
+    """A learned bias of the attention logits, for each head and each 2-D offset between two tokens.
+
+    :param window_size: height and width of the grid of tokens.
+    """
 
     def __init__(self, window_size: tuple[int, int], num_heads: int):
         super().__init__()
@@ -45,8 +48,8 @@ class RelativePositionBias(nn.Module):
 
     def forward(self, pair_index: torch.Tensor | None = None) -> torch.Tensor:
         """
-        :param pair_index: (N, K, K) rows of the table for the kept tokens, or None for all T tokens.
-        :return: (N, heads, K, K), or (1, heads, T, T).
+        :param pair_index: (N, K, K) int64 rows of the table for the kept tokens; None for all T tokens.
+        :return: (N, heads, K, K), or (1, heads, T, T) for all tokens.
         """
         if pair_index is None:
             pair_index = self.relative_position_index[None]
@@ -54,7 +57,11 @@ class RelativePositionBias(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention; with `num_patches` the logits get a relative position bias over that many tokens' square grid."""
+    """Multi-head self-attention.
+
+    :param num_patches: number of tokens of the square grid for a relative position bias; None for no bias.
+    :raises UserError: if `num_heads` does not divide `dim`.
+    """
 
     def __init__(self, dim: int, num_heads: int = 8, qkv_bias: bool = False, num_patches: int | None = None):
         super().__init__()
@@ -69,7 +76,7 @@ class Attention(nn.Module):
     def forward(self, x: torch.Tensor, pair_index: torch.Tensor | None = None) -> torch.Tensor:
         """
         :param x: (N, T, D) tokens.
-        :param pair_index: (N, T, T) int64 from `gather_pairs` when x holds kept tokens only.
+        :param pair_index: (N, T, T) int64 from `gather_pairs` if x holds only the kept tokens of a masked pass.
         :return: (N, T, D).
         """
         N, T, D = x.shape

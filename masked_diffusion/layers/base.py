@@ -1,6 +1,7 @@
-"""What the models share apart from their arithmetic: the hub, activation checkpointing and compilation."""
+"""The base class of all models: saving for the Hugging Face hub, activation checkpointing and compilation."""
 
 import textwrap
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -20,49 +21,55 @@ class BlockModel(
     paper_url="https://arxiv.org/abs/2303.14389",
     model_card_template=MODEL_CARD,
 ):
-    """A model of transformer blocks that can be saved for the hub, checkpointed and compiled block by block.
+    """A model of transformer blocks.
 
-    Its class has `in_channels` and `input_size`.
+    Subclasses set `in_channels` and `input_size`, the shape of their inputs.
     """
 
+    in_channels: int
+    input_size: int
+
     @classmethod
-    def _from_pretrained(cls, *, model_id, strict=True, **options):
-        # huggingface_hub's own default lets the weights of another family pass without a word.
+    def _from_pretrained(cls, *, model_id: str, strict: bool = True, **options: Any) -> "BlockModel":
+        # strict=True: by default huggingface_hub ignores missing keys, and so takes the weights of another family.
         try:
             return super()._from_pretrained(model_id=model_id, strict=strict, **options)
         except (RuntimeError, UserError) as error:
             reason = textwrap.shorten(str(error), 300, placeholder=" ...")
             raise UserError(
                 f"{model_id} does not hold the weights of a {cls.__name__} ({reason}): use the class that was saved, "
-                "or masked_diffusion.load_model, which finds it"
+                "or masked_diffusion.load_model, which finds the class"
             ) from error
 
     def check_input(self, x: torch.Tensor) -> None:
-        """Refuse an input of another shape than the model's.
+        """Check the shape of an input.
 
-        :raises UserError: with both shapes.
+        :param x: (N, C, H, W).
+        :raises UserError: if C, H or W are not those of the model.
         """
         shape = (self.in_channels, self.input_size, self.input_size)
         if x.shape[1:] != shape:
             raise UserError(
-                f"each input has the shape {tuple(x.shape[1:])}, but this model was made for {shape}: in_channels and "
-                "input_size of the model must be those of the latents"
+                f"each input has the shape {tuple(x.shape[1:])}, but this model was made for {shape}: create the model "
+                "with the in_channels and input_size of the latents"
             )
 
     def all_blocks(self) -> list[DiTBlock]:
-        """Every transformer block, whichever stack holds it."""
+        """The transformer blocks of all stacks."""
         return [module for module in self.modules() if isinstance(module, DiTBlock)]
 
     def enable_grad_checkpoint(self) -> None:
-        """Compute activations of a block again in the backward pass instead of keeping them."""
+        """Turn on activation checkpointing: the backward pass recomputes the activations of a block, to save memory."""
         for block in self.all_blocks():
             block.grad_checkpoint = True
 
     def compile_blocks(self, dynamic: bool = False) -> None:
-        """Compile the blocks, which hold nearly all arithmetic, and let a failure to compile be an error.
+        """Compile every block with torch.compile. The blocks do nearly all of the model's computation.
 
-        Blocks share one compiled form for each kind and shape of input: with and without skip, full length, and every
-        kept length. `dynamic` compiles one form for all lengths instead.
+        All blocks share their compiled code. It is compiled once for every kind of input: with or without a skip input,
+        all tokens, and each number of kept tokens. Too many recompilations are an error, not a silent slowdown.
+
+        :param dynamic: compile code for any number of tokens instead.
         """
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
         torch._dynamo.config.fail_on_recompile_limit_hit = True

@@ -1,4 +1,4 @@
-"""Transformer blocks with adaLN-Zero conditioning: DiT's, MDT's, and the layer after the last one."""
+"""Transformer blocks with adaLN-Zero conditioning, and the final layer."""
 
 from functools import partial
 
@@ -11,17 +11,17 @@ from .attention import Attention
 
 
 def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """(N, T, D) tokens scaled and shifted by (N, D) each."""
+    """Scale and shift (N, T, D) tokens: x (1 + scale) + shift, with (N, D) `shift` and `scale`."""
     return x * (1 + scale[:, None]) + shift[:, None]
 
 
 class DiTBlock(nn.Module):
     """A transformer block with adaLN-Zero conditioning (Peebles & Xie 2023, figure 3).
 
-    :param num_patches: of the square grid over which attention learns a relative position bias; None: no bias.
+    :param num_patches: number of tokens of the square grid for a relative position bias; None for no bias.
     """
 
-    grad_checkpoint = False
+    grad_checkpoint: bool = False
 
     def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float = 4.0, num_patches: int | None = None):
         super().__init__()
@@ -40,8 +40,8 @@ class DiTBlock(nn.Module):
         pair_index: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """
-        :param x: (N, T, D) tokens. :param c: (N, D) condition.
-        :param skip: (N, T, D) input of the long skip, for an `MDTBlock` made with one.
+        :param x: (N, T, D) tokens. :param c: (N, D) conditioning vectors.
+        :param skip: (N, T, D) tokens of the long skip connection, for an `MDTBlock` that has one.
         :param pair_index: see `Attention.forward`.
         :return: (N, T, D).
         """
@@ -49,7 +49,10 @@ class DiTBlock(nn.Module):
             return checkpoint(self.compute, x, c, skip, pair_index, use_reentrant=False)
         return self.compute(x, c, skip, pair_index)
 
-    def compute(self, x, c, skip, pair_index):
+    def compute(
+        self, x: torch.Tensor, c: torch.Tensor, skip: torch.Tensor | None, pair_index: torch.Tensor | None
+    ) -> torch.Tensor:
+        """`forward` without activation checkpointing."""
         if self.skip_linear is not None:
             x = self.skip_linear(torch.cat([x, skip], dim=-1))
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(6, dim=1)
@@ -58,7 +61,10 @@ class DiTBlock(nn.Module):
 
 
 class MDTBlock(DiTBlock):
-    """A `DiTBlock` with, where `skip` is set, a long skip input: `Linear(2D, D)` of its tokens beside the skip's."""
+    """A `DiTBlock` that can have a long skip connection.
+
+    :param skip: `forward` takes a skip input; `Linear(2D, D)` merges it with the tokens.
+    """
 
     def __init__(
         self,
@@ -74,7 +80,7 @@ class MDTBlock(DiTBlock):
 
 
 class FinalLayer(nn.Module):
-    """(N, T, D) tokens -> (N, T, patch_size**2 * out_channels)."""
+    """The layer after the last block: tokens to patches of the output."""
 
     def __init__(self, hidden_size: int, patch_size: int, out_channels: int):
         super().__init__()
@@ -84,7 +90,8 @@ class FinalLayer(nn.Module):
 
     def forward(self, x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
         """
-        :param x: (N, T, D) tokens. :param c: (N, D) condition.
+        :param x: (N, T, D) tokens. :param c: (N, D) conditioning vectors.
+        :return: (N, T, patch_size**2 * out_channels).
         """
         shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
         return self.linear(modulate(self.norm_final(x), shift, scale))

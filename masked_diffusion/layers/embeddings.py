@@ -1,6 +1,7 @@
 """Embeddings of positions, timesteps and labels."""
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -8,13 +9,15 @@ import torch.nn as nn
 
 from ..utils.errors import UserError
 
+Draw = Callable[..., torch.Tensor]  # draws random numbers, called like torch.rand
+
 # ---------------------------------------------------------------- positions
 
 
 def get_1d_sincos_pos_embed_from_grid(embed_dim: int, pos: np.ndarray) -> np.ndarray:
     """Sine-then-cosine embedding of coordinates, base 10000.
 
-    :param embed_dim: width, even. :param pos: coordinates, of any shape with M entries.
+    :param embed_dim: width, an even number. :param pos: M coordinates, in an array of any shape.
     :return: (M, embed_dim) float64.
     """
     omega = 10000.0 ** -(np.arange(embed_dim // 2, dtype=np.float64) / (embed_dim // 2))
@@ -23,10 +26,11 @@ def get_1d_sincos_pos_embed_from_grid(embed_dim: int, pos: np.ndarray) -> np.nda
 
 
 def get_2d_sincos_pos_embed_from_grid(embed_dim: int, grid: np.ndarray) -> np.ndarray:
-    """Both coordinates' embeddings side by side.
+    """The embeddings of both coordinates, concatenated.
 
-    :param embed_dim: width, a multiple of 4. :param grid: the first and the second coordinate, M entries each.
+    :param embed_dim: width, a multiple of 4. :param grid: the first and the second coordinate, M numbers each.
     :return: (M, embed_dim) float64.
+    :raises UserError: if embed_dim is not a multiple of 4.
     """
     if embed_dim % 4:
         raise UserError(f"hidden_size ({embed_dim}) must be a multiple of 4 for a 2-D sine-cosine position table")
@@ -37,10 +41,12 @@ def get_2d_sincos_pos_embed_from_grid(embed_dim: int, grid: np.ndarray) -> np.nd
 def get_2d_sincos_pos_embed(
     embed_dim: int, grid_size: int, cls_token: bool = False, extra_tokens: int = 0
 ) -> np.ndarray:
-    """The 2-D sine-cosine position table of MAE, for a square grid row by row; the column coordinate comes first.
+    """The 2-D sine-cosine position table of MAE for a square grid, row by row.
 
-    :param cls_token: put `extra_tokens` rows of zeros before those of the grid.
-    :return: (grid_size**2, embed_dim) float64, with the extra rows where they are asked for.
+    The first half of the width belongs to the column coordinate, the second half to the row coordinate.
+
+    :param cls_token: insert `extra_tokens` rows of zeros before the rows of the grid.
+    :return: (grid_size**2, embed_dim) float64, or (extra_tokens + grid_size**2, embed_dim) with `cls_token`.
     """
     rows, columns = np.meshgrid(np.arange(grid_size), np.arange(grid_size), indexing="ij")
     table = get_2d_sincos_pos_embed_from_grid(embed_dim, np.stack([columns, rows]))
@@ -48,7 +54,7 @@ def get_2d_sincos_pos_embed(
 
 
 def sincos_pos_embed_2d(dim: int, grid_size: int) -> torch.Tensor:
-    """`get_2d_sincos_pos_embed` for a parameter: (1, grid_size**2, dim) float32."""
+    """`get_2d_sincos_pos_embed` as a tensor: (1, grid_size**2, dim) float32."""
     return torch.from_numpy(get_2d_sincos_pos_embed(dim, grid_size)).float()[None]
 
 
@@ -58,12 +64,12 @@ def sincos_pos_embed_2d(dim: int, grid_size: int) -> torch.Tensor:
 def timestep_embedding(t: torch.Tensor, dim: int, max_period: float = 10000) -> torch.Tensor:
     """Cosine-then-sine embedding of timesteps.
 
-    :param t: (N,) timesteps, possibly fractional. :param dim: width; an odd one ends in a column of zeros.
+    :param t: (N,) timesteps, possibly fractional. :param dim: width; if it is odd, the last column is zero.
     :return: (N, dim) float32.
     """
     half = dim // 2
-    # The exponent is rounded to float32, as it was when the released weights were trained, and its exponential is
-    # not: at t = 1000 one unit in the last place of a frequency, where kernels differ, moves the angle by 6e-5.
+    # The exponent is float32, as when the released weights were trained. Its exponential is taken in float64: float32
+    # kernels differ in the last bit of a frequency, which at t = 1000 changes the angle by 6e-5.
     exponent = -math.log(max_period) * torch.arange(half, dtype=torch.float32, device=t.device) / half
     freqs = exponent.double().exp().float()
     angles = t[:, None].float() * freqs
@@ -71,7 +77,7 @@ def timestep_embedding(t: torch.Tensor, dim: int, max_period: float = 10000) -> 
 
 
 class TimestepEmbedder(nn.Module):
-    """(N,) timesteps -> (N, D)."""
+    """Embed timesteps: `timestep_embedding`, then a two-layer MLP."""
 
     timestep_embedding = staticmethod(timestep_embedding)
 
@@ -83,6 +89,7 @@ class TimestepEmbedder(nn.Module):
         )
 
     def forward(self, t: torch.Tensor) -> torch.Tensor:
+        """(N,) timesteps -> (N, D)."""
         return self.mlp(timestep_embedding(t, self.frequency_embedding_size).to(self.mlp[0].weight.dtype))
 
 
@@ -90,25 +97,33 @@ class TimestepEmbedder(nn.Module):
 
 
 class LabelEmbedder(nn.Module):
-    """(N,) labels -> (N, D), with one extra row, the null class, for label dropout and guidance."""
+    """Embed labels, with an extra null class for label dropout and guidance.
+
+    :param dropout_prob: probability of replacing a label by the null class in training.
+    """
 
     def __init__(self, num_classes: int, hidden_size: int, dropout_prob: float):
         super().__init__()
-        # DiT adds the null row only where labels are ever dropped.
+        # As in DiT, there is a null class only with label dropout; here also for a model without classes.
         self.null_label = num_classes if dropout_prob > 0 or num_classes == 0 else None
         self.embedding_table = nn.Embedding(num_classes + (self.null_label is not None), hidden_size)
         self.num_classes, self.dropout_prob = num_classes, dropout_prob
 
-    def draw_drop_ids(self, num_samples: int, device, rand=torch.rand) -> torch.Tensor | None:
-        """(num_samples,) bool: which labels a training step drops; None for an embedder that drops none."""
+    def draw_drop_ids(self, num_samples: int, device: torch.device, rand: Draw = torch.rand) -> torch.Tensor | None:
+        """Draw the labels that a training step drops.
+
+        :return: (num_samples,) bool, True = null class; None without label dropout.
+        """
         if self.dropout_prob > 0:
             return rand(num_samples, device=device) < self.dropout_prob
+        return None
 
     def token_drop(self, labels: torch.Tensor, force_drop_ids: torch.Tensor | None = None) -> torch.Tensor:
-        """Replace labels by the null class.
+        """Replace some labels by the null class.
 
-        :param labels: (N,) int64. :param force_drop_ids: (N,), 1 or True = null class; drawn if None.
-        :raises UserError: for an embedder without a null class.
+        :param labels: (N,) int64. :param force_drop_ids: (N,), 1 or True = null class; None draws them.
+        :return: (N,) int64.
+        :raises UserError: for a model without a null class.
         """
         if force_drop_ids is None:
             force_drop_ids = self.draw_drop_ids(len(labels), labels.device)
@@ -117,11 +132,11 @@ class LabelEmbedder(nn.Module):
         return torch.where(force_drop_ids == 1, self.null_label, labels)
 
     def check_labels(self, labels: torch.Tensor) -> None:
-        """Refuse labels that the table has no row for.
+        """Check that the table has a row for every label.
 
-        Only those that are on the CPU: a GPU would have to be waited for, and stops by itself at such a label.
+        Labels on a GPU are not checked: that would wait for the GPU, where a wrong label is an error in any case.
 
-        :raises UserError: with the range of the labels and that of the table.
+        :raises UserError: for a label outside the table.
         """
         if labels.device.type != "cpu" or torch.compiler.is_compiling() or not labels.numel():
             return
@@ -136,10 +151,10 @@ class LabelEmbedder(nn.Module):
     ) -> torch.Tensor:
         """
         :param labels: (N,) int64.
-        :param train: draw labels to drop, if the embedder drops any and none are given; None: in training mode.
-        :param force_drop_ids: (N,), 1 or True = null class; replaces the draw.
+        :param train: apply label dropout; None applies it in training mode.
+        :param force_drop_ids: (N,), 1 or True = null class; replaces the random choice of label dropout.
         :return: (N, D).
-        :raises UserError: for labels on the CPU that are not in the table.
+        :raises UserError: for labels outside the table (on the CPU only), and as `token_drop`.
         """
         self.check_labels(labels)
         train = self.training if train is None else train

@@ -9,11 +9,11 @@ from .. import dist_util, logger
 from ..config import CFG_SCALE, SCALE_POW, GuidanceConfig, RunConfig, SampleConfig, WeightsConfig
 from ..guidance import Guidance
 from ..latents.autoencoder import create_first_stage
-from ..models import create_model
+from ..models import MDT, create_model, model_class
 from ..utils.errors import UserError
 from ..utils.files import file_hash
 from ..utils.precision import check_precision, set_matmul_precision
-from ..weights.pretrained import OpenedWeights, build_model, open_weights
+from ..weights.pretrained import OpenedWeights, build_model, configured_architecture, open_weights
 from .class_names import class_names
 from .image_sampler import ImageSampler
 from .solvers import create_solver
@@ -60,7 +60,10 @@ def load_weights(config: SampleConfig) -> LoadedWeights:
     with dist_util.main_first():
         opened = open_weights(config.weights.model_path)
         guide = open_weights(config.guidance.guide_path) if config.guidance.guide_path else None
-    model = build_model(opened, device, decode_layer=config.weights.decode_layer)
+    name, _ = configured_architecture(opened)
+    # The weights of MDT do not tell its decode_layer; the other families' do.
+    open_options = {"decode_layer": config.weights.decode_layer} if model_class(name) is MDT else {}
+    model = build_model(opened, device, **open_options)
     check_agreement(config.weights, model)
     guide_model = build_guide(guide, model, device) if guide else None
     run = opened.run or RunConfig()

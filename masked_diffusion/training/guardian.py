@@ -4,11 +4,13 @@ import math
 from collections import deque
 from statistics import fmean, pstdev
 
+from ..utils.errors import UserError
+
 MIN_HISTORY = 20
 
 
-class TrainingFault(RuntimeError):
-    """Training cannot go on; the last checkpoint is intact."""
+class TrainingFault(UserError):
+    """Training has diverged; the last checkpoint is intact."""
 
 
 class Guardian:

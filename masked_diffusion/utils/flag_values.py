@@ -65,3 +65,7 @@ def check_interval(interval: tuple[float, float]) -> str | None:
 
 def check_words(words: tuple[str, ...]) -> str | None:
     return None if all(word.strip() for word in words) else "numbers or names, none of them empty"
+
+
+def check_file(path: str) -> str | None:
+    return None if path else "the path of a file"

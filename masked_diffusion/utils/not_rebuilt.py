@@ -1,26 +1,29 @@
-"""Published names of ADM, DiT and MDT that this package does without, and what to use instead.
+"""Published names of ADM, DiT and MDT that this package does not have, and what to use instead.
 
-Importing one of them, or taking it from its module, ends in one sentence. `docs/adm_dit_mdt.md` lists them for readers.
+Importing such a name, or accessing it in its module, raises an ImportError that says what to use instead.
+`docs/adm_dit_mdt.md` lists the names for readers.
 """
 
 import sys
+from collections.abc import Callable
 from importlib.abc import MetaPathFinder
+from typing import Any
 
 _UNET = "ADM's U-Nets are not part of this package: use masked_diffusion.create_model for MDTv2, MDT and DiT"
 _CLASSIFIER = f"{_UNET}, and give the sampling loops your own cond_fn"
-_FORMATS = "choose the outputs by name: logger.configure(dir, ['stdout', 'log', 'csv', 'json', 'tensorboard'])"
+_FORMATS = "choose the output formats by name: logger.configure(dir, ['stdout', 'log', 'csv', 'json', 'tensorboard'])"
 _MPI = "use dist_util.mean_over_ranks, or torch.distributed"
 _LAYERS = "use torch.nn"
-_LAUNCHER = "the launcher (torchrun or mpiexec) says which GPU and port a process takes"
-_FP16 = "training scales the loss by torch.amp.GradScaler: image_train.py --precision fp16"
+_LAUNCHER = "the launcher (torchrun or mpiexec) decides which GPU and port a process uses"
+_FP16 = "for mixed precision use torch.amp (GradScaler), or image_train.py --precision fp16"
 
-# A name, below `masked_diffusion`, and the end of the sentence.
+# Name below `masked_diffusion` -> what to use instead, which ends the error message.
 NOT_REBUILT = {
     "fp16_util": _FP16,
     "unet": _UNET,
     "losses": "use masked_diffusion.diffusion_utils",
     "timestep_sampler": "use masked_diffusion.resample",
-    "diffusion": "use masked_diffusion.create_diffusion, gaussian_diffusion, respace and resample",
+    "diffusion": "use masked_diffusion.create_diffusion, and its modules gaussian_diffusion, respace and resample",
     "gaussian_diffusion._WrappedModel": "use GaussianDiffusion.model_timesteps(t)",
     "respace._WrappedModel": "use SpacedDiffusion.model_timesteps(t)",
     "dist_util.SETUP_RETRY_COUNT": _LAUNCHER,
@@ -35,7 +38,7 @@ NOT_REBUILT = {
     "logger.make_output_format": _FORMATS,
     "logger.set_comm": _MPI,
     "logger.mpi_weighted_mean": _MPI,
-    "logger._configure_default_logger": "lines are printed before logger.configure, too",
+    "logger._configure_default_logger": "not needed: lines are printed before logger.configure, too",
     "nn.SiLU": "use torch.nn.SiLU",
     "nn.GroupNorm32": _LAYERS,
     "nn.conv_nd": _LAYERS,
@@ -59,33 +62,34 @@ NOT_REBUILT = {
 }
 
 
-def module_getattr(module_name):
-    """A module's `__getattr__` that knows the table.
+def module_getattr(module_name: str) -> Callable[[str], Any]:
+    """The `__getattr__` function of a module, which says what to use instead of a name in `NOT_REBUILT`.
 
-    What is in the table raises ImportError: of an AttributeError, `from module import name` would hide the message.
+    It raises ImportError for such a name, since `from module import name` hides the message of an AttributeError.
     """
 
-    def getattr_(name):
+    def getattr_(name: str) -> Any:
         _refuse(f"{module_name}.{name}")
         raise AttributeError(f"module {module_name!r} has no attribute {name!r}")
 
     return getattr_
 
 
-def _refuse(full_name):
+def _refuse(full_name: str) -> None:
+    """Raise ImportError if the name is in `NOT_REBUILT`."""
     instead = NOT_REBUILT.get(full_name.removeprefix("masked_diffusion."))
     if instead and full_name.startswith("masked_diffusion."):
         raise ImportError(f"{full_name} is not rebuilt here: {instead}", name=full_name)
 
 
 class _ModuleFinder(MetaPathFinder):
-    """The table's word on `import masked_diffusion.NAME`; asked last, for modules that nobody else finds."""
+    """Refuses `import masked_diffusion.NAME` for names in `NOT_REBUILT`; it comes last, after all other finders."""
 
-    def find_spec(self, fullname, path, target=None):
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> None:
         _refuse(fullname)
 
 
-def install():
-    """Let imports of whole modules know the table. Calling it again changes nothing."""
+def install() -> None:
+    """Refuse imports of whole modules in `NOT_REBUILT` too. Calling it again changes nothing."""
     if not any(isinstance(finder, _ModuleFinder) for finder in sys.meta_path):
         sys.meta_path.append(_ModuleFinder())
