@@ -1,12 +1,12 @@
 """Write a split of CIFAR-10 as images: OUT holds `CLASS_SPLIT-ImgID.ext` and classes.json.
 
-SOURCE is cifar-10-python.tar.gz, whose pixels become PNG, or a folder or tar of images in class folders, which keep
-their bytes. Of a source with train/ and test/ only the asked split is taken.
+SOURCE is cifar-10-python.tar.gz, whose pixels are written as PNG, or a folder or tar of images in class folders, which
+are copied unchanged. If SOURCE has train/ and test/, only the images of --split are written.
 """
 
 import pickle
 from functools import partial
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from common import (
@@ -30,7 +30,9 @@ BATCHES = {"train": tuple(f"data_batch_{i}" for i in range(1, 6)), "test": ("tes
 
 def main() -> None:
     parser = make_parser(__doc__)
-    parser.add_argument("--split", choices=tuple(BATCHES), default="train", help="which images to write")
+    parser.add_argument(
+        "--split", choices=tuple(BATCHES), default="train", help="which images to write (default: train)"
+    )
     args = parser.parse_args()
     with open_source(args.source, args.out) as (files, _):
         batches = {file.name.rsplit("/", 1)[-1]: file for file in files}
@@ -45,7 +47,7 @@ def main() -> None:
 
 
 def folder_images(files: list[File], split: str, source: str) -> list[File]:
-    """The images below `[SPLIT/]CLASS/`, wherever in the source such folders are."""
+    """The images in folders `[SPLIT/]CLASS/`, which may be anywhere in the source."""
     images = []
     for file in files:
         *above, folder, name = ["", ".", *file.name.split("/")]
@@ -64,28 +66,31 @@ def folder_images(files: list[File], split: str, source: str) -> list[File]:
 
 
 class PickledArray:
-    """Stands in for a numpy array, and for its dtype: holds what the pickle says of it, and does nothing."""
+    """Replaces a numpy array or dtype while unpickling: it stores its arguments and state, and runs no code."""
 
-    def __init__(self, *args):
+    def __init__(self, *args: Any) -> None:
         self.args = args
 
-    def __setstate__(self, state):
+    def __setstate__(self, state: Any) -> None:
         self.state = state
 
 
 class BatchUnpickler(pickle.Unpickler):
-    """Reads the dicts, lists, numbers, strings and arrays of a CIFAR batch. A pickle that names more is refused."""
+    """Reads the dicts, lists, numbers, strings and arrays of a CIFAR batch, and refuses a pickle of anything else."""
 
     ADMITTED = (("numpy.core.multiarray", "_reconstruct"), ("numpy", "ndarray"), ("numpy", "dtype"))
 
-    def find_class(self, module, name):
+    def find_class(self, module: str, name: str) -> type[PickledArray]:
         if (module, name) not in self.ADMITTED:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no CIFAR batch does")
         return PickledArray
 
 
 def read_batch(file: File, name: str) -> tuple[np.ndarray, list[str]]:
-    """The (N, 32, 32, 3) uint8 pixels and N labels of a batch, read without running code of the pickle's."""
+    """The (N, 32, 32, 3) uint8 pixels and N class names of a batch, read without running code of the pickle.
+
+    :raises UserError: for a file that is not such a batch.
+    """
     try:
         with file.open() as opened:
             batch = BatchUnpickler(opened, encoding="bytes").load()
@@ -96,9 +101,9 @@ def read_batch(file: File, name: str) -> tuple[np.ndarray, list[str]]:
         pixels = pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
         labels = [CLASSES[label] for label in batch[b"labels"]]
     except Exception as error:  # a damaged pickle raises nearly anything
-        raise UserError(f"{name} cannot be read as a CIFAR-10 batch ({error}): fetch the archive again") from error
+        raise UserError(f"{name} cannot be read as a CIFAR-10 batch ({error}): download the archive again") from error
     if len(pixels) != len(labels):
-        raise UserError(f"{name} holds {len(pixels)} images and {len(labels)} labels: fetch the archive again")
+        raise UserError(f"{name} holds {len(pixels)} images and {len(labels)} labels: download the archive again")
     return pixels, labels
 
 
@@ -107,7 +112,7 @@ def pickled_images(batches: dict[str, File], split: str, source: str) -> list[Fi
     images = []
     for name in BATCHES[split]:
         if name not in batches:
-            raise UserError(f"{source} lacks {name}: fetch the archive again")
+            raise UserError(f"{source} lacks {name}: download the archive again")
         for pixels, label in zip(*read_batch(batches[name], f"{source}: {name}"), strict=True):
             image_id = f"{label}_{split}-{len(images):05d}.png"
             images.append(File(image_id, partial(png, pixels)))
@@ -115,7 +120,7 @@ def pickled_images(batches: dict[str, File], split: str, source: str) -> list[Fi
 
 
 def png(pixels: np.ndarray) -> BinaryIO:
-    """(H, W, 3) uint8 pixels as an open file of PNG."""
+    """Encode (H, W, 3) uint8 pixels as PNG, as an open file."""
     return encode_png(Image.fromarray(pixels))
 
 

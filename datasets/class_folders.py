@@ -1,6 +1,6 @@
-"""Write a tree with one folder of images per class as images: OUT holds `ClassID_ImgID.ext` and classes.json.
+"""Convert class folders, one folder of images per class: OUT holds `ClassID_ImgID.ext` and classes.json.
 
-SOURCE is a folder, or a tar, whose first level are the class folders; what lies deeper belongs to the class above it.
+SOURCE is a folder or a tar with the class folders at its top level. Images in subfolders belong to the same class.
 """
 
 from common import class_ids, images_by_class, make_parser, name_images, open_source, progress, run, write_images

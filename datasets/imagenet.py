@@ -1,4 +1,4 @@
-"""Write ImageNet's training set as images: OUT holds `WNID_ImgID.JPEG`, byte for byte, and classes.json.
+"""Write ImageNet's training set as images: OUT holds `WNID_ImgID.JPEG`, copied unchanged, and classes.json.
 
 SOURCE is ILSVRC2012_img_train.tar, a folder with the tars of the classes (n01440764.tar), or one with class folders.
 """
@@ -26,7 +26,10 @@ WNID = re.compile("n[0-9]{8}")
 
 def main() -> None:
     parser = make_parser(__doc__)
-    parser.add_argument("--names", help="text file of `n01440764 tench, Tinca tinca`: names for classes.json")
+    parser.add_argument(
+        "--names",
+        help="text file with the class names for classes.json, in lines such as `n01440764 tench, Tinca tinca`",
+    )
     args = parser.parse_args()
     names = read_names(args.names) if args.names else {}
     with open_source(args.source, args.out) as (files, folders):
@@ -41,9 +44,9 @@ def main() -> None:
 
 
 def read_names(path: str) -> dict[str, str]:
-    """`{WNID: name}` of a text file of lines `n01440764 tench, Tinca tinca`.
+    """`{WNID: name}` from a text file with lines such as `n01440764 tench, Tinca tinca`.
 
-    :raises UserError: for a file of anything else.
+    :raises UserError: for a file with anything else.
     """
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
@@ -55,9 +58,9 @@ def read_names(path: str) -> dict[str, str]:
 
 
 def check(wnids: Iterable[str]) -> None:
-    """Refuse what is not a WNID such as n01440764.
+    """Check that all names are WNIDs, such as n01440764.
 
-    :raises UserError: with the first such name.
+    :raises UserError: for the first name that is not.
     """
     for wnid in wnids:
         if not WNID.fullmatch(wnid):
@@ -67,7 +70,10 @@ def check(wnids: Iterable[str]) -> None:
 
 
 def class_tars(files: list[File], source: str) -> dict[str, File]:
-    """`{WNID: its tar}` in sorted order. Other tars, such as the one that these came from, are left alone."""
+    """`{WNID: its tar}`, sorted. Other tars, such as the archive that held these, are ignored.
+
+    :raises UserError: for two tars of one class, and for images beside the tars.
+    """
     tars = {}
     for file in files:
         name = file.name.rsplit("/", 1)[-1]
@@ -78,18 +84,18 @@ def class_tars(files: list[File], source: str) -> dict[str, File]:
             tars[wnid] = file
     images = [file.name for file in files if is_image(file.name)]
     if tars and images:
-        raise UserError(f"{source} holds class tars and images such as {images[0]}: keep one kind")
+        raise UserError(f"{source} holds both class tars and images, such as {images[0]}: remove one of the two kinds")
     return dict(sorted(tars.items()))
 
 
 def tar_images(tars: dict[str, File], source: str) -> Iterator[File]:
-    """The images of all class tars, one tar at a time: only the headers of a tar are read before its images."""
+    """The images of all class tars, one tar at a time. Of a tar, first the headers are read, then the images."""
     for wnid, tar in progress(tars.items(), "class"):
         name = f"{source}: {tar.name}"
         with tar.open() as file, open_tar(file, name) as (files, _):
             images = [file for file in files if is_image(file.name)]
             if not images:
-                raise UserError(f"{name} holds no image: fetch it again")
+                raise UserError(f"{name} holds no image: download it again")
             yield from name_images(wnid, images, name)
 
 

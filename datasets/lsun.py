@@ -1,7 +1,7 @@
 """Write a category of LSUN as images: OUT holds `Category_ImgID.ext` and classes.json.
 
-SOURCE is the folder of an lmdb, such as bedroom_train_lmdb. JPEG, PNG and GIF keep their bytes; other encodings, such
-as LSUN's WebP, become PNG with the same pixels. Further categories may go to the same OUT.
+SOURCE is the folder of an lmdb, such as bedroom_train_lmdb. JPEG, PNG and GIF images are copied unchanged; other
+formats, such as LSUN's WebP, are written as PNG with the same pixels. Several categories can go to the same OUT.
 """
 
 import argparse
@@ -21,18 +21,20 @@ SIGNATURES = {b"\xff\xd8\xff": "jpg", b"\x89PNG\r\n\x1a\n": "png", b"GIF8": "gif
 def main() -> None:
     parser = make_parser(__doc__, link=False)
     parser.add_argument("--category", required=True, help="the class of these images: bedroom, church_outdoor, ...")
-    parser.add_argument("--max_images", type=int, help="take this many images, the first ones; all if left out")
+    parser.add_argument("--max_images", type=int, help="write only this many images, the first ones (default: all)")
     args = parser.parse_args()
     class_id = args.category.replace("_", "-")
     if class_ids([class_id])[class_id] != class_id:
-        raise UserError(f"--category {args.category!r} is not a name of letters and digits: give one such as bedroom")
+        raise UserError(
+            f"--category is {args.category!r}: it must be a name of letters, digits and hyphens, such as bedroom"
+        )
     if args.max_images is not None and args.max_images < 1:
-        raise UserError(f"--max_images {args.max_images} is less than 1: leave it out to take all images")
+        raise UserError(f"--max_images is {args.max_images}: it must be at least 1; leave it out to write all images")
     lmdb = import_lmdb()
     if not Path(args.source).exists():
         raise UserError(f"{args.source} does not exist: name the folder of an lmdb")
     try:
-        # Without a lock, a source that may not be written to can be read too.
+        # Without a lock, a source without write permission can be read too.
         with lmdb.open(args.source, subdir=Path(args.source).is_dir(), readonly=True, lock=False) as env:
             write_category(env, class_id, args)
     except lmdb.Error as error:
@@ -40,14 +42,14 @@ def main() -> None:
 
 
 def import_lmdb() -> ModuleType:
-    """The package lmdb.
+    """Import the package lmdb.
 
-    :raises UserError: where it is not installed.
+    :raises UserError: when it is not installed.
     """
     try:
         import lmdb
     except ImportError as error:
-        raise UserError("LSUN is read with the package lmdb, which is not installed: pip install lmdb") from error
+        raise UserError("reading LSUN needs the package lmdb, which is not installed: pip install lmdb") from error
     return lmdb
 
 
@@ -55,7 +57,7 @@ def write_category(env: Any, class_id: str, args: argparse.Namespace) -> None:
     """Write the images of an open lmdb, in the order of their keys."""
     total = min(env.stat()["entries"], args.max_images or env.stat()["entries"])
     if not total:
-        raise UserError(f"{args.source} holds no image: fetch it again")
+        raise UserError(f"{args.source} holds no image: download it again")
     with env.begin(buffers=True) as transaction:
         records = islice(transaction.cursor(), total)
         images = (image_file(class_id, i, *record, args.source) for i, record in enumerate(records))
@@ -63,7 +65,7 @@ def write_category(env: Any, class_id: str, args: argparse.Namespace) -> None:
 
 
 def image_file(class_id: str, index: int, key: memoryview, value: memoryview, source: str) -> File:
-    """A record as a file: its bytes, or a PNG of its pixels where the loader does not read its encoding."""
+    """A record of the lmdb as a file: its bytes, or a PNG of its pixels if training does not read its format."""
     for signature, extension in SIGNATURES.items():
         if value[: len(signature)] == signature:
             return File(f"{class_id}_{index:07d}.{extension}", partial(io.BytesIO, value), size=len(value))
@@ -71,9 +73,9 @@ def image_file(class_id: str, index: int, key: memoryview, value: memoryview, so
 
 
 def decoded_png(value: memoryview, name: str) -> BinaryIO:
-    """An encoded image as an open file of PNG.
+    """Convert an encoded image to PNG, as an open file.
 
-    :raises UserError: where it cannot be decoded.
+    :raises UserError: when it cannot be decoded.
     """
     try:
         with Image.open(io.BytesIO(value)) as image:
@@ -81,7 +83,7 @@ def decoded_png(value: memoryview, name: str) -> BinaryIO:
     except MemoryError:
         raise
     except Exception as error:  # on damaged files Pillow's readers raise nearly anything
-        raise UserError(f"{name} cannot be read as an image ({error}): fetch the data again") from error
+        raise UserError(f"{name} cannot be read as an image ({error}): download the data again") from error
 
 
 if __name__ == "__main__":

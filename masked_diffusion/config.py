@@ -1,10 +1,10 @@
 """Typed configuration: every flag of training and sampling with its default, range and help text, stated once.
 
-A field of a class below is a flag of the scripts (`script_util.parse_flags` makes them); a class is a group of flags.
-`RunConfig` is a training run, and what `config.json` beside its checkpoints holds; `SampleConfig` is for sampling.
+Each field of a class below is a flag of the scripts (`script_util.parse_flags` makes them); each class is a group of
+flags. `RunConfig` describes a training run and is saved as `config.json` beside its checkpoints; `SampleConfig`
+describes sampling.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,7 @@ from typing_extensions import Self
 
 from .guidance import RULES
 from .utils import flag_values
+from .utils.config_json import check_config_json
 from .utils.errors import UserError
 from .utils.options import Config, option
 from .utils.precision import PRECISIONS
@@ -24,7 +25,7 @@ SNAPSHOT_DTYPES = ("fp32", "fp16")
 SOLVERS = ("ddpm", "ddim", "dpm++", "sde-dpm++", "unipc", "heun", "euler")
 CLASS_RULES = ("random", "balanced", "list")
 QUANTIZERS = ("truncate", "round")
-CFG_SCALE, SCALE_POW = 3.8, 4.0  # of the published numbers of MDTv2
+CFG_SCALE, SCALE_POW = 3.8, 4.0  # of MDTv2's published results
 LARGEST_SEED = 2**63 - 1
 
 # ---------------------------------------------------------------- training
@@ -37,18 +38,17 @@ class ModelConfig(Config):
     model: str = option("MDTv2_S_2", "family, size and patch size: MDTv2_XL_2, MDT_B_2, DiT_S_4, ...", changes_run=True)
     image_size: int = option(256, "height and width of the images in pixels", at_least=1, changes_run=True)
     mask_ratio: float | None = option(
-        None, "share of tokens that the masked pass drops (0.3 in the paper's runs); None: train without masking",
+        None, "fraction of tokens that the masked pass drops (0.3 in the paper's runs); None: train without masking",
         at_least=0, below=1, changes_run=True,
     )  # fmt: skip
     decode_layer: int | None = option(
-        None, "blocks after the side-interpolater; None: the paper's number", at_least=0, changes_run=True
+        None, "number of blocks after the side-interpolater; None: as in the paper", at_least=0, changes_run=True
     )
     num_classes: int | None = option(
-        None, "rows of the label table, without the null class; None: as many as the data has", at_least=0,
-        changes_run=True,
-    )  # fmt: skip
+        None, "number of classes, without the null class; None: as many as the data has", at_least=0, changes_run=True
+    )
     vae: str = option(
-        "ema", "first stage: ema or mse (Stable Diffusion's), a hub id, a folder, or identity for pixels",
+        "ema", "autoencoder: ema or mse (of Stable Diffusion), a hub id, a folder, or identity to train on pixels",
         changes_run=True,
     )  # fmt: skip
 
@@ -58,22 +58,32 @@ class DiffusionConfig(Config):
     """diffusion"""
 
     diffusion_steps: int = option(1000, "timesteps of the noise schedule", at_least=1, changes_run=True)
-    noise_schedule: str = option("linear", "betas of the noise schedule", choices=NOISE_SCHEDULES, changes_run=True)
+    noise_schedule: str = option("linear", "noise schedule", choices=NOISE_SCHEDULES, changes_run=True)
     learn_sigma: bool = option(True, "learn the variance of the reverse process", changes_run=True)
-    sigma_small: bool = option(False, "without learn_sigma: the posterior's variance, not beta", changes_run=True)
+    sigma_small: bool = option(
+        False, "without --learn_sigma: use the variance of the posterior instead of beta", changes_run=True
+    )
     use_kl: bool = option(False, "train on the variational bound instead of the MSE", changes_run=True)
     predict_xstart: bool = option(False, "predict x_start instead of eps", changes_run=True)
     predict_v: bool = option(False, "predict v instead of eps", changes_run=True)
-    rescale_learned_sigmas: bool = option(False, "multiply the variational term by steps / 1000", changes_run=True)
+    rescale_learned_sigmas: bool = option(
+        False, "multiply the variational loss term by diffusion_steps / 1000", changes_run=True
+    )
     snr_gamma: float | str | None = option(
-        "auto", "Min-SNR weight of the MSE; None: no weight; auto: 5 for MDTv2, None for MDT and DiT",
+        "auto", "gamma of Min-SNR loss weighting; None: no weighting; auto: 5 for MDTv2, None for MDT and DiT",
         read=flag_values.read_gamma, check=flag_values.check_gamma, changes_run=True,
     )  # fmt: skip
 
-    def options(self, default_snr_gamma: float | None) -> dict[str, Any]:
-        """Keywords for `create_diffusion`.
+    def check(self) -> Self:
+        super().check()
+        if self.predict_xstart and self.predict_v:
+            raise UserError("--predict_xstart and --predict_v exclude each other: a model predicts one thing")
+        return self
 
-        :param default_snr_gamma: what `auto` stands for: the default of the model's family.
+    def options(self, default_snr_gamma: float | None) -> dict[str, Any]:
+        """Keyword arguments for `create_diffusion`.
+
+        :param default_snr_gamma: the default of the model's family, which `auto` stands for.
         """
         gamma = default_snr_gamma if self.snr_gamma == "auto" else self.snr_gamma
         return self.values() | {"snr_gamma": gamma}
@@ -84,15 +94,16 @@ class DataConfig(Config):
     """data"""
 
     data_dir: str = option(
-        "", "folder of images named CLASS_ANYTHING.jpg, searched with its subfolders, or what pack_images.py made of it"
+        "", "folder of images named CLASS_ANYTHING.jpg, with its subfolders; or a folder that pack_images.py wrote"
     )
-    latent_dir: str = option("", "folder that scripts/encode_latents.py made of the images, instead of --data_dir")
+    latent_dir: str = option("", "latent cache written by scripts/encode_latents.py, instead of --data_dir")
     class_cond: bool = option(True, "train with class labels", changes_run=True)
-    random_crop: bool = option(False, "crop at random instead of the centre", changes_run=True)
-    random_flip: bool = option(True, "mirror half of the images", changes_run=True)
+    random_crop: bool = option(False, "crop at a random place and size, not the centre", changes_run=True)
+    random_flip: bool = option(True, "mirror half of the images, chosen at random", changes_run=True)
     on_bad_image: str = option(
-        "error", "what to do about images that cannot be read or are tiny", choices=("error", "skip")
-    )
+        "error", "images that cannot be read or are too small: stop with an error, or skip them",
+        choices=("error", "skip"),
+    )  # fmt: skip
     num_workers: int = option(4, "data loading processes per rank; 0: load in the training process", at_least=0)
 
 
@@ -100,50 +111,56 @@ class DataConfig(Config):
 class TrainConfig(Config):
     """training"""
 
-    batch_size: int = option(32, "images per rank and step", at_least=1)
+    batch_size: int = option(32, "images per rank (GPU) in one step", at_least=1)
     microbatch: int = option(-1, "images per forward pass (gradient accumulation); -1: all of batch_size", at_least=-1)
     optimizer: str | None = option(
-        None, "None: adan for MDTv2, adamw for MDT and DiT", choices=OPTIMIZERS, changes_run=True
+        None, "optimizer; None: adan for MDTv2, adamw for MDT and DiT", choices=OPTIMIZERS, changes_run=True
     )
     lr: float = option(3e-4, "learning rate", above=0, changes_run=True)
     weight_decay: float = option(0.0, "weight decay", at_least=0, changes_run=True)
     grad_clip: float | None = option(
-        None, "clip gradients to this global norm; 0: no clipping; None: 1 for adan, 0 for adamw", at_least=0,
+        None, "clip the gradients to this global norm; 0: no clipping; None: 1 for adan, 0 for adamw", at_least=0,
         changes_run=True,
     )  # fmt: skip
     lr_anneal_steps: int = option(
-        0, "anneal the learning rate to zero until this step, and end there; 0: constant", at_least=0, changes_run=True
-    )
-    max_steps: int = option(0, "end after this step; 0: train until stopped", at_least=0)
+        0, "lower the learning rate linearly to zero until this step, and end training there; 0: constant rate",
+        at_least=0, changes_run=True,
+    )  # fmt: skip
+    max_steps: int = option(0, "end training after this step; 0: train until stopped", at_least=0)
     ema_rate: str = option(
         "0.9999", "EMA rates, separated by commas", check=flag_values.check_ema_rates, changes_run=True
     )
     phema: str = option(
-        "", "relative widths of power-function EMAs to save snapshots of, such as 0.05,0.10 (post-hoc EMA)",
+        "", "post-hoc EMA: save snapshots of power-function EMAs with these relative widths, such as 0.05,0.10",
         check=flag_values.check_phema_widths, changes_run=True,
     )  # fmt: skip
-    phema_dtype: str = option("fp32", "number format of those snapshots", choices=SNAPSHOT_DTYPES)
+    phema_dtype: str = option("fp32", "number format of the post-hoc EMA snapshots", choices=SNAPSHOT_DTYPES)
     schedule_sampler: str = option(
-        "uniform", "how timesteps are drawn in training", choices=SCHEDULE_SAMPLERS, changes_run=True
+        "uniform", "distribution of the training timesteps", choices=SCHEDULE_SAMPLERS, changes_run=True
     )
     precision: str = option(
-        "fp32", "number format of the network's arithmetic (mixed precision)", choices=tuple(PRECISIONS),
+        "fp32", "number format of the network; bf16 and fp16 are mixed precision", choices=tuple(PRECISIONS),
         changes_run=True,
     )  # fmt: skip
     use_fp16: bool = option(False, "the same as --precision fp16")
     fp16_scale_growth: float = option(
-        1e-3, "fp16: log2 of the loss scale's growth per step", at_least=0, changes_run=True
+        1e-3, "fp16: growth of the loss scale per step, as a log2", above=0, at_most=16, changes_run=True
     )
     compile: bool = option(False, "compile the transformer blocks with torch.compile")
     exact_lengths: bool = option(
-        False, "with compile: do not round the number of kept tokens, and compile one form for all lengths"
+        False, "with --compile: do not round the number of kept tokens, and compile once with a dynamic length"
     )
-    grad_checkpoint: bool = option(False, "gradient checkpointing: less memory, activations computed twice")
-    split_backward: bool = option(False, "backward after each of the two passes: less memory, the same gradients")
-    shard: str = option("none", "zero1: shard the optimizer state over the ranks; fsdp: everything", choices=SHARDS)
+    grad_checkpoint: bool = option(False, "gradient checkpointing: use less memory, compute the activations twice")
+    split_backward: bool = option(
+        False, "run a backward pass after each of the two forward passes: less memory, the same gradients"
+    )
+    shard: str = option(
+        "none", "zero1: shard the optimizer state over the ranks; fsdp: shard weights, gradients, EMA and optimizer",
+        choices=SHARDS,
+    )  # fmt: skip
     seed: int = option(
-        0, "seed of data order, initial weights and noise (determinism)", at_least=0, at_most=LARGEST_SEED,
-        changes_run=True,
+        0, "random seed of the data order, initial weights and noise (determinism)", at_least=0,
+        at_most=LARGEST_SEED, changes_run=True,
     )  # fmt: skip
 
 
@@ -153,10 +170,10 @@ class GuardianConfig(Config):
 
     max_bad_steps: int = option(10, "stop after this many steps in a row whose loss is NaN or infinite", at_least=1)
     spike_zscore: float = option(
-        6.0, "report a loss this many standard deviations above the recent mean as a spike", above=0
+        6.0, "report a loss spike when the loss is this many standard deviations above the recent mean", above=0
     )
     rollback_on_spike: int = option(
-        0, "after a spike, go back to the last checkpoint and on with other data, at most this many times; 0: never",
+        0, "after a loss spike, roll back to the last checkpoint and use other data, at most this often; 0: never",
         at_least=0,
     )  # fmt: skip
 
@@ -165,16 +182,16 @@ class GuardianConfig(Config):
 class EvaluationConfig(Config):
     """evaluation during training"""
 
-    eval_interval: int = option(0, "steps between evaluations of the EMA; 0: none", at_least=0)
-    eval_samples: int = option(1000, "images to draw for each", at_least=2)
-    eval_reference: str = option("", "npz to compare them with, as for evaluations/evaluator.py")
+    eval_interval: int = option(0, "steps between evaluations of the EMA weights; 0: no evaluation", at_least=0)
+    eval_samples: int = option(1000, "number of images to sample for each evaluation", at_least=2)
+    eval_reference: str = option("", "reference npz of the evaluation, as for evaluations/evaluator.py")
 
     def check(self) -> Self:
         super().check()
         if self.eval_interval and not self.eval_reference:
             raise UserError(
-                f"--eval_interval is {self.eval_interval}, but there is nothing to compare with: name an npz with "
-                "--eval_reference"
+                f"--eval_interval is {self.eval_interval}, but there is no reference to compare with: name an npz "
+                "with --eval_reference"
             )
         return self
 
@@ -186,27 +203,27 @@ class LogConfig(Config):
     log_dir: str | None = option(None, "folder of logs and checkpoints; None: $OPENAI_LOGDIR, or output")
     log_interval: int = option(100, "steps between log lines", at_least=1)
     save_interval: int = option(10000, "steps between checkpoints", at_least=1)
-    sample_interval: int = option(0, "steps between grids of samples of the EMA; 0: none", at_least=0)
-    keep: int = option(0, "keep the newest checkpoints, this many; 0: all", at_least=0)
+    sample_interval: int = option(0, "steps between sample grids of the EMA weights; 0: no grids", at_least=0)
+    keep: int = option(0, "number of checkpoints to keep, the newest ones; 0: all", at_least=0)
     resume_checkpoint: str = option(
         "auto",
-        "auto: resume from the newest checkpoint of log_dir; '': start afresh; a checkpoint of log_dir: resume from "
+        "auto: resume from the newest checkpoint in log_dir; '': start a new run; a checkpoint in log_dir: resume from "
         "it; a file or folder elsewhere: start at step 0 from its weights (fine-tuning)",
     )
     continue_from: str = option(
-        "", "model000100.pt of another folder: resume from it in log_dir, with its optimizer, EMA and step"
+        "", "resume from this model000100.pt of another folder, with its optimizer, EMA and step; save into log_dir"
     )
-    allow_config_change: bool = option(False, "resume although flags that change the run have other values")
+    allow_config_change: bool = option(False, "resume even if flags that change the result have new values")
 
 
 @dataclass(frozen=True)
 class RunConfig(Config):
-    """A training run: its flags, and what was found out before the first step.
+    """A training run: its flags, and what was determined before the first step.
 
-    :param architecture: `name` and `options` for `create_model`; what `save_pretrained` leaves has options alone.
+    :param architecture: `name` and `options` for `create_model`; the file of `save_pretrained` has only the options.
     :param classes: names of the classes in the order of their labels.
-    :param data_signature: of the files that were trained on; None where it is not known.
-    :param global_batch: images per step over all ranks.
+    :param data_signature: hash of the names of the training images; None if it is unknown.
+    :param global_batch: images per step, summed over all ranks; None if it is unknown.
     """
 
     model: ModelConfig = ModelConfig()
@@ -223,16 +240,16 @@ class RunConfig(Config):
 
     @property
     def precision(self) -> str:
-        """`--precision`, or what `--use_fp16` stands for."""
+        """The number format in use: fp16 with `--use_fp16`, else `--precision`."""
         return "fp16" if self.train.use_fp16 else self.train.precision
 
     @property
     def rounds_lengths(self) -> bool:
-        """Whether the number of tokens kept in a masked pass is rounded, so that few shapes are compiled."""
+        """Whether the number of tokens kept in a masked pass is rounded, so that fewer shapes are compiled."""
         return self.train.compile and not self.train.exact_lengths and self.model.mask_ratio is not None
 
     def to_json(self) -> dict[str, Any]:
-        """What `config.json` holds."""
+        """The contents of `config.json`."""
         return {
             "model": self.architecture,
             "diffusion": self.diffusion.values(),
@@ -245,63 +262,25 @@ class RunConfig(Config):
 
     @classmethod
     def from_json(cls, found: Any) -> Self:
-        """Read a `config.json` of training, of `scripts/export.py` or of `save_pretrained`, old or new.
+        """Read the `config.json` of a training run (also of an older version), an export or `save_pretrained`.
 
-        :raises UserError: for JSON that is none of these; says what is wrong, and the caller says in which file.
+        :param found: the parsed JSON.
+        :raises UserError: for any other JSON. The message says what is wrong; the caller adds the file's name.
         """
-        if not isinstance(found, dict):
-            raise UserError(f"it holds a {type(found).__name__} instead of a dictionary")
-        parts = {key: found.get(key) or {} for key in ("model", "diffusion", "flags")}
-        for key, part in parts.items():
-            if not isinstance(part, dict):
-                raise UserError(f"its {key!r} is {part!r} instead of a dictionary")
-        architecture = parts["model"]
-        if architecture and not (
-            isinstance(architecture.get("name"), str) and isinstance(architecture.get("options", {}), dict)
-        ):
-            raise UserError(f"its 'model' is {architecture!r}: it needs a 'name', and 'options' that are a dictionary")
-        classes, vae = found.get("classes") or [], found.get("vae", "ema")
-        if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
-            raise UserError("its 'classes' are no list of names")
-        if not isinstance(vae, str):
-            raise UserError(f"its 'vae' is {vae!r} instead of a name")
-        known = {name: tuple(value) if isinstance(value, list) else value for name, value in parts["flags"].items()}
-        global_batch = found.get("global_batch", parts["flags"].get("global_batch"))
-        facts = {
-            "architecture": architecture or {"options": found},
-            "classes": tuple(classes),
+        check_config_json(found)
+        flags = found.get("flags") or {}
+        values = {name: tuple(value) if isinstance(value, list) else value for name, value in flags.items()}
+        values |= found.get("diffusion") or {}
+        values |= {
+            "vae": found.get("vae", "ema"),
+            "architecture": found.get("model") or {"options": found},
+            "classes": tuple(found.get("classes") or ()),
             "data_signature": found.get("data_signature"),
-            "global_batch": global_batch,
+            "global_batch": found.get("global_batch", flags.get("global_batch")),
         }
-        run = cls.from_values(known | parts["diffusion"] | {"vae": vae} | facts)
-        run.diffusion.check()  # sampling depends on it, whatever the file is
+        run = cls.from_values(values)
+        run.diffusion.check()  # training and sampling both need it, whichever program wrote the file
         return run
-
-    def differences(self, before: Self) -> Iterator[tuple[str, Any, Any]]:
-        """What a run that is resumed would compute otherwise: name, value of `before` and of this one.
-
-        Both are resolved; what an older configuration does not know is passed over.
-        """
-        now, then = self.values(), before.values()
-        for _, each in self.flags():
-            if each.metadata["changes_run"] and now[each.name] != then[each.name]:
-                yield f"--{each.name}", then[each.name], now[each.name]
-        if self.rounds_lengths != before.rounds_lengths:
-            yield "--compile without --exact_lengths", before.rounds_lengths, self.rounds_lengths
-        if None not in (self.global_batch, before.global_batch) and self.global_batch != before.global_batch:
-            yield "the global batch (--batch_size times the number of ranks)", before.global_batch, self.global_batch
-        if before.classes and self.classes != before.classes:
-            yield "the class names", *_first_difference(before.classes, self.classes)
-        elif None not in (self.data_signature, before.data_signature) and self.data_signature != before.data_signature:
-            yield "the list of image files", before.data_signature[:12], self.data_signature[:12]
-
-
-def _first_difference(before: tuple[str, ...], now: tuple[str, ...]) -> tuple[str, str]:
-    """How two lists of class names differ, in few words for each."""
-    if len(before) != len(now):
-        return f"{len(before)} classes", f"{len(now)} classes"
-    label = next(i for i, names in enumerate(zip(before, now, strict=True)) if names[0] != names[1])
-    return f"{before[label]!r} for label {label}", f"{now[label]!r}"
 
 
 # ---------------------------------------------------------------- sampling
@@ -313,37 +292,42 @@ class WeightsConfig(Config):
 
     model_path: str = option(
         "",
-        "checkpoint (.pt, .safetensors), training folder (its newest EMA), or hub id",
+        "checkpoint (.pt, .safetensors), training folder (its newest EMA is used), or hub id",
         check=flag_values.check_source,
     )
     vae_decoder: str | None = option(
-        None, "what decodes latents: ema, mse, a hub id, a folder, or identity; None: what training used, else ema"
+        None, "autoencoder: ema, mse, a hub id, a folder, or identity; None: the one used in training, else ema"
     )
-    decode_batch: int | None = option(None, "images that the VAE decodes at a time; None: the batch", at_least=1)
-    precision: str = option("fp32", "number format of the network's arithmetic", choices=tuple(PRECISIONS))
+    decode_batch: int | None = option(
+        None, "number of images that the VAE decodes at once; None: the whole batch", at_least=1
+    )
+    precision: str = option(
+        "fp32", "number format of the network; bf16 and fp16 are mixed precision", choices=tuple(PRECISIONS)
+    )
     use_fp16: bool = option(False, "the same as --precision fp16")
     compile: bool = option(False, "compile the transformer blocks with torch.compile")
-    model: str | None = option(None, "read off the checkpoint; if given, it must agree")
-    image_size: int | None = option(None, "read off the checkpoint; if given, it must agree", at_least=1)
-    decode_layer: int | None = option(None, "read off the checkpoint; if given, it must agree", at_least=0)
-    mask_ratio: float | None = option(None, "taken for the published commands: sampling masks nothing")
+    model: str | None = option(None, "not needed, the checkpoint tells it; if given, it must agree")
+    image_size: int | None = option(None, "not needed, the checkpoint tells it; if given, it must agree", at_least=1)
+    decode_layer: int | None = option(None, "not needed, the checkpoint tells it; if given, it must agree", at_least=0)
+    mask_ratio: float | None = option(None, "ignored, as sampling does not mask; accepted for the published commands")
 
 
 @dataclass(frozen=True)
 class SolverConfig(Config):
     """solver"""
 
-    solver: str | None = option(None, "None: ddpm, or ddim with --use_ddim", choices=SOLVERS)
+    solver: str | None = option(None, "sampling algorithm; None: ddpm, or ddim with --use_ddim", choices=SOLVERS)
     num_sampling_steps: str = option(
-        "250", "steps: 250; for ddpm and ddim also 10,15,20 and ddim50", check=flag_values.check_steps
-    )
+        "250", "number of sampling steps; ddpm and ddim also take 10,15,20 (steps per part of the schedule) and ddim50",
+        check=flag_values.check_steps,
+    )  # fmt: skip
     use_ddim: bool = option(False, "the same as --solver ddim")
-    clip_denoised: bool = option(False, "clip predicted x_start to [-1, 1]")
-    seed: int = option(0, "image i is a function of the seed and i", at_least=0, at_most=LARGEST_SEED)
+    clip_denoised: bool = option(False, "clip the predicted x_start to [-1, 1]")
+    seed: int = option(0, "random seed; image i depends only on it and i", at_least=0, at_most=LARGEST_SEED)
 
     @property
     def name(self) -> str:
-        """`--solver`, or what `--use_ddim` stands for."""
+        """The solver in use: `--solver`, else ddim with `--use_ddim`, else ddpm."""
         return self.solver or ("ddim" if self.use_ddim else "ddpm")
 
     def check(self) -> Self:
@@ -357,36 +341,38 @@ class SolverConfig(Config):
 class GuidanceConfig(Config):
     """guidance"""
 
-    cfg_cond: bool | None = option(None, "guide, by the rule of the model's family; None: no guidance, as False")
+    cfg_cond: bool | None = option(
+        None, "use classifier-free guidance with the rule of the model's family; None: no guidance, as False"
+    )
     guidance: str | None = option(
-        None, "guidance rule; left out: with --cfg_cond, power-cosine for MDT and MDTv2, constant for DiT",
+        None, "guidance rule; if left out, --cfg_cond means power-cosine for MDT and MDTv2, constant for DiT",
         choices=RULES, read=str,
     )  # fmt: skip
     cfg_scale: float | None = option(None, f"guidance scale; None: {CFG_SCALE:g}", at_least=0)
     scale_pow: float | None = option(None, f"power of the power-cosine schedule; None: {SCALE_POW:g}", at_least=0)
     guidance_interval: tuple[float, float] | None = option(
-        None, "timesteps that the rule interval guides; None: all", at_least=0, metavar=("FIRST", "LAST"),
+        None, "timesteps at which --guidance interval guides; None: all", at_least=0, metavar=("FIRST", "LAST"),
         check=flag_values.check_interval,
     )  # fmt: skip
     guide_path: str | None = option(None, "a weaker checkpoint that guides instead of the null class (autoguidance)")
     guided_channels: int | None = option(
-        3, "how many channels are guided, or all", at_least=1, read=flag_values.read_channels
+        3, "number of channels that are guided, or all", at_least=1, read=flag_values.read_channels
     )
     skip_guidance_below: float = option(
-        0.0, "leave the guiding half out where the weight is this close to 1; 0: where it is 1; negative: never"
+        0.0, "skip the guiding pass at steps whose guidance weight is at most this far from 1; negative: never skip"
     )
 
     def rule(self, model_rule: str) -> str:
-        """The rule that guides, one of `guidance.RULES`.
+        """The guidance rule in use, one of `guidance.RULES`.
 
-        :param model_rule: of the model's family.
+        :param model_rule: the rule of the model's family.
         """
         if self.guidance is not None:
             return self.guidance
         return "constant" if self.guide_path else model_rule if self.cfg_cond else "none"
 
     def unused(self, rule: str) -> list[str]:
-        """Flags that were given, and that this rule does not look at."""
+        """The flags that were given although this rule ignores them."""
         uses = {"cfg_scale": rule != "none", "scale_pow": rule == "power-cosine"}
         uses |= {"guidance_interval": rule == "interval", "guide_path": rule != "none"}
         return [f"--{name}" for name, used in uses.items() if not used and getattr(self, name) is not None]
@@ -407,7 +393,7 @@ class GuidanceConfig(Config):
 
 @dataclass(frozen=True)
 class SampleConfig(Config):
-    """Which weights, how to solve, how to guide: what an image sampler is made of."""
+    """What an image sampler is made of: weights, solver and guidance."""
 
     weights: WeightsConfig = WeightsConfig()
     solver: SolverConfig = SolverConfig()
@@ -415,5 +401,5 @@ class SampleConfig(Config):
 
     @property
     def precision(self) -> str:
-        """`--precision`, or what `--use_fp16` stands for."""
+        """The number format in use: fp16 with `--use_fp16`, else `--precision`."""
         return "fp16" if self.weights.use_fp16 else self.weights.precision

@@ -8,8 +8,11 @@ import os
 import signal
 import socket
 import sys
+import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,7 +30,10 @@ SHARED_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK")  # Open MPI, MPICH and Intel MPI, PMIx launchers
 GPUS_PER_NODE = 8  # ADM's constant, for its users; nothing here uses it, since the launcher assigns the GPUs
 
-_host_group: dist.ProcessGroup | None = None  # the gloo group of `any_rank`
+HOST_TIMEOUT = timedelta(days=1)  # the gloo group of the hosts waits as long; it notices a dead rank at once
+
+_host_group: dist.ProcessGroup | None = None  # see `_hosts`
+_counts: Counter[str] = Counter()  # of `add_to_count` without a process group
 
 
 def setup_dist() -> None:
@@ -85,6 +91,7 @@ def _join(backend: str, **options: Any) -> None:
         raise UserError(
             f"the processes cannot connect after a restart: set {SHARED_STORE}=1 before starting torchrun"
         ) from error
+    _hosts()  # created while all ranks are alive: the others notice at once when one of them dies later
 
 
 def _describe_mpi_job() -> None:
@@ -155,6 +162,37 @@ def barrier() -> None:
     """Wait until all ranks have called this."""
     if dist.is_initialized():
         dist.barrier()
+
+
+def host_barrier(while_waiting: Callable[[], object] | None = None) -> None:
+    """Wait until all ranks have called this, for hours if necessary: over gloo, without a GPU collective's time-out.
+
+    :param while_waiting: called several times a second while this rank waits, for example to show progress.
+    :raises RuntimeError: when another rank has died.
+    """
+    if not dist.is_initialized():
+        return
+    work = dist.barrier(group=_hosts(), async_op=True)
+    while while_waiting and not work.is_completed():
+        while_waiting()
+        time.sleep(0.1)
+    work.wait()
+
+
+def _hosts() -> dist.ProcessGroup:
+    """The gloo group of all ranks, whatever the backend of the default group. The first call must be on all ranks."""
+    global _host_group
+    if _host_group is None:
+        _host_group = dist.new_group(backend="gloo", timeout=HOST_TIMEOUT)
+    return _host_group
+
+
+def add_to_count(key: str, amount: int) -> int:
+    """Add to a counter that all ranks share and that starts at 0, and return the sum. No rank waits for another."""
+    if dist.is_initialized():
+        return dist.distributed_c10d._get_default_store().add(key, amount)
+    _counts[key] += amount
+    return _counts[key]
 
 
 @contextmanager
@@ -264,7 +302,7 @@ def broadcast_object(value: Any) -> Any:
     """The value of rank 0, on all ranks; any Python object."""
     box = [value]
     if dist.is_initialized():
-        dist.broadcast_object_list(box, 0)
+        dist.broadcast_object_list(box, 0, group=_hosts())  # rank 0 may be late: a download, a slow disk
     return box[0]
 
 
@@ -284,11 +322,8 @@ def any_rank(flag: bool) -> bool:
     """
     if not dist.is_initialized():
         return flag
-    global _host_group
-    if _host_group is None:
-        _host_group = dist.new_group(backend="gloo")
     value = torch.tensor(int(flag))
-    dist.all_reduce(value, op=dist.ReduceOp.MAX, group=_host_group)
+    dist.all_reduce(value, op=dist.ReduceOp.MAX, group=_hosts())
     return bool(value)
 
 

@@ -1,7 +1,7 @@
 """Images from a folder, in the layout and with the crops of ADM.
 
-Which image comes when is a function of (seed, position in the stream) alone, and how it is cropped and flipped of
-(seed, epoch, image): neither the number of ranks nor of workers changes them.
+Determinism: the order of the images depends only on the seed and the position in the stream, crop and flip only on
+seed, epoch and image. Neither the number of ranks nor the number of data loading processes changes them.
 """
 
 import hashlib
@@ -17,6 +17,7 @@ from contextlib import contextmanager
 
 import blobfile as bf
 import numpy as np
+import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -28,44 +29,45 @@ from .utils.loader_processes import LoaderWorkerDied as LoaderWorkerDied  # what
 from .utils.random_numbers import fold_seed
 
 EXTENSIONS = ("jpg", "jpeg", "png", "gif")
-# Images that are not read, since ADM, whose order of files this is, does not read them.
+# Not read, as ADM does not read them either: otherwise the list of files would not be ADM's.
 OTHER_EXTENSIONS = ("webp", "bmp", "tif", "tiff", "avif", "heic", "heif", "jfif", "jp2", "jxl", "ppm", "pgm", "tga")
 
 
 def load_data(
     *,
-    data_dir,
-    batch_size,
-    image_size,
-    class_cond=False,
-    deterministic=False,
-    random_crop=False,
-    random_flip=True,
-    num_workers=1,
-    seed=0,
-    start_step=0,
-    paths=None,
-    on_bad_image="error",
-):
+    data_dir: str,
+    batch_size: int,
+    image_size: int,
+    class_cond: bool = False,
+    deterministic: bool = False,
+    random_crop: bool = False,
+    random_flip: bool = True,
+    num_workers: int = 1,
+    seed: int = 0,
+    start_step: int = 0,
+    paths: Sequence[str] | None = None,
+    on_bad_image: str = "error",
+) -> Iterator[tuple[torch.Tensor, dict[str, torch.Tensor]]]:
     """An endless iterator over `(batch, cond)`.
 
     `batch` is (batch_size, 3, image_size, image_size) float32 in [-1, 1]; `cond` is `{}`, or with `class_cond`
-    `{"y": (batch_size,) int64}`. The stream is one permutation of all images after another; each global batch is the
-    next world_size * batch_size of it, cut into one block per rank.
+    `{"y": (batch_size,) int64}`. The stream is one permutation of all images after another. Each global batch is the
+    next world_size * batch_size images of it, split into one block per rank.
 
-    :param data_dir: a folder, local or remote, searched with all its subfolders; or one that scripts/pack_images.py
-        made of it, which gives the same batches.
+    :param data_dir: a folder, local or remote; all its subfolders are searched too. Or a folder
+        that scripts/pack_images.py made of it, which gives the same batches.
     :param batch_size: images per rank.
-    :param class_cond: take labels from the file names; see `class_names`.
-    :param deterministic: keep the sorted order.
-    :param random_crop: crop at random, between 80 and 100 % of the short side, instead of the centre.
+    :param class_cond: take labels from the file names; see `image_classes`.
+    :param deterministic: keep the sorted order instead of shuffling.
+    :param random_crop: crop between 80 and 100 % of the short side at random, instead of the centre.
     :param random_flip: mirror half of the images.
-    :param start_step: how many global batches of the stream to skip, as a resumed run does.
-    :param paths: the images of `data_dir`, where they have been listed already.
-    :param on_bad_image: `error`, or `skip` to take the next image in the place of one that cannot be read.
-    :raises UserError: for a folder without images, with fewer than a global batch, with names that carry no class,
-        and, on the way, for an image that cannot be read.
-    :raises LoaderWorkerDied: on the way, when a loader process was killed, most often for lack of memory.
+    :param num_workers: data loading processes; 0: load in this process.
+    :param start_step: number of global batches to skip at the start of the stream, as a resumed run does.
+    :param paths: the images of `data_dir`, if they have been listed already.
+    :param on_bad_image: `error`, or `skip` to replace an image that cannot be read by the next one.
+    :raises UserError: for a folder without images, with fewer than a global batch, or with file names without a class;
+        and from `next()` for an image that cannot be read.
+    :raises LoaderWorkerDied: from `next()`, when a data loading process was killed, usually for lack of memory.
     """
     paths = list_image_files(data_dir) if paths is None else paths
     dataset = ImageDataset(
@@ -88,11 +90,11 @@ def stream(
     seed: int,
     start_step: int,
     shuffle: bool = True,
-) -> Iterator:
+) -> Iterator[tuple[torch.Tensor, dict[str, torch.Tensor]]]:
     """An endless iterator over this rank's batches of a dataset; see `load_data`.
 
-    :param source: what an error calls the dataset.
-    :raises UserError: for fewer items than a global batch; `next()` raises what `LoaderIterator` does.
+    :param source: the name of the dataset in error messages.
+    :raises UserError: for fewer items than a global batch. `next()` raises the errors of `LoaderIterator`.
     """
     global_batch = batch_size * dist_util.get_world_size()
     if len(dataset) < global_batch:
@@ -114,22 +116,22 @@ def stream(
 
 
 def list_image_files(data_dir: str) -> Sequence[str]:
-    """Paths of all images below a folder, in ADM's order: each folder's entries sorted, subfolders in their place.
+    """Paths of all images in a folder and its subfolders, in ADM's order: files and subfolders sorted together by name.
 
-    One line is logged when images of other kinds are passed over.
+    If there are images of other formats, one log line counts them; they are ignored.
 
-    :return: a list; of a packed folder its `ImageShards`, the paths that the images had before.
-    :raises UserError: when there is no such folder, no image in it, a subfolder that may not be read, or a packed
-        folder whose shards and index do not fit.
+    :return: a list; for a packed folder its `ImageShards`, a sequence of the paths that the images had.
+    :raises UserError: when the folder does not exist or holds no image, a subfolder cannot be read, or the shards and
+        the index of a packed folder do not fit.
     """
     if not data_dir:
-        raise UserError("data_dir is empty: name a folder of images (--data_dir PATH)")
+        raise UserError("--data_dir is missing: name a folder of images")
     if is_packed(data_dir):
         shards = ImageShards(data_dir)
         shards.check_shards()
         return shards
     if not bf.isdir(data_dir):
-        raise UserError(f"--data_dir {data_dir} is not a folder: name one that holds images")
+        raise UserError(f"--data_dir {data_dir} is not a folder: name a folder of images")
     other_kinds = Counter()
     paths = _list_image_files_recursively(data_dir, other_kinds)
     kinds = ", ".join(f".{extension} {count}" for extension, count in other_kinds.most_common())
@@ -140,23 +142,25 @@ def list_image_files(data_dir: str) -> Sequence[str]:
                 f"{data_dir} has been packed in part, {HEADER_NAME} is missing, which is written last: run "
                 "scripts/pack_images.py again, or copy the missing file"
             )
-        but = f", but {other_kinds.total()} of other kinds ({kinds}): {convert}" if other_kinds else ""
-        raise UserError(f"{data_dir} holds no image ({', '.join(EXTENSIONS)}) in any folder{but}")
+        but = f", but {other_kinds.total()} of other formats ({kinds}): {convert}" if other_kinds else ""
+        raise UserError(f"{data_dir} and its subfolders hold no image ({', '.join(EXTENSIONS)}){but}")
     if other_kinds:
         logger.log(
-            f"{other_kinds.total()} images of other kinds ({kinds}) in {data_dir} are passed over: {convert} to train "
-            "on them"
+            f"{other_kinds.total()} images of other formats ({kinds}) in {data_dir} are ignored: {convert} to train on "
+            "them"
         )
     return paths
 
 
-def _list_image_files_recursively(folder, other_kinds=None):
+def _list_image_files_recursively(folder: str, other_kinds: Counter | None = None) -> list[str]:
     other_kinds = Counter() if other_kinds is None else other_kinds
     try:
-        # Not blobfile's for local folders: it looks at every file, and fails at a link that leads nowhere.
+        # os.listdir for local folders: blobfile's listdir looks at every file, and fails at a broken symbolic link.
         names = sorted(bf.listdir(folder) if "://" in folder else os.listdir(folder))
     except OSError as error:
-        raise UserError(f"{folder} cannot be listed ({error.strerror}): allow it to be read, or remove it") from error
+        raise UserError(
+            f"{folder} cannot be listed ({error.strerror}): change its permissions, or remove it"
+        ) from error
     paths = []
     for name in names:
         path = bf.join(folder, name)
@@ -178,9 +182,9 @@ def relative_names(paths: Sequence[str], data_dir: str) -> Sequence[str]:
 
 
 def data_signature(names: Sequence[str]) -> str:
-    """SHA-256, in hexadecimal, over the names of a dataset's images in their order; see `relative_names`.
+    """SHA-256, in hexadecimal, of the file names of a dataset in their order; see `relative_names`.
 
-    A latent cache records the same of the images that it was made of (`files_sha256`).
+    A latent cache records the same hash of its images (`files_sha256`).
     """
     if isinstance(names, ImageShards):
         return names.signature()
@@ -188,7 +192,7 @@ def data_signature(names: Sequence[str]) -> str:
 
 
 def image_classes(paths: Sequence[str]) -> tuple[np.ndarray, list[str]]:
-    """Labels from file names: the class is the name up to its first underscore, the label the rank of the class.
+    """Labels from file names: the class is the name up to its first underscore; sorted classes are numbered from 0.
 
     :return: (len(paths),) int64 labels, and the sorted class names.
     :raises UserError: for a name without an underscore.
@@ -200,8 +204,8 @@ def image_classes(paths: Sequence[str]) -> tuple[np.ndarray, list[str]]:
         name, underscore, _ = bf.basename(path).partition("_")
         if not underscore:
             raise UserError(
-                f"{path} carries no class: name it CLASS_ANYTHING (datasets/class_folders.py does it for a folder per "
-                "class), or train without labels (--class_cond False)"
+                f"{path} has no class in its name: rename it to CLASS_ANYTHING (datasets/class_folders.py does this "
+                "for a folder per class), or train without labels (--class_cond False)"
             )
         names.append(name)
     classes, labels = np.unique(names, return_inverse=True)
@@ -209,23 +213,37 @@ def image_classes(paths: Sequence[str]) -> tuple[np.ndarray, list[str]]:
 
 
 class StreamSampler(Sampler):
-    """This rank's batches of `(image index, epoch)` pairs, without end."""
+    """This rank's batches of `(image index, epoch)` pairs, without end.
 
-    def __init__(self, num_images, batch_size, *, seed=0, shuffle=True, start_step=0, rank=None, world_size=None):
+    :param start_step: number of global batches to skip at the start.
+    :param rank, world_size: None: those of the process group.
+    """
+
+    def __init__(
+        self,
+        num_images: int,
+        batch_size: int,
+        *,
+        seed: int = 0,
+        shuffle: bool = True,
+        start_step: int = 0,
+        rank: int | None = None,
+        world_size: int | None = None,
+    ) -> None:
         self.num_images, self.batch_size, self.seed, self.shuffle = num_images, batch_size, seed, shuffle
         self.start_step = start_step
         self.rank = dist_util.get_rank() if rank is None else rank
         self.world_size = dist_util.get_world_size() if world_size is None else world_size
         self._epoch = self._indices = None
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         step = self.start_step
         while True:
             yield self.batch(step)
             step += 1
 
-    def batch(self, step):
-        """The pairs of one step."""
+    def batch(self, step: int) -> list[tuple[int, int]]:
+        """The `(image index, epoch)` pairs of one step."""
         start = (step * self.world_size + self.rank) * self.batch_size
         positions = range(start, start + self.batch_size)
         return [
@@ -233,7 +251,7 @@ class StreamSampler(Sampler):
             for position in positions
         ]
 
-    def _order(self, epoch):
+    def _order(self, epoch: int) -> np.ndarray:
         if self._epoch != epoch:
             self._epoch, self._indices = epoch, np.arange(self.num_images)
             if self.shuffle:
@@ -244,34 +262,36 @@ class StreamSampler(Sampler):
 class ImageDataset(Dataset):
     """Images as (3, resolution, resolution) float32 in [-1, 1], with `{}` or `{"y": int64}`.
 
-    Items are asked for by index, or by `(index, epoch)`, of which crop and flip are a function.
+    An item's key is an index, or `(index, epoch)`. Crop and flip depend only on the seed and this key.
 
-    :param shard, num_shards: take every num_shards-th image, from number `shard` on. `load_data` leaves them alone:
-        its data sampler shares the images out among the ranks.
+    :param classes: a label for each path, or None.
+    :param shard, num_shards: use every num_shards-th image, beginning at `shard`. `load_data` does not use them: its
+        `StreamSampler` divides the images among the ranks.
+    :param on_bad_image: see `load_data`.
     """
 
     def __init__(
         self,
-        resolution,
-        image_paths,
-        classes=None,
-        shard=0,
-        num_shards=1,
-        random_crop=False,
-        random_flip=True,
-        seed=0,
-        on_bad_image="error",
-    ):
+        resolution: int,
+        image_paths: Sequence[str],
+        classes: Sequence[int] | np.ndarray | None = None,
+        shard: int = 0,
+        num_shards: int = 1,
+        random_crop: bool = False,
+        random_flip: bool = True,
+        seed: int = 0,
+        on_bad_image: str = "error",
+    ) -> None:
         self.resolution, self.image_paths = resolution, image_paths[shard::num_shards]
         self.images = self.image_paths if isinstance(self.image_paths, ImageShards) else ImageFiles(self.image_paths)
         self.classes = None if classes is None else classes[shard::num_shards]
         self.random_crop, self.random_flip, self.seed = random_crop, random_flip, seed
         self.on_bad_image = on_bad_image
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.image_paths)
 
-    def __getitem__(self, key):
+    def __getitem__(self, key: int | tuple[int, int]) -> tuple[np.ndarray, dict[str, np.int64]]:
         index, epoch = key if isinstance(key, tuple) else (key, 0)
         rng = random.Random(fold_seed(self.seed, epoch, index))
         index, image = self._read(index)
@@ -284,8 +304,8 @@ class ImageDataset(Dataset):
         cond = {} if self.classes is None else {"y": np.int64(self.classes[index])}
         return np.ascontiguousarray(pixels.transpose(2, 0, 1)).astype(np.float32) / 127.5 - 1, cond
 
-    def _read(self, index):
-        """The image, or with `skip` the first readable one after it, and its index."""
+    def _read(self, index: int) -> tuple[int, Image.Image]:
+        """The index and the image; with `skip`, those of the first readable image from this index on."""
         for _ in range(len(self)):
             try:
                 return index, decode_image(self.images.read(index), self.images.name(index))
@@ -294,7 +314,7 @@ class ImageDataset(Dataset):
                     raise
                 print(f"skipped: {error}", file=sys.stderr, flush=True)
                 index = (index + 1) % len(self)
-        raise UserError(f"none of the {len(self)} images can be read, such as {self.image_paths[index]}")
+        raise UserError(f"none of the {len(self)} images can be read, for example {self.image_paths[index]}")
 
 
 class ImageFiles:
@@ -327,14 +347,14 @@ def _image_errors(name):
     except MemoryError:
         raise
     except Exception as error:  # on damaged files Pillow's readers raise nearly anything
-        raise UserError(f"{name} cannot be read as an image ({error}): mend or remove it") from error
+        raise UserError(f"{name} cannot be read as an image ({error}): repair or remove it") from error
 
 
 def read_image(path: str) -> Image.Image:
-    """A decoded RGB image. Its EXIF rotation is not applied, as in ADM.
+    """Read and decode an image as RGB. As in ADM, an EXIF rotation is not applied.
 
-    :raises UserError: for a file that is not there, is no image, is cut short or is a decompression bomb; the message
-        names it.
+    :raises UserError: for a file that does not exist, is not an image, is truncated or is a decompression bomb; the
+        message names it.
     """
     return decode_image(ImageFiles([path]).read(0), path)
 
@@ -348,10 +368,10 @@ def decode_image(data: bytes, name: str) -> Image.Image:
         return _to_rgb(image)
 
 
-def _to_rgb(image):
+def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):
-        # 16-bit grey, which Pillow's own conversion clips at 255: nearly all of it becomes white. The high byte is
-        # what Pillow takes of 16-bit colour.
+        # 16-bit grey: Pillow's own conversion clips values at 255, so that nearly all pixels become white. Take the
+        # high byte instead, as Pillow does for 16-bit colour.
         image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
     return image.convert("RGB")
 
@@ -371,9 +391,10 @@ def random_crop_arr(
     max_crop_frac: float = 1.0,
     rng: random.Random = random,
 ) -> np.ndarray:
-    """The random crop of ADM, a share of the short side between the two fractions; (image_size, image_size, 3) uint8.
+    """The random crop of ADM: (image_size, image_size, 3) uint8.
 
-    :param rng: where `randrange` comes from, which draws the resized short side, then the row, then the column.
+    :param min_crop_frac, max_crop_frac: smallest and largest size of the crop, as a fraction of the short side.
+    :param rng: its `randrange` draws the resized short side, then the row, then the column.
     """
     smallest, largest = math.ceil(image_size / max_crop_frac), math.ceil(image_size / min_crop_frac)
     pixels = np.array(_resize_short_side(pil_image, rng.randrange(smallest, largest + 1)))
@@ -382,8 +403,8 @@ def random_crop_arr(
     return pixels[crop_y : crop_y + image_size, crop_x : crop_x + image_size]
 
 
-def _resize_short_side(image, size):
-    # Halving with a box filter first: bicubic alone would alias where the reduction is large.
+def _resize_short_side(image: Image.Image, size: int) -> Image.Image:
+    # Halve with a box filter first: bicubic alone would cause aliasing when the reduction is large.
     while min(*image.size) >= 2 * size:
         image = image.resize(tuple(x // 2 for x in image.size), resample=Image.BOX)
     scale = size / min(*image.size)

@@ -175,7 +175,7 @@ def check_out(data_dir: str, out: str) -> None:
     :raises UserError: for none, one in a bucket, and the images' own folder.
     """
     if not out:
-        raise UserError("out is empty: name a folder to write the shards to (--out PATH)")
+        raise UserError("--out is missing: name a folder to write the shards to")
     if is_remote(out):
         raise UserError(f"--out {out} is remote: pack into a local folder, and copy it")
     if data_dir and not is_remote(data_dir) and Path(out).resolve() == Path(data_dir).resolve():
@@ -315,7 +315,7 @@ def _finish(task: Task, settings: dict[str, Any], packed: list[int], bad: list[t
     if bad and task.on_bad_image == "error":
         name, reason = bad[0]
         raise UserError(
-            f"{len(bad)} bad images, the first: {name} {reason}; mend them, or leave them out with "
+            f"{len(bad)} bad images, the first: {name} {reason}; repair them, or leave them out with "
             "--on_bad_image skip: the same command then goes on"
         )
     out = task.out
@@ -347,7 +347,7 @@ def _write_index(task: Task, settings: dict[str, Any]) -> None:
     lost = np.setdiff1d(np.arange(len(settings["classes"])), records["label"])
     if len(lost):
         name = settings["classes"][lost[0]]
-        raise UserError(f"no image of class {name!r} can be read: mend or remove them, and choose another --out")
+        raise UserError(f"no image of class {name!r} can be read: repair or remove them, and choose another --out")
     starts = np.cumsum([0] + [len(part.names) for part in parts[:-1]])
     records["name_end"] += np.repeat(starts, [len(part.records) for part in parts]).astype(np.uint64)
     for name, array in ((RECORDS_NAME, records), (NAMES_NAME, names)):

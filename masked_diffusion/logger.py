@@ -226,15 +226,23 @@ def configure(
 ) -> None:
     """Log to a directory from now on.
 
-    :param dir: the log directory; None is the environment variable `OPENAI_LOGDIR`, or `output` if it is not set.
+    :param dir: the log directory, a folder of this machine; None is the environment variable `OPENAI_LOGDIR`, or
+        `output` if it is not set. Data and weights may be read from the addresses that blobfile knows (`gs://`,
+        `az://`, Azure's `https://`), but logs, checkpoints and images are written to folders: mount a bucket.
     :param format_strs: some of `FORMATS`; None is all.
     :param comm: must be None: values are not averaged over MPI ranks.
     :param log_suffix: added to the names of the files.
     :param quiet: print and write nothing; None means on all ranks except rank 0.
-    :raises UserError: see `Logger`.
+    :raises UserError: for a remote `dir`, and as `Logger`.
     """
     global _current
     dir = os.path.expanduser(dir or os.environ.get("OPENAI_LOGDIR") or DEFAULT_DIR)
+    if "://" in dir:
+        raise UserError(
+            f"nothing can be written to {dir}, a remote address: data can be read from gs:// and az://, but "
+            "logs, checkpoints and images need a local folder; set --log_dir (or OPENAI_LOGDIR) to one, or mount the "
+            "bucket and give the path where it is mounted"
+        )
     quiet = get_rank_without_mpi_import() != 0 if quiet is None else quiet
     _current = Logger(dir, format_strs, comm, quiet, log_suffix)
 

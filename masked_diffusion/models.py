@@ -5,6 +5,7 @@ The names of parameters are those of the published checkpoints, which load with 
 """
 
 import difflib
+from collections import namedtuple
 from functools import partial
 from typing import Any
 
@@ -32,8 +33,7 @@ from .utils.errors import UserError
 class DiT(BlockModel):
     """Diffusion transformer: the baseline, and the base class of MDT and MDTv2.
 
-    :param input_size: height and width of the input; for a latent, image_size / 8.
-    :param patch_size: height and width of a patch, which becomes one token.
+    :param input_size: height and width of the input (a latent: image_size / 8). :param patch_size: those of a patch.
     :param in_channels: C, the number of channels of the input.
     :param class_dropout_prob: probability of replacing a label by the null class in training mode.
     :param num_classes: number of classes; 0 for an unconditional model.
@@ -41,7 +41,7 @@ class DiT(BlockModel):
     :raises UserError: for options that are out of range or do not fit together.
     """
 
-    # Defaults of the family: training, sampling, and its masked pass.
+    # The defaults of the family.
     default_optimizer: str = "adamw"
     default_snr_gamma: float | None = None
     guidance_rule: str = "constant"
@@ -66,7 +66,6 @@ class DiT(BlockModel):
         self.num_classes, self.learn_sigma = num_classes, learn_sigma
         self.out_channels = in_channels * 2 if learn_sigma else in_channels
         self.grid_size, self.num_patches = input_size // patch_size, (input_size // patch_size) ** 2
-
         self.pos_embed = nn.Parameter(torch.zeros(1, self.num_patches, hidden_size), self.trains_positions)
         self.x_embedder = PatchEmbed(input_size, patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
@@ -164,9 +163,6 @@ class DiT(BlockModel):
         out_cond, out_null = self(torch.cat([half, half]), t, y).chunk(2)
         guidance = Guidance(self.guidance_rule, cfg_scale, scale_pow, diffusion_steps=diffusion_steps)
         return torch.cat(guide(out_cond, out_null, guidance.weight(t[: len(half)]), guided_channels))
-
-
-# ---------------------------------------------------------------- MDT and MDTv2
 
 
 class MDT(DiT):
@@ -302,9 +298,8 @@ class MDTv2(MDT):
     def make_stacks(self) -> dict[str, list[MDTBlock]]:
         half, odd = divmod(self.depth - self.decode_layer, 2)
         if odd:
-            raise UserError(
-                f"depth ({self.depth}) - decode_layer ({self.decode_layer}) must be even: two encoder halves"
-            )
+            numbers = f"depth ({self.depth}) - decode_layer ({self.decode_layer})"
+            raise UserError(f"{numbers} must be even, since the encoder has two equal halves")
         return {
             "en_inblocks": self.make_blocks(half),
             "en_outblocks": self.make_blocks(half, skip=True),
@@ -330,15 +325,16 @@ class MDTv2(MDT):
         return x
 
 
-# ---------------------------------------------------------------- sizes
+# ---------------------------------------------------------------- sizes, and the published names of the models
 
-SIZES = {  # `decode_layer` is that of MDTv2 in the paper; the other families have one number for all sizes
-    "Nano": {"depth": 4, "hidden_size": 128, "num_heads": 4, "decode_layer": 2},
-    "Tiny": {"depth": 8, "hidden_size": 192, "num_heads": 6, "decode_layer": 2},
-    "S": {"depth": 12, "hidden_size": 384, "num_heads": 6, "decode_layer": 6},
-    "B": {"depth": 12, "hidden_size": 768, "num_heads": 12, "decode_layer": 4},
-    "L": {"depth": 24, "hidden_size": 1024, "num_heads": 16, "decode_layer": 4},
-    "XL": {"depth": 28, "hidden_size": 1152, "num_heads": 16, "decode_layer": 4},
+Size = namedtuple("Size", "depth hidden_size num_heads decode_layer")  # decode_layer: MDTv2's in the paper
+SIZES = {
+    "Nano": Size(4, 128, 4, 2),
+    "Tiny": Size(8, 192, 6, 2),
+    "S": Size(12, 384, 6, 6),
+    "B": Size(12, 768, 12, 4),
+    "L": Size(24, 1024, 16, 4),
+    "XL": Size(28, 1152, 16, 4),
 }
 MODELS: dict[str, partial] = {}  # name -> the class with the options of its size, which a caller can override
 
@@ -346,13 +342,12 @@ MODELS: dict[str, partial] = {}  # name -> the class with the options of its siz
 def register_sizes(family: type[DiT]) -> list[partial]:
     """Add every size of a family, with every patch size, to `MODELS`; return the new entries in their order."""
     for size, options in SIZES.items():
-        options = {key: value for key, value in options.items() if key != "decode_layer" or family is MDTv2}
+        options = {key: value for key, value in options._asdict().items() if key != "decode_layer" or family is MDTv2}
         for patch_size in (2, 4, 8):
             MODELS[f"{family.__name__}_{size}_{patch_size}"] = partial(family, patch_size=patch_size, **options)
     return [make for make in MODELS.values() if make.func is family]
 
 
-# The published names of the models.
 (
     MDTv2_Nano_2, MDTv2_Nano_4, MDTv2_Nano_8, MDTv2_Tiny_2, MDTv2_Tiny_4, MDTv2_Tiny_8, MDTv2_S_2, MDTv2_S_4, MDTv2_S_8,
     MDTv2_B_2, MDTv2_B_4, MDTv2_B_8, MDTv2_L_2, MDTv2_L_4, MDTv2_L_8, MDTv2_XL_2, MDTv2_XL_4, MDTv2_XL_8,

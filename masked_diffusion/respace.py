@@ -36,7 +36,7 @@ def space_timesteps(num_timesteps: int, section_counts: str | int | Sequence[int
         section_counts = [int(count) for count in counts]
     elif isinstance(section_counts, Integral):
         section_counts = [section_counts]
-    elif not isinstance(section_counts, (list, tuple)):
+    elif not isinstance(section_counts, (list, tuple)) or not all(isinstance(n, Integral) for n in section_counts):
         raise UserError(f'timestep_respacing is {section_counts!r}: write 250, "250", "10,15,20" or "ddim50"')
     size, extra = divmod(num_timesteps, len(section_counts))
     start, steps = 0, set()
@@ -172,8 +172,10 @@ def create_diffusion(
     mean_type = ModelMeanType.EPSILON
     if predict_xstart or predict_v:
         mean_type = ModelMeanType.START_X if predict_xstart else ModelMeanType.VELOCITY
+    if timestep_respacing is None or timestep_respacing == "":
+        timestep_respacing = diffusion_steps
     return SpacedDiffusion(
-        use_timesteps=space_timesteps(diffusion_steps, timestep_respacing or [diffusion_steps]),
+        use_timesteps=space_timesteps(diffusion_steps, timestep_respacing),
         betas=get_named_beta_schedule(noise_schedule, diffusion_steps),
         model_mean_type=mean_type,
         model_var_type=var_type,

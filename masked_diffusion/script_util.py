@@ -1,4 +1,4 @@
-"""What the scripts share: flags made of configurations, and how a script ends."""
+"""Shared by the scripts: making flags from configurations, and running an entry point with its error messages."""
 
 import argparse
 import difflib
@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import Field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from . import dist_util, logger
 from .published import (  # noqa: F401  (ADM's and MDT's scripts import them from here)
@@ -29,41 +29,44 @@ from .utils.options import Config, is_optional
 
 __getattr__ = module_getattr(__name__)
 C = TypeVar("C", bound=Config)
-INTERRUPTED = 130  # what a shell calls the exit code of a program that Ctrl-C ended
+INTERRUPTED = 130  # the usual exit code of a program that was ended by Ctrl-C
 
 # ---------------------------------------------------------------- flags
 
 
 class Parser(argparse.ArgumentParser):
-    """Shows defaults, takes no abbreviations, and refuses with a `UserError` that names what may have been meant."""
+    """A parser that shows defaults, accepts no abbreviations, and raises `UserError` with the most similar flag."""
 
-    def __init__(self, **options):
+    def __init__(self, **options: Any) -> None:
         super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, **options)
 
-    def error(self, message: str):
+    def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (--help lists the flags of {self.prog})")
 
-    def parse_args(self, args=None, namespace=None):
+    def parse_args(
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> argparse.Namespace:
         found, unknown = self.parse_known_args(args, namespace)
         if unknown:
             flag = unknown[0].partition("=")[0]
             near = difflib.get_close_matches(flag, self._option_string_actions, n=1)
-            self.error(f"{flag} is no flag of {self.prog}" + (f": did you mean {near[0]}?" if near else ""))
+            self.error(f"{flag} is not a flag of {self.prog}" + (f": did you mean {near[0]}?" if near else ""))
         return found
 
 
 def parse_flags(config_class: type[C], description: str, argv: Sequence[str] | None = None, **defaults: Any) -> C:
-    """A configuration from the command line, with every value in its range.
+    """Read a configuration from the command line, and check that every value is in its range.
 
-    A field is a flag: booleans may stand alone (`--compile`) or with a value (`--compile True`), optional values take
+    Each field is a flag. Booleans work alone (`--compile`) or with a value (`--compile True`), optional values accept
     `None`, and DiT's spelling with hyphens works too.
 
-    :param argv: the command line, without the program's name; None: of this process.
-    :param defaults: by field name, where a script has others than the class.
-    :raises UserError: for a flag that there is not, and for a value that it cannot have.
+    :param description: the text at the top of `--help`.
+    :param argv: the command line without the program's name; None: that of this process.
+    :param defaults: by field name, for fields whose default in this script differs from that of the class.
+    :raises UserError: for an unknown flag, and for a value that is not allowed.
     """
     parser = Parser(description=description)
-    # Of torch.distributed.launch; torchrun says the same in the environment.
+    # Accepted for torch.distributed.launch, and ignored: torchrun sets an environment variable instead.
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     groups = {}
     for owner, field in config_class.flags():
@@ -83,7 +86,7 @@ def _with_underscores(word: str) -> str:
     return name.replace("-", "_").replace("__", "--", 1) + equals + value if re.match(r"--[a-z]", name) else word
 
 
-def _add_flag(group, field: Field, annotation: Any, default: Any) -> None:
+def _add_flag(group: argparse._ArgumentGroup, field: Field, annotation: Any, default: Any) -> None:
     meta = field.metadata
     options = {"default": default, "help": meta["help"].replace("%", "%%")}
     may_be_none = is_optional(annotation) and not meta["read"]
@@ -92,21 +95,21 @@ def _add_flag(group, field: Field, annotation: Any, default: Any) -> None:
     if typing.get_origin(kind) is tuple:
         of, *rest = typing.get_args(kind)
         options |= {"nargs": "+" if rest == [Ellipsis] else 1 + len(rest), "metavar": meta["metavar"]}
-        kind, may_be_none = of, False  # a word None in a list is a word
+        kind, may_be_none = of, False  # in a list, None is a word like any other
     if kind is bool:
         options |= {"nargs": "?", "const": True}
     read = meta["read"] or {bool: str2bool}.get(kind, kind)
     options["type"] = _optional(read) if may_be_none else read
-    if meta["choices"]:  # held by `check_value`, as all ranges are
+    if meta["choices"]:  # checked by `check_value`, like all ranges
         options["metavar"] = "{" + ",".join(meta["choices"]) + "}"
     group.add_argument(f"--{field.name}", **options)
 
 
 def _optional(read: Callable[[str], Any]) -> Callable[[str], Any]:
-    def read_optional(text):
+    def read_optional(text: str) -> Any:
         return None if text.lower() == "none" else read(text)
 
-    read_optional.__name__ = getattr(read, "__name__", "value")  # argparse says it in `invalid int value: 'x'`
+    read_optional.__name__ = getattr(read, "__name__", "value")  # shown in argparse's `invalid int value: 'x'`
     return read_optional
 
 
@@ -114,11 +117,11 @@ def _optional(read: Callable[[str], Any]) -> Callable[[str], Any]:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run an entry point to its end.
+    """Run an entry point, and report errors.
 
-    What the user can mend (`UserError`) is printed as one sentence, once over all ranks, with exit code 2, and torchrun
-    does not start the job again for it. Ctrl-C ends with code 130 and no traceback. Everything else is a fault of the
-    program: its traceback is printed, and kept in log.txt.
+    A `UserError`, which the user can fix, is printed as one sentence, once for all ranks, with exit code 2; torchrun
+    does not restart the job after it. Ctrl-C ends with exit code 130 and without a traceback. Any other exception is a
+    bug of the program: its traceback is printed and written to log.txt.
     """
     try:
         main()
@@ -128,7 +131,7 @@ def run(main: Callable[[], None]) -> None:
         if dist_util.is_first_of_node(key):
             if dist_util.is_first(key):
                 print(f"error: {str(error) or type(error).__name__}", file=sys.stderr, flush=True)
-            dist_util.end_restarts()  # after the message: torchrun then ends the others
+            dist_util.end_restarts()  # after the message, because torchrun then ends the other ranks
         sys.exit(2)
     except KeyboardInterrupt:
         if dist_util.is_main():

@@ -1,4 +1,4 @@
-"""The training loop. It builds nothing: the script hands it configuration, objective and data."""
+"""The training loop. It builds no model and no dataset: the script passes configuration, objective and data to it."""
 
 import signal
 import time
@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from itertools import chain
 from pathlib import Path
+from types import FrameType
 from typing import Any, Protocol
 
 import torch
@@ -31,35 +32,38 @@ from .training.optim import annealed_lr
 from .training.parallel import gather_full, parallelize
 from .training.resume import Start, agree_on_start, read_run_config
 from .training.state import TrainState
+from .utils.errors import UserError
 from .utils.not_rebuilt import module_getattr
 from .utils.random_numbers import GlobalBatchRandom, fold_seed
 from .weights.checkpoint import latest_step, model_name, prune_checkpoints
+from .weights.pretrained import read_weights
 
 __getattr__ = module_getattr(__name__)
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-SECOND_INTERRUPT = 0.5  # seconds after which Ctrl-C is the user's second one, not the launcher's copy of the first
+SECOND_INTERRUPT = 0.5  # seconds: a SIGINT that follows sooner is the launcher's copy of the same Ctrl-C
 SHOWN_SPIKE_SAMPLES = 8
 
 
 class Hook(Protocol):
-    """Something that is done on the way, such as evaluation or sample grids."""
+    """Something that runs during training, such as evaluation or sample grids."""
 
     def after_step(self, loop: "TrainLoop") -> bool:
-        """Called on all ranks after every step. Returns whether a row is to be logged now."""
+        """Called on all ranks after every step. Returns whether to write a log row now."""
 
 
 class TrainLoop:
-    """Trains an objective until `lr_anneal_steps` or `max_steps`, for ever when neither is set.
+    """Trains an objective until `lr_anneal_steps` or `max_steps`, or until it is stopped when neither is set.
 
-    The constructor only takes its parts. `resume` loads what the run starts from; `run_loop` calls it where that has
-    not been done. SIGTERM, SIGUSR1 and Ctrl-C end the loop after the step in hand, with a checkpoint.
+    The constructor only stores its parts. `resume` loads the checkpoint or weights that the run starts from;
+    `run_loop` calls it if that has not happened yet. SIGTERM, SIGUSR1 and Ctrl-C end the loop after the current step
+    and save a checkpoint.
 
-    :param config: resolved; see `training.resume.resolve`.
+    :param config: from `training.resume.resolve`, which fills in the defaults of the model's family.
     :param objective: on this rank's device.
-    :param data: where batches come from.
-    :param first_stage: encodes images; see `latents.autoencoder`.
+    :param data: the source of the batches.
+    :param first_stage: the autoencoder that encodes images; see `latents.autoencoder`.
     :param log_dir: folder of the checkpoints.
-    :param hooks: called after every step, in their order.
+    :param hooks: called after every step, in this order.
     """
 
     def __init__(
@@ -71,7 +75,7 @@ class TrainLoop:
         first_stage: Any,
         log_dir: str | Path,
         hooks: Iterable[Hook] = (),
-    ):
+    ) -> None:
         self.config, self.objective, self.model, self.source = config, objective, objective.model, data
         self.first_stage, self.log_dir, self.hooks = first_stage, Path(log_dir), tuple(hooks)
         self.device = next(self.model.parameters()).device
@@ -85,29 +89,31 @@ class TrainLoop:
 
     @property
     def step(self) -> int:
-        """Steps done."""
+        """Number of completed steps."""
         return self.state.step
 
     # ------------------------------------------------------------ resuming and saving
 
     def resume(self, start: Start | None = None) -> None:
-        """Load what the run starts from, and get ready for its next step. All ranks call it together.
+        """Load the checkpoint or weights that the run starts from, and prepare its next step.
 
-        :param start: from `training.resume.agree_on_start`, which is asked where it is not given.
-        :raises UserError: for a checkpoint that is not there, or of another model.
+        All ranks call it together.
+
+        :param start: from `training.resume.agree_on_start`, which is called if it is not given.
+        :raises UserError: for a checkpoint that does not exist or belongs to another model.
         """
         if start is None:
             start = agree_on_start(self.log_dir, self.config, dist_util.run_on_main(read_run_config, self.log_dir))
         if start.path is not None and not start.step:
             load_pretrained(self.model, start.path, self.config.classes)
         elif start.path is not None:
-            self.model.load_state_dict(dist_util.load_state_dict(start.path, self.device))
+            self._load_weights(start.path)
         dist_util.sync_params(self.model.parameters())
         self.ddp = parallelize(self.objective, self.config.train.shard)
         self.state = TrainState(self.config, self.objective, self.schedule_sampler, self.guardian)
         if start.step:
             self.state.load(start.path, start.step)
-        dist_util.run_on_main(prune_checkpoints, self.log_dir, 0)  # what killed writers left
+        dist_util.run_on_main(prune_checkpoints, self.log_dir, 0)  # removes the partial files of killed processes
         logger.rewind(self.step)
         logger.log(
             f"starting at step {self.step}" + (f", weights from {start.path}" if start.path else ", fresh weights")
@@ -117,22 +123,34 @@ class TrainLoop:
         self.metrics = TrainMetrics(self.device, num_timesteps, global_batch, self.last_step)
         self._start_data()
 
+    def _load_weights(self, path: Path) -> None:
+        try:
+            self.model.load_state_dict(read_weights(path))
+        except RuntimeError as error:
+            reason = str(error).splitlines()[1].strip()[:200]
+            raise UserError(
+                f"{path} is of another model than the flags describe ({reason}): repeat --model, --num_classes and "
+                "--decode_layer, or start at step 0 from its weights in another --log_dir with --resume_checkpoint"
+            ) from error
+
     def _start_data(self) -> None:
-        """Data and noise of the present step: after a rollback they come from another seed."""
+        """Start the data stream at the current step. After a rollback, data and noise come from another seed."""
         seed, rollbacks = self.config.train.seed, self.state.rollbacks
         self.run_seed = fold_seed(seed, rollbacks) if rollbacks else seed
         self.data = self.source.stream(self.step, self.run_seed, self.first_stage)
         self.metrics.clear()
 
     def save(self) -> None:
-        """Write a complete checkpoint of the present step. All ranks call it together."""
+        """Write a complete checkpoint of the current step. All ranks call it together."""
         with self.metrics.paused():
             self.state.save(self.log_dir)
-            dist_util.run_on_main(prune_checkpoints, self.log_dir, self.config.log.keep)
+            # While steps are skipped the run may have diverged: the checkpoints before are then kept.
+            keep = 0 if self.guardian.bad_in_a_row else self.config.log.keep
+            dist_util.run_on_main(prune_checkpoints, self.log_dir, keep)
         logger.log(f"saved {self.state.model_path(self.log_dir)}")
 
     def _roll_back(self) -> None:
-        """Go back to the last checkpoint, and on from there with other data and noise."""
+        """Roll back to the last checkpoint, and continue from there with other data and noise."""
         step = dist_util.run_on_main(latest_step, self.log_dir)
         rollbacks, allowed = self.state.rollbacks + 1, self.config.guardian.rollback_on_spike
         if step is None or rollbacks > allowed:
@@ -142,16 +160,18 @@ class TrainLoop:
         self.state.load(path, step)
         self.state.rollbacks = rollbacks
         logger.rewind(step)
-        logger.log(f"rolled back to step {step} with other data, {rollbacks} of at most {allowed} times")
+        logger.log(
+            f"rolled back to step {step} to continue with other data (rollback {rollbacks} of at most {allowed})"
+        )
         self._start_data()
 
     # ------------------------------------------------------------ training
 
     def run_loop(self) -> None:
-        """Train to the end, logging and saving on the way; a finished run returns at once.
+        """Train to the end, with logging and checkpoints; return at once if the run is finished already.
 
-        :raises TrainingFault: when too many steps in a row are not finite.
-        :raises LoaderWorkerDied: when a data loading process was killed; the steps before are saved.
+        :raises TrainingFault: when the loss or gradients of too many steps in a row are not finite.
+        :raises LoaderWorkerDied: when a data loading process was killed. A checkpoint is saved first.
         """
         if self.state is None:
             self.resume()
@@ -173,7 +193,7 @@ class TrainLoop:
                 batch, cond = next(self.data)
             except LoaderWorkerDied as error:
                 failure = error
-            # A rank that cannot go on, or was told to stop, says so before a step in which the others wait for it.
+            # All ranks must leave the loop at the same step: in the next one the others would wait for this rank.
             if dist_util.any_rank(failure is not None or self._stop_signal is not None):
                 break
             self.run_step(batch, cond)
@@ -202,9 +222,9 @@ class TrainLoop:
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
-        """Within the block a signal is noted, and obeyed after the step; a second Ctrl-C ends the program at once."""
+        """Within the block, a signal ends the loop after the current step; a second Ctrl-C ends the program at once."""
 
-        def note(number, frame):
+        def note(number: int, frame: FrameType | None) -> None:
             now = time.monotonic()
             second = self._stop_signal == signal.SIGINT and now - self._stop_time > SECOND_INTERRUPT
             if number == signal.SIGINT and second:
@@ -222,11 +242,12 @@ class TrainLoop:
     def run_step(self, batch: torch.Tensor, cond: dict[str, torch.Tensor]) -> None:
         """One optimizer step on this rank's batch.
 
-        :param batch: (N, 3, H, W) images in [-1, 1], or (N, 2, C, h, w) cached posterior means and deviations.
+        :param batch: (N, 3, H, W) float32 images in [-1, 1], or (N, 2, C, h, w) float32 means and standard deviations
+            of cached posteriors.
         :param cond: `{"y": (N,) int64}`, or `{}`.
         """
-        # Every number that is drawn is a function of the seed, the step and the place in the global batch: neither the
-        # number of ranks nor a restart changes it.
+        # Determinism: every random number depends only on the seed, the step and the position in the global batch, so
+        # neither the number of ranks nor a restart changes it.
         rank, world_size = dist_util.get_rank(), dist_util.get_world_size()
         random = GlobalBatchRandom(self.run_seed, self.step, self.device, rank, world_size)
         x_start = self._encode(batch.to(self.device, non_blocking=True), random)
@@ -239,7 +260,10 @@ class TrainLoop:
         loss, norm = self._optimize(losses["loss"].mean())
         self.state.step += 1
         if loss is None:
-            logger.log(f"step {self.step} was not finite and is skipped, {self.guardian.bad_steps} in all")
+            logger.log(
+                f"step {self.step} is skipped: its loss or gradients are not finite ({self.guardian.bad_steps} skipped "
+                "steps in total)"
+            )
             return
         self.schedule_sampler.update_with_local_losses(t, losses["loss"])
         self.metrics.add(losses, t, norm)
@@ -249,23 +273,23 @@ class TrainLoop:
             self._roll_back()
 
     def _encode(self, batch: torch.Tensor, random: GlobalBatchRandom) -> torch.Tensor:
-        """(N, C, h, w) latents: a draw from the posterior, which is computed here or comes from a cache."""
+        """(N, C, h, w) latents, drawn from the posterior. The posterior is computed here or read from a cache."""
         if batch.ndim == 5:
             return self.first_stage.sample(*batch.unbind(1), random.randn_like)
         return self.first_stage.encode(batch, random.randn_like)
 
     def _forward_backward(self, rows: dict[str, torch.Tensor], weights: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Accumulate the gradients of the weighted mean loss. Returns the (N,) losses, detached."""
+        """Gradient accumulation over the microbatches of the weighted mean loss. Returns (N,) losses, detached."""
         num, parts = len(weights), []
         starts = range(0, num, self.microbatch)
         for start in starts:
             micro, part = slice(start, start + self.microbatch), {}
             for passes in self.passes:
-                # Gradients are averaged over the ranks once, in the last backward pass of the step.
+                # Gradient accumulation: the ranks exchange gradients once, in the last backward pass of the step.
                 last = start == starts[-1] and passes == self.passes[-1]
                 with nullcontext() if last or self.ddp is self.objective else self.ddp.no_sync():
                     losses = self.ddp(**{key: value[micro] for key, value in rows.items()}, passes=passes)
-                    # Divided by the whole batch, not the microbatch: the parts add up to the mean.
+                    # Divided by the size of the batch, not of the microbatch, so that the parts add up to the mean.
                     loss = (losses["loss"] * weights[micro]).sum() / num
                     self.state.scaler.scale(loss).backward()
                 losses = {key: value.detach() for key, value in losses.items()}
@@ -274,28 +298,28 @@ class TrainLoop:
         return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
 
     def _optimize(self, local_loss: torch.Tensor) -> tuple[float | None, float]:
-        """Step on the accumulated gradients, unless they are not finite.
+        """Update the weights with the accumulated gradients, or skip the step if loss or gradients are not finite.
 
-        :return: the mean loss over ranks, or None for a step that was skipped; and the gradient norm.
+        :return: the mean loss over the ranks (None for a skipped step), and the gradient norm.
         """
         state, train = self.state, self.config.train
         for group in state.opt.param_groups:
             group["lr"] = annealed_lr(train.lr, self.step, train.lr_anneal_steps)
-        # The loss scale of fp16 comes off before the norm is taken: clipping is by the norm of the true gradients.
+        # Remove the loss scale of fp16 first: clipping needs the norm of the true gradients.
         state.scaler.unscale_(state.opt)
         norm = gather_full(torch.nn.utils.clip_grad_norm_(state.params, train.grad_clip or float("inf")))
-        # The one time in a step that the host waits for the device: without loss and norm no step could be skipped.
+        # The only point of a step where the host waits for the device: loss and norm decide whether to skip the step.
         loss, norm = dist_util.mean_over_ranks(torch.stack([local_loss, norm])).tolist()
         finite = self.guardian.is_finite(loss, norm)
-        if finite or state.scaler.is_enabled():  # the scaler skips by itself, and lowers its scale for it
+        if finite or state.scaler.is_enabled():  # the scaler itself skips a bad step, and then lowers the loss scale
             state.scaler.step(state.opt)
             state.scaler.update()
         state.opt.zero_grad(set_to_none=True)
-        state.update_averages(finite)  # after the step: the average of the weights that it left
+        state.update_averages(finite)  # after the optimizer step: EMAs average the updated weights
         return (loss if finite else None), norm
 
     def _report_spike(self, zscore: float, loss: float, losses: torch.Tensor, rows: dict[str, torch.Tensor]) -> None:
-        """Log the samples with the largest losses of all ranks, with their timesteps, labels and files."""
+        """Log the samples of the batch with the largest losses, over all ranks: timestep, label and file of each."""
         names = self.source.batch_names(self.step - 1, self.run_seed)
         worst = losses.argsort(descending=True)[:SHOWN_SPIKE_SAMPLES].tolist()
         own = [

@@ -1,4 +1,4 @@
-"""Encode a folder of images for --latent_dir of training. Run the same command again to go on where it stopped."""
+"""Encode a folder of images into a latent cache for training. Run the same command again to resume where it stopped."""
 
 from dataclasses import dataclass
 
@@ -15,13 +15,15 @@ class EncodeConfig(Config):
     """encoding"""
 
     data_dir: str = option(
-        "", "folder of images named CLASS_ANYTHING.jpg, searched with its subfolders, or what pack_images.py made of it"
+        "", "folder of images named CLASS_ANYTHING.jpg, with its subfolders; or a folder that pack_images.py wrote"
     )
-    latent_dir: str = option("", "folder to write the latents to")
-    class_cond: bool = option(True, "keep class labels")
+    latent_dir: str = option("", "folder to write the latent cache to")
+    class_cond: bool = option(True, "store class labels")
     image_size: int = option(256, "height and width of the centre crops in pixels", at_least=1)
-    vae: str = option("ema", "first stage: ema or mse (Stable Diffusion's), a hub id, a folder, or identity for pixels")
-    batch_size: int = option(32, "images per rank at a time", at_least=1)
+    vae: str = option(
+        "ema", "autoencoder: ema or mse (of Stable Diffusion), a hub id, a folder, or identity for pixels"
+    )
+    batch_size: int = option(32, "images per rank (GPU) that are encoded at once", at_least=1)
     shard_size: int = option(1024, "images per file", at_least=1)
     num_workers: int = option(4, "data loading processes per rank; 0: load in the encoding process", at_least=0)
     verify: bool = option(False, "compare the existing shards with their checksums, and encode damaged ones again")

@@ -54,15 +54,15 @@ def main() -> None:
     choose([0])  # a rule that contradicts its classes ends the run before it begins
     path = Path(logger.get_dir(), f"samples_{images.num_samples}x{size}x{size}x3.npz")
     settings = describe(flags.sample, image_sampler, weights) | {"class_rule": class_rule, "classes": classes}
-    store = ShardStore(path, settings)
-    if store.finished():
-        logger.log(f"{path} is there already: nothing to draw")
-        return
-    draw_samples(image_sampler, store, images.num_samples, images.batch_size, choose)
-    if dist_util.is_main():
-        save_grid(path.with_suffix(".png"), store.merge(images.num_samples))
-        logger.log(f"wrote {path} and {path.with_suffix('.png')}")
-    dist_util.barrier()
+    with ShardStore(path, settings) as store:
+        if store.finished():
+            logger.log(f"{path} is there already: nothing to draw")
+            return
+        draw_samples(image_sampler, store, images.num_samples, images.batch_size, choose)
+        if dist_util.is_main():
+            save_grid(path.with_suffix(".png"), store.merge(images.num_samples))
+            logger.log(f"wrote {path} and {path.with_suffix('.png')}")
+        dist_util.host_barrier()
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """Train MDTv2, MDT or DiT on a folder of images. Run the same command again to resume where it stopped."""
 
+from pathlib import Path
+
 import torch
 
 from masked_diffusion import create_diffusion, create_model, dist_util, logger, script_util
@@ -66,7 +68,9 @@ def main():
 
     log_dir = logger.get_dir()
     before = dist_util.run_on_main(read_run_config, log_dir)
-    check_same_run(log_dir, config, before and resolve(before))
+    origin = log_dir if before or not config.log.continue_from else Path(config.log.continue_from).parent
+    begun = before or dist_util.run_on_main(read_run_config, origin)
+    check_same_run(origin, config, begun and resolve(begun))
     model = build_model(config)
     preflight.report(config, model, first_stage, num_images=len(data.names), labels=data.labels)
     diffusion = create_diffusion(**config.diffusion.options(model.default_snr_gamma))

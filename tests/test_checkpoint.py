@@ -27,7 +27,7 @@ def test_steps_are_read_off_names_or_refused():
     assert parse_step("log/model000123.pt") == 123
     assert parse_step("ema_0.9999_1000000.pt") == 1000000
     for name in ("mdt_xl2_v2_ckpt.pt", "model12.pt", "model000001.pt.partial"):
-        with pytest.raises(ValueError, match="names no step"):
+        with pytest.raises(ValueError, match="has no step in its name"):
             parse_step(name)
 
 

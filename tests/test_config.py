@@ -54,12 +54,15 @@ def test_no_number_may_be_nan_infinite_or_out_of_its_range(field):
         (["--mask_ratio", "nan"], "--mask_ratio is nan: it must be finite and at least 0 and below 1"),
         (["--seed", "-1"], "--seed is -1: it must be at least 0"),
         (["--snr_gamma", "0"], "--snr_gamma is 0.0: it must be a number above 0"),
+        (["--snr_gamma", "much"], "--snr_gamma is much: it must be a number above 0"),
+        (["--fp16_scale_growth", "0"], "--fp16_scale_growth is 0.0: it must be above 0"),
+        (["--predict_v", "--predict_xstart"], "--predict_xstart and --predict_v exclude each other"),
         (["--precision", "fp8"], "--precision is fp8: it must be one of fp32, tf32, bf16, fp16"),
-        (["--eval_interval", "3"], "--eval_interval is 3, but there is nothing to compare with"),
+        (["--eval_interval", "3"], "--eval_interval is 3, but there is no reference to compare with"),
         (["--lr", "fast"], "argument --lr: invalid float value: 'fast'"),
         (["--compile", "perhaps"], "argument --compile: 'perhaps' is neither True nor False"),
-        (["--mask_ration", "0.3"], "--mask_ration is no flag of .*: did you mean --mask_ratio?"),
-        (["--mask", "0.3"], "--mask is no flag of"),
+        (["--mask_ration", "0.3"], "--mask_ration is not a flag of .*: did you mean --mask_ratio?"),
+        (["--mask", "0.3"], "--mask is not a flag of"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
@@ -101,7 +104,6 @@ def test_json_and_back_is_the_same_configuration():
     facts |= {"data_signature": "0f", "global_batch": 64}
     config = RunConfig().replaced(lr=0.1, vae="mse", snr_gamma=None, betas=None, **facts)
     assert RunConfig.from_json(config.to_json()) == config
-    assert list(config.differences(config)) == []
 
 
 @pytest.mark.parametrize(
@@ -111,8 +113,8 @@ def test_json_and_back_is_the_same_configuration():
         ({"model": "MDTv2_S_2"}, "its 'model' is 'MDTv2_S_2' instead of a dictionary"),
         ({"model": {"options": {}, "size": 1}}, "it needs a 'name'"),
         ({"model": {"name": "MDTv2_S_2", "options": 5}}, "'options' that are a dictionary"),
-        ({"classes": [1, 2]}, "its 'classes' are no list of names"),
-        ({"classes": "abc"}, "its 'classes' are no list of names"),
+        ({"classes": [1, 2]}, "its 'classes' are not a list of names"),
+        ({"classes": "abc"}, "its 'classes' are not a list of names"),
         ({"vae": 3}, "its 'vae' is 3"),
         ({"diffusion": [1]}, r"its 'diffusion' is \[1\]"),
     ],
@@ -121,26 +123,6 @@ def test_json_and_back_is_the_same_configuration():
 def test_json_of_another_shape_is_a_sentence(found, message):
     with pytest.raises(UserError, match=message):
         RunConfig.from_json(found)
-
-
-def test_resuming_compares_what_changes_a_run_and_nothing_else():
-    config = RunConfig(classes=("cat", "dog"), data_signature="aa", global_batch=8)
-    changed = {"lr": 1.0, "mask_ratio": 0.3, "seed": 1, "vae": "mse", "num_workers": 0, "keep": 3, "log_interval": 7}
-    names = [name for name, _, _ in config.replaced(**changed).differences(config)]
-    assert sorted(names) == ["--lr", "--mask_ratio", "--seed", "--vae"]
-    assert list(config.replaced(global_batch=9).differences(config)) == [
-        ("the global batch (--batch_size times the number of ranks)", 8, 9)
-    ]
-    masked = config.replaced(mask_ratio=0.3)
-    ((name, before, now),) = masked.replaced(compile=True).differences(masked)
-    assert "--compile without --exact_lengths" in name and (before, now) == (False, True)
-    assert list(masked.replaced(compile=True, exact_lengths=True).differences(masked)) == []
-    assert list(config.replaced(compile=True).differences(config)) == []
-    ((name, before, now),) = config.replaced(classes=("cat", "eel")).differences(config)
-    assert (name, before, now) == ("the class names", "'dog' for label 1", "'eel'")
-    ((name, *_),) = config.replaced(data_signature="bb").differences(config)
-    assert name == "the list of image files"
-    assert list(config.differences(RunConfig())) == [], "an older configuration has neither classes nor signature"
 
 
 def test_configs_nest_without_losing_a_name():

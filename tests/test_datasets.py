@@ -131,7 +131,7 @@ def test_imagenet_from_all_its_forms(photos, tmp_path):
     folders = write_tree(tmp_path / "folders", {f"{name[:9]}/{name}": content for name, content in every.items()})
     for i, source in enumerate((tar, tars, folders)):
         out = tmp_path / f"out{i}"
-        assert run("imagenet", source, out) == f"{out}: 2 classes, 8 images written, 0 were there\n"
+        assert run("imagenet", source, out) == f"{out}: 2 classes, 8 images written, 0 existed already\n"
         assert contents(out) == every
         assert classes(out) == {"n01440764": "n01440764", "n02099601": "n02099601"}
     names = tmp_path / "LOC_synset_mapping.txt"
@@ -302,9 +302,9 @@ def test_lsun(tmp_path):
     images.append(encoded(rng, "png", (2000, 2000)))  # in all more than the 10 MiB that lmdb maps by itself
     source = write_lmdb(tmp_path / "church_outdoor_train_lmdb", {f"{i:040x}": x for i, x in enumerate(images)})
     command = ("lsun", source, out, "--category", "church_outdoor")
-    assert run(*command, "--max_images", "4").endswith("4 images written, 0 were there\n")
+    assert run(*command, "--max_images", "4").endswith("4 images written, 0 existed already\n")
     before = times(out)
-    assert run(*command).endswith("2 images written, 4 were there\n")
+    assert run(*command).endswith("2 images written, 4 existed already\n")
     assert before.items() <= times(out).items()
     assert classes(out) == {"church-outdoor": "church_outdoor"}
     written = contents(out)
@@ -329,7 +329,7 @@ def test_lsun_refuses(tmp_path):
         (tmp_path, "bedroom", (), "cannot be read as an lmdb"),
         (tmp_path / "file.mdb", "bedroom", (), "cannot be read as an lmdb"),
         (source, "../up", (), "'../up'"),
-        (source, "bedroom", ("--max_images", "0"), "--max_images 0"),
+        (source, "bedroom", ("--max_images", "0"), "--max_images is 0"),
     ):
         assert sentence in refusal("lsun", given, tmp_path / "out", "--category", category, *flags)
     assert contents(tmp_path / "out") == {}
@@ -385,7 +385,7 @@ def test_class_folders_links(tmp_path, monkeypatch):
     # A stale link is no way into the source, for a run that copies.
     (out / "cat_1.jpg").rename(out / "cat_1.jpg.partial")
     before = times(source / "cat")
-    assert run("class_folders", "photos", out).endswith("1 images written, 1 were there\n")
+    assert run("class_folders", "photos", out).endswith("1 images written, 1 existed already\n")
     assert times(source / "cat") == before and not (out / "cat_1.jpg").is_symlink()
     assert (source / "cat" / "1.jpg").read_bytes() == (out / "cat_1.jpg").read_bytes() == tree["cat/1.jpg"]
     # A link that points nowhere any more is made anew.
@@ -401,8 +401,8 @@ def test_class_folders_links(tmp_path, monkeypatch):
         ("class_folders", [], "holds no class folder"),
         ("class_folders", ["cat/1.jpg", "dog/1.txt"], "has no image (jpg, jpeg, png, gif) in dog: fill"),
         ("class_folders", ["cat/1.jpg", "2.jpg"], "holds 2.jpg beside its class folders"),
-        ("class_folders", ["cat/a/1.jpg", "cat/a-1.jpg"], "two images that would be called cat_a-1.jpg"),
-        ("imagenet", ["n01440764.tar", "n02099601/1.JPEG"], "n02099601/1.JPEG: keep one kind"),
+        ("class_folders", ["cat/a/1.jpg", "cat/a-1.jpg"], "two images that would be named cat_a-1.jpg"),
+        ("imagenet", ["n01440764.tar", "n02099601/1.JPEG"], "n02099601/1.JPEG: remove one of the two kinds"),
         ("imagenet", ["n01440764.tar", "more/n01440764.tar"], "more/n01440764.tar: keep one"),
         ("imagenet", ["n01440764.tar"], "n01440764.tar holds no image"),
         ("imagenet", ["tench/1.JPEG"], "tench is not an ImageNet class"),
@@ -420,7 +420,7 @@ def test_folders_that_are_refused(script, names, sentence, tmp_path):
 
 def test_a_folder_is_not_written_into_itself(tmp_path):
     for out in (tmp_path, tmp_path / "cat" / "out", tmp_path.parent):
-        assert "one inside the other" in refusal("class_folders", tmp_path, out)
+        assert "one is inside the other" in refusal("class_folders", tmp_path, out)
 
 
 @pytest.mark.parametrize("name", ["/tmp/cat/1.jpg", "../cat/1.jpg", "cat/../../1.jpg", "cat/..", "./../1.jpg"])
@@ -433,7 +433,7 @@ def test_archives_do_not_lead_out_of_their_folder(name, tmp_path):
 
 def test_links_are_refused_from_and_to_archives(photos, tmp_path):
     tar = train_tar(tmp_path / "train.tar", photos)
-    assert "--link True takes images in a folder" in refusal("imagenet", tar, tmp_path / "out", "--link", "True")
+    assert "--link True needs images in a folder" in refusal("imagenet", tar, tmp_path / "out", "--link", "True")
     link = tarfile.TarInfo("cat/1.jpg")
     link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
     with tarfile.open(tmp_path / "links.tar", "w") as tar:
@@ -452,7 +452,7 @@ def test_a_second_run_writes_what_is_missing_and_nothing_else(photos, tmp_path):
         out = tmp_path / f"out-{source.name}"
         run(script, source, out)
         images, before = contents(out), times(out)
-        assert run(script, source, out).endswith(f"0 images written, {len(images)} were there\n")
+        assert run(script, source, out).endswith(f"0 images written, {len(images)} existed already\n")
         assert times(out) == before
         lost = sorted(images)[1::3]
         for name in lost:
@@ -483,13 +483,13 @@ def test_other_data_in_the_folder_is_not_mixed_in(tmp_path):
     run("class_folders", write_tree(tmp_path / "a", {"b_c/1.jpg": b"", "d/1.jpg": b""}), out)
     before = times(out)
     renamed = write_tree(tmp_path / "renamed", {"a_c/1.jpg": b"", "e/1.jpg": b""})
-    assert "calls class 0 'b_c', but the source 'a_c'" in refusal("class_folders", renamed, out)
+    assert f"class 0 is 'b_c' in {out}/classes.json, but 'a_c' in the source" in refusal("class_folders", renamed, out)
     more = write_tree(tmp_path / "more", {"d/1.jpg": b""})
     assert "has 'd' as class 1" in refusal("class_folders", more, out)
     longer = write_tree(tmp_path / "longer", {"b_c/1.jpg": b"more", "d/1.jpg": b""})
     assert "0_1.jpg exists already, with" in refusal("class_folders", longer, out)
     (out / "classes.json").write_text('["b_c", "d"]')
-    assert "classes.json is not a JSON map" in refusal("class_folders", tmp_path / "a", out)
+    assert "classes.json is not a JSON dictionary" in refusal("class_folders", tmp_path / "a", out)
     assert {k: v for k, v in times(out).items() if k != "classes.json"}.items() <= before.items()
 
 

@@ -32,7 +32,7 @@ def test_other_classes_start_afresh_and_are_listed(weights, capsys):
     load_pretrained(model, weights, class_names=list("abcde"))
     table, old = model.y_embedder.embedding_table.weight, fill(make()).y_embedder.embedding_table.weight
     assert torch.equal(table[:5], fresh[:5]) and torch.equal(table[5], old[3])
-    assert "5 of 5 classes start afresh: a, b, c, d, e" in capsys.readouterr().out
+    assert "5 of 5 classes are new and start from random rows: a, b, c, d, e" in capsys.readouterr().out
 
 
 def test_classes_move_by_their_names(weights, capsys):
@@ -41,7 +41,7 @@ def test_classes_move_by_their_names(weights, capsys):
     load_pretrained(model, weights, class_names=["ant", "dog", "eel", "owl"])
     table, old = model.y_embedder.embedding_table.weight, fill(make()).y_embedder.embedding_table.weight
     assert torch.equal(table[[1, 3, 4]], old[[1, 2, 3]])
-    assert "2 of 4 classes start afresh: ant, eel" in capsys.readouterr().out
+    assert "2 of 4 classes are new and start from random rows: ant, eel" in capsys.readouterr().out
 
 
 def test_a_larger_image_interpolates_positions_and_biases(weights):
@@ -80,18 +80,18 @@ def test_a_training_folder_gives_its_newest_ema(tmp_path, capsys):
     assert torch.equal(model.y_embedder.embedding_table.weight[0], new["y_embedder.embedding_table.weight"][2])
     said = capsys.readouterr().out
     assert f"weights of {tmp_path} from {tmp_path / 'ema_0.9_000009.pt'}" in said
-    assert "1 of 2 classes start afresh: yak" in said
+    assert "1 of 2 classes are new and start from random rows: yak" in said
 
 
 def test_classes_beyond_the_names_are_listed_by_number(weights, capsys):
     load_pretrained(make(num_classes=4), weights, class_names=["ant", "bee"])
-    assert "4 of 4 classes start afresh: ant, bee, 2, 3" in capsys.readouterr().out
+    assert "4 of 4 classes are new and start from random rows: ant, bee, 2, 3" in capsys.readouterr().out
 
 
 def test_another_model_is_refused(weights, tmp_path):
-    with pytest.raises(ValueError, match=r"is of another model: it lacks"):
+    with pytest.raises(ValueError, match=r"belongs to another model: it lacks"):
         load_pretrained(create_model("DiT_Nano_2", input_size=8, in_channels=3, num_classes=3), weights)
-    with pytest.raises(ValueError, match=r"choose its own --model"):
+    with pytest.raises(ValueError, match=r"choose the --model that these weights"):
         load_pretrained(make(hidden_size=64), weights)
     with pytest.raises(ValueError, match=r"absent does not exist: name a checkpoint"):
         load_pretrained(make(), tmp_path / "absent")

@@ -10,6 +10,7 @@ import torch
 from helpers import make_loop, stream, tensors, trained
 
 from masked_diffusion.training.guardian import Guardian, TrainingFault
+from masked_diffusion.utils.errors import UserError
 from masked_diffusion.weights import checkpoint
 from masked_diffusion.weights.checkpoint import complete_steps, latest_step
 
@@ -42,7 +43,9 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path, capsys):
     assert str(loop.state.opt.state_dict()) == before[2]
     loop.run_step(*next(loop.data))
     assert not all(map(torch.equal, loop.state.params, before[0])) and loop.guardian.bad_in_a_row == 0
-    assert "step 2 was not finite and is skipped, 1 in all" in capsys.readouterr().out
+    assert (
+        "step 2 is skipped: its loss or gradients are not finite (1 skipped steps in total)" in capsys.readouterr().out
+    )
 
 
 def test_too_many_in_a_row_stop_the_run_with_the_checkpoint_intact(tmp_path):
@@ -50,6 +53,7 @@ def test_too_many_in_a_row_stop_the_run_with_the_checkpoint_intact(tmp_path):
     loop = planted(make_loop(tmp_path, max_steps=50, max_bad_steps=4), faults)
     with pytest.raises(TrainingFault, match="4 steps in a row were not finite"):
         loop.run_loop()
+    assert issubclass(TrainingFault, UserError)  # one sentence, and no restarts of what would diverge again
     assert latest_step(tmp_path) == 6 and loop.step == 6
     state = torch.load(tmp_path / "model000006.pt", weights_only=True)
     assert all(value.isfinite().all() for value in state.values())
@@ -78,7 +82,7 @@ def test_a_spike_rolls_back_to_the_last_checkpoint_with_other_data(tmp_path, cap
     options = {"log_interval": 1, "save_interval": 30, "max_steps": 45, "rollback_on_spike": 2, "mask_ratio": None}
     loop = planted(make_loop(tmp_path, spike_zscore=5.0, **options), {(40, 0): 300.0})
     loop.run_loop()
-    assert "rolled back to step 30 with other data, 1 of at most 2 times" in capsys.readouterr().out
+    assert "rolled back to step 30 to continue with other data (rollback 1 of at most 2)" in capsys.readouterr().out
     assert loop.state.rollbacks == 1 and loop.run_seed != loop.config.train.seed and loop.step == 45
     assert torch.load(tmp_path / "opt000045.pt", weights_only=True)["rollbacks"] == 1
 
@@ -123,7 +127,7 @@ def test_a_disk_that_is_really_full(tmp_path):
     try:
         trained(disk, max_steps=2)
         (disk / "filler").write_bytes(bytes(shutil.disk_usage(disk).free - 3_000_000))
-        with pytest.raises(OSError, match=r"No space left on device\): make room"):
+        with pytest.raises(OSError, match=r"No space left on device\): free some disk space"):
             trained(disk, max_steps=4)
         assert complete_steps(disk) == [2] and not list(disk.glob(".*"))
         (disk / "filler").unlink()
@@ -147,3 +151,22 @@ def test_a_killed_removal_is_finished_later(tmp_path):
     checkpoint.prune_checkpoints(tmp_path, keep=0)
     assert complete_steps(tmp_path) == [4]
     assert not list(tmp_path.glob("*000002*")) and not list(tmp_path.glob(".*"))
+
+
+def test_weights_that_are_not_finite_do_not_replace_a_checkpoint(tmp_path):
+    loop = make_loop(tmp_path, keep=1)
+    loop.save()
+    with torch.no_grad():
+        loop.state.params[0].fill_(torch.nan)
+    loop.state.step = 1
+    with pytest.raises(TrainingFault, match="the weights of step 1 are NaN or infinite and are not saved"):
+        loop.save()
+    assert complete_steps(tmp_path) == [0]
+
+
+def test_skipped_steps_push_no_checkpoint_out(tmp_path):
+    faults = {(step, 0): float("inf") for step in range(2, 100)}
+    loop = planted(make_loop(tmp_path, max_steps=50, max_bad_steps=5, keep=1), faults)
+    with pytest.raises(TrainingFault):
+        loop.run_loop()
+    assert complete_steps(tmp_path) == [2, 4, 6]

@@ -141,10 +141,10 @@ def test_other_kinds_of_images_are_counted(tmp_path, capsys):
     write_images(tmp_path, ["a_0.png", "a_1.webp", "b/a_2.WEBP", "b/a_3.bmp"])
     Path(tmp_path, "c.webp").mkdir()
     assert len(list_image_files(str(tmp_path))) == 1
-    passed = f"3 images of other kinds (.webp 2, .bmp 1) in {tmp_path} are passed over: convert them to jpg or png"
+    passed = f"3 images of other formats (.webp 2, .bmp 1) in {tmp_path} are ignored: convert them to jpg or png"
     assert capsys.readouterr().out.count(passed) == 1
     Path(tmp_path, "a_0.png").unlink()
-    with pytest.raises(UserError, match=r"holds no image .*, but 3 of other kinds \(\.webp 2, \.bmp 1\): convert"):
+    with pytest.raises(UserError, match=r"hold no image .*, but 3 of other formats \(\.webp 2, \.bmp 1\): convert"):
         list_image_files(str(tmp_path))
 
 
@@ -214,14 +214,14 @@ def load(folder, **options):
 
 
 def test_no_folder(tmp_path):
-    with pytest.raises(ValueError, match="data_dir is empty"):
+    with pytest.raises(ValueError, match="--data_dir is missing"):
         load("")
     with pytest.raises(ValueError, match="nowhere is not a folder"):
         load(tmp_path / "nowhere")
 
 
 def test_a_folder_without_images(tmp_path):
-    with pytest.raises(ValueError, match=f"{tmp_path} holds no image"):
+    with pytest.raises(ValueError, match=f"{tmp_path} and its subfolders hold no image"):
         load(tmp_path)
 
 
@@ -233,7 +233,7 @@ def test_fewer_images_than_a_batch(tmp_path):
 
 def test_a_name_without_a_class(tmp_path):
     write_images(tmp_path, ["a_0.png", "plain.png"])
-    with pytest.raises(ValueError, match=r"plain\.png carries no class: .*datasets/class_folders\.py"):
+    with pytest.raises(ValueError, match=r"plain\.png has no class in its name: .*datasets/class_folders\.py"):
         load(tmp_path, class_cond=True)
     assert next(load(tmp_path, class_cond=False))[1] == {}
 
@@ -244,7 +244,9 @@ def test_an_unreadable_image_is_named(tmp_path, content, num_workers):
     good, bad = write_images(tmp_path, ["a_0.jpg", "a_1.jpg"], size=(40, 40))
     Path(bad).write_bytes(Path(good).read_bytes()[:600] if content == "truncated" else content)
     data, start = load(tmp_path, num_workers=num_workers), time.monotonic()
-    with pytest.raises(UserError, match=rf"^{bad} cannot be read as an image \([^\n]*\): mend or remove it$") as caught:
+    with pytest.raises(
+        UserError, match=rf"^{bad} cannot be read as an image \([^\n]*\): repair or remove it$"
+    ) as caught:
         next(data)
     del data, caught
     assert time.monotonic() - start < 4  # torch's own limit is 5 s for each process that does not end
@@ -255,7 +257,7 @@ def test_an_unreadable_image_is_named(tmp_path, content, num_workers):
 def test_bombs_and_broken_links_are_named_and_skipped(tmp_path, monkeypatch, kind, reason, num_workers):
     good, bad = map(Path, write_images(tmp_path, ["a_0.png", "a_1.png"], size=(8, 8)))
     break_image(bad, kind, monkeypatch)
-    with pytest.raises(UserError, match=rf"^{bad} cannot be read as an image \(.*{reason}.*\): mend or remove it$"):
+    with pytest.raises(UserError, match=rf"^{bad} cannot be read as an image \(.*{reason}.*\): repair or remove it$"):
         next(load(tmp_path, num_workers=num_workers))
     batch, _ = next(load(tmp_path, num_workers=num_workers, on_bad_image="skip", random_flip=False))
     expected = np.asarray(Image.open(good)).transpose(2, 0, 1).astype(np.float32) / 127.5 - 1
@@ -273,7 +275,7 @@ def test_lack_of_memory_is_no_bad_image(tmp_path, monkeypatch):
         read_image(path)
 
 
-# ---------------------------------------------------------------- loader processes
+# ---------------------------------------------------------------- data loading processes
 
 
 def start_loading(tmp_path):
@@ -309,7 +311,7 @@ def test_a_killed_loader_process_is_heard_of_at_the_next_batch(tmp_path):
     time.sleep(0.05)  # torch by itself raises here, wherever the training step is
     start = time.monotonic()
     with pytest.raises(
-        LoaderWorkerDied, match=rf"^loader process {pid} was killed by a signal \(Killed\): most likely"
+        LoaderWorkerDied, match=rf"^data loading process {pid} was killed by a signal \(Killed\): most likely"
     ):
         next(data)
     del data, processes

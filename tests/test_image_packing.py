@@ -164,7 +164,7 @@ def test_bad_images_are_errors_or_left_out(odd_folder, tmp_path, capsys):
 def test_a_class_that_is_lost_is_named(tmp_path):
     write_images(tmp_path / "images", ["a_0.png", "b_0.png"])
     (tmp_path / "images" / "b_0.png").write_bytes(b"")
-    with pytest.raises(UserError, match="no image of class 'b' can be read: mend or remove them, and choose"):
+    with pytest.raises(UserError, match="no image of class 'b' can be read: repair or remove them, and choose"):
         pack(tmp_path / "images", tmp_path / "out", on_bad_image="skip")
     (tmp_path / "images" / "a_0.png").write_bytes(b"")
     with pytest.raises(UserError, match=r"all 2 images are bad, the first: a_0\.png cannot be read"):
@@ -184,7 +184,8 @@ def test_images_without_classes(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "out, sentence", [("", "out is empty"), ("gs://a/b", "--out gs://a/b is remote"), (".", "--out . is --data_dir")]
+    "out, sentence",
+    [("", "--out is missing"), ("gs://a/b", "--out gs://a/b is remote"), (".", "--out . is --data_dir")],
 )
 def test_places_that_cannot_be_packed_into(tmp_path, monkeypatch, capsys, out, sentence):
     monkeypatch.chdir(tmp_path)

@@ -191,7 +191,7 @@ def test_what_a_kill_leaves_is_no_shard(images, stages, caches, copied, capsys):
     assert contents(copied) == whole and not list(copied.glob(".*"))
     assert (copied / "shard_00001.npy").stat().st_mtime_ns == untouched
     output = capsys.readouterr().out
-    assert "1 of 3 shards are there already" in output and "8/8 images" in output
+    assert "1 of 3 shards are complete already" in output and "8/8 images" in output
 
 
 def test_an_old_description_does_not_vouch_for_a_new_array(images, stages, copied, monkeypatch):
@@ -214,10 +214,10 @@ def test_verify_finds_and_mends_damage(images, stages, copied, capsys):
     damaged[-7] ^= 1
     (copied / "shard_00001.npy").write_bytes(damaged)
     encode(images, copied, stages["vae"])
-    assert "3 of 3 shards are there already" in capsys.readouterr().out and contents(copied) != whole
+    assert "3 of 3 shards are complete already" in capsys.readouterr().out and contents(copied) != whole
     encode(images, copied, stages["vae"], verify=True)
     output = capsys.readouterr().out
-    assert "shard_00001.npy is damaged" in output and "2 of 3 shards are there already" in output
+    assert "shard_00001.npy is damaged" in output and "2 of 3 shards are complete already" in output
     assert contents(copied) == whole
 
 
@@ -336,7 +336,7 @@ def test_a_full_disk_is_a_sentence_and_leaves_nothing_half_written(images, stage
 
     monkeypatch.setattr(np, "save", fill_disk)
     with pytest.raises(
-        UserError, match=r"shard_00001\.npy could not be written \(No space left on device\): make room"
+        UserError, match=r"shard_00001\.npy could not be written \(No space left on device\): free some disk space"
     ):
         encode(images, copied, stages["vae"])
     monkeypatch.undo()
@@ -363,7 +363,7 @@ def test_a_cache_of_a_later_format_is_refused(stages, copied, monkeypatch):
     [
         ({"image_size": 30}, "--image_size is 30: it must be a multiple of 8"),
         ({"shard_size": 0}, "--shard_size is 0: it must be at least 1"),
-        ({"data_dir": ""}, "data_dir is empty"),
+        ({"data_dir": ""}, "--data_dir is missing"),
         ({"latent_dir": ""}, "latent_dir is empty"),
         ({"data_dir": "/nowhere", "vae": "/no/vae"}, "/nowhere is not a folder"),
         ({"vae": "/no/vae"}, "no VAE at '/no/vae'"),

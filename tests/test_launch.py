@@ -153,3 +153,43 @@ def test_mpiexec_starts_ranks(images, tmp_path):
     result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=200)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "global batch 8" in result.stdout and result.stdout.count("step 2/2") == 1
+
+
+MEETING = """
+import os, signal, sys, time
+from datetime import timedelta
+import torch.distributed as dist
+from masked_diffusion import dist_util
+port, late = sys.argv[1:]
+child = os.fork()
+rank = 0 if child else 1
+os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+dist_util._join("gloo", timeout=timedelta(seconds=1))
+if rank:  # minutes later than the others, where a second is a time-out
+    time.sleep(2)
+    if late == "never":
+        os.kill(os.getpid(), signal.SIGKILL)
+count = 0
+def poll():
+    global count
+    count += 1
+try:
+    dist_util.add_to_count("images", 3 + rank)
+    dist_util.host_barrier(None if rank else poll)
+    print(rank, dist_util.add_to_count("images", 0), count > 5 or rank, dist_util.broadcast_object("word"))
+except RuntimeError:
+    print("the other rank is dead")
+if child:
+    os.waitpid(child, 0)
+sys.stdout.flush()
+os._exit(0)
+"""
+
+
+@pytest.mark.parametrize(
+    "late, said", [("late", ["0 7 True word", "1 7 1 word"]), ("never", ["the other rank is dead"])]
+)
+def test_ranks_wait_on_their_hosts_beyond_any_time_out(late, said):
+    command = [sys.executable, "-c", MEETING, str(free_port()), late]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert sorted(result.stdout.splitlines()) == said, result.stderr

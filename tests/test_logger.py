@@ -123,10 +123,18 @@ def test_tensors_and_words_are_logged(tmp_path):
 
 def test_a_directory_that_cannot_be_made_is_a_sentence(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(
-        UserError, match=r"file/log could not be written \(Not a directory\): make room on the disk, or"
-    ):
+    with pytest.raises(UserError, match=r"file/log could not be written \(Not a directory\): free some disk space, or"):
         logger.configure(str(tmp_path / "file" / "log"))
+
+
+@pytest.mark.parametrize("address", ["gs://bucket/run", "s3://bucket/run", "https://a.blob.core.windows.net/b"])
+def test_a_remote_directory_is_refused(address, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OPENAI_LOGDIR", address)
+    for given in (address, None):
+        with pytest.raises(UserError, match=rf"written to {address}, a remote address: .*set --log_dir .*mount"):
+            logger.configure(given)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -137,7 +145,9 @@ def test_a_full_disk_is_a_sentence(full, named, tmp_path):
     logger.configure(str(tmp_path), ["log", "csv", "json"])
     (tmp_path / full).symlink_to("/dev/full")  # the table is written beside itself
     logger.logkv("a", 1)
-    with pytest.raises(UserError, match=rf"{named} could not be written \(No space left on device\): make room"):
+    with pytest.raises(
+        UserError, match=rf"{named} could not be written \(No space left on device\): free some disk space"
+    ):
         logger.dumpkvs()
 
 

@@ -20,7 +20,10 @@ def test_the_ending_names_the_format(tmp_path):
     for name, kind in (("grid.png", "PNG"), ("grid.jpg", "JPEG"), ("GRID.WEBP", "WEBP")):
         save_grid(tmp_path / name, IMAGES)
         assert Image.open(tmp_path / name).format == kind
-    for name, message in (("grid.txt", "names no kind of picture"), ("absent/grid.png", "absent is no folder")):
+    for name, message in (
+        ("grid.txt", "has no extension of a picture format"),
+        ("absent/grid.png", "absent is not a folder"),
+    ):
         with pytest.raises(ValueError, match=message):
             check_picture_name(tmp_path / name)
 

@@ -121,7 +121,7 @@ def test_other_widths_than_the_checkpoint_has_are_refused():
         PowerEMA([], (0.05, 0.12)).load_state_dict(PowerEMA([]).state_dict())
     with pytest.raises(ValueError, match=r"averages of sigma_rel \(none\), but this run tracks 0\.050, 0\.100"):
         PowerEMA([]).load_state_dict({})
-    with pytest.raises(ValueError, match=r"this run tracks \(none\): repeat the widths"):
+    with pytest.raises(ValueError, match=r"this run tracks \(none\): give the same widths to --phema"):
         PowerEMA([], ()).load_state_dict(PowerEMA([]).state_dict())
     with pytest.raises(ValueError, match=r"sigma_rel is 0\.0625: give three decimals at most"):
         PowerEMA([], (0.0625,))
@@ -243,7 +243,7 @@ def test_the_script_makes_a_file_that_loads(tmp_path, monkeypatch, capsys):
     # Neither the folder's newest EMA nor a step to resume from.
     assert newest_ema(tmp_path).name == "ema_0.9_000040.pt" and load_model(tmp_path).depth == 4
     assert find_start(tmp_path / "new_run", LogConfig(resume_checkpoint=str(path))) == Start(path, 0, True)
-    with pytest.raises(ValueError, match="names no step"):
+    with pytest.raises(ValueError, match="has no step in its name"):
         parse_step(path)
 
     run_script(monkeypatch, log_dir=tmp_path, sigma_rel=0.1, step=30, out=tmp_path / "mine.pt")
@@ -274,7 +274,9 @@ def test_snapshots_of_two_models_are_not_mixed(tmp_path):
     for step, size in ((10, 3), (20, 4)):
         ema = PowerEMA([torch.ones(size)])
         save_snapshots(tmp_path, step, ema.state_dict(), {"weight": torch.ones(size)}, ["weight"])
-    with pytest.raises(ValueError, match=r"phema_0\.050_000020\.pt is of another model than the snapshots before it"):
+    with pytest.raises(
+        ValueError, match=r"phema_0\.050_000020\.pt belongs to another model than the earlier snapshots"
+    ):
         reconstruct(tmp_path, 0.08)
     (tmp_path / "phema_0.050_000010.pt").write_bytes(b"cut")
     with pytest.raises(ValueError, match=r"phema_0\.050_000010\.pt cannot be read as a checkpoint"):

@@ -25,9 +25,9 @@ def test_bad_images_are_listed_with_their_reason(tmp_path):
     assert rotated == []
     bad = dict(bad)
     assert bad.keys() == set(paths[1:])
-    assert "cannot be read" in bad[paths[1]] and "is 90 x 3, tiny for an image_size of 16" in bad[paths[2]]
+    assert "cannot be read" in bad[paths[1]] and "is 90 x 3, too small for --image_size 16" in bad[paths[2]]
     assert preflight.check_images(paths, 16, "skip") == paths[:1]
-    with pytest.raises(ValueError, match=r"2 bad images, the first: .*a_1\.png.*--on_bad_image skip"):
+    with pytest.raises(ValueError, match=r"2 images cannot be used, the first: .*a_1\.png.*--on_bad_image skip"):
         preflight.check_images(paths, 16, "error")
 
 
@@ -62,7 +62,7 @@ def test_memory_is_that_of_the_tensors():
 def test_bombs_and_broken_links_are_bad_images(tmp_path, monkeypatch, kind, reason):
     good, bad = map(Path, write_images(tmp_path, ["a_0.png", "a_1.png"], size=(8, 8)))
     break_image(bad, kind, monkeypatch)
-    with pytest.raises(UserError, match=rf"1 bad images, the first: {bad} cannot be read: .*{reason}"):
+    with pytest.raises(UserError, match=rf"1 images cannot be used, the first: {bad} cannot be read: .*{reason}"):
         preflight.check_images([str(good), str(bad)], 8, "error")
     assert preflight.check_images([str(good), str(bad)], 8, "skip") == [str(good)]
 
@@ -70,7 +70,9 @@ def test_bombs_and_broken_links_are_bad_images(tmp_path, monkeypatch, kind, reas
 @pytest.mark.parametrize("on_bad_image", ["error", "skip"])
 def test_all_images_bad_is_said(tmp_path, on_bad_image):
     paths = write_images(tmp_path, ["a_0.png", "a_1.png"], size=(8, 8))
-    with pytest.raises(UserError, match=rf"^all 2 images of data are bad, the first: {paths[0]} is 8 x 8, tiny"):
+    with pytest.raises(
+        UserError, match=rf"^none of the 2 images of data can be used, the first: {paths[0]} is 8 x 8, too small"
+    ):
         preflight.check_images(paths, 64, on_bad_image, "data")
 
 
@@ -116,7 +118,7 @@ def show(capsys, model_name="MDTv2_Nano_2", vae_factor=1, world_size=1, labels=N
             "no masked pass: MDTv2_Nano_2 trains without masking, since --mask_ratio is not set (the paper's runs have "
             "0.3)",
         ),
-        ("DiT_Nano_2", None, "no masked pass: DiT_Nano_2 has none"),
+        ("DiT_Nano_2", None, "no masked pass: DiT_Nano_2 models are trained without masking"),
     ],
 )  # fmt: skip
 def test_the_screen_shows_masking(capsys, model_name, mask_ratio, line):

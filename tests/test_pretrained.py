@@ -18,6 +18,7 @@ from masked_diffusion.utils.errors import UserError
 from masked_diffusion.weights import pretrained
 from masked_diffusion.weights.pretrained import find_architecture, find_weights
 
+SMALL = {"input_size": 8, "in_channels": 3, "num_classes": 10}
 LAYOUTS = json.loads((DATA / "state_dicts.json").read_text())
 
 
@@ -78,10 +79,70 @@ def test_v1_takes_its_decode_layer_from_the_caller(tmp_path):
     assert load_model(tmp_path / "v1.pt", decode_layer=1).decode_layer == 1
 
 
+# ---------------------------------------------------------------- memory
+
+PEAK = """
+import sys, torch
+from masked_diffusion.weights import pretrained
+def memory(name):
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(name))
+for path in sys.argv[1:]:
+    open("/proc/self/clear_refs", "w").write("5")  # the peak is what there is now
+    before = memory("VmRSS")
+    model = pretrained.load_model(path)
+    print((memory("VmHWM") - before) / sum(value.nbytes for value in model.state_dict().values()))
+    del model
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="the peak of memory is read from Linux")
+def test_weights_are_in_memory_once(tmp_path):
+    state = create_model("MDTv2_S_2").state_dict()
+    torch.save(state, tmp_path / "weights.pt")
+    save_file(state, tmp_path / "weights.safetensors")
+    torch.save({k: v.half() if v.is_floating_point() else v for k, v in state.items()}, tmp_path / "half.pt")
+    paths = [str(tmp_path / name) for name in ("weights.pt", "weights.safetensors", "half.pt")]
+    run = subprocess.run([sys.executable, "-c", PEAK, *paths], capture_output=True, text=True, check=True)
+    peaks = [float(line) for line in run.stdout.splitlines() if "MDTv2" not in line]
+    assert len(peaks) == 3 and max(peaks) < 1.3, peaks
+
+
+@pytest.mark.parametrize("name", ["weights.pt", "weights.safetensors"])
+def test_a_loaded_model_does_not_change_with_its_file(name, tmp_path):
+    model, path = fill(create_model("MDTv2_Nano_2", **SMALL)).eval(), tmp_path / name
+    (save_file if name.endswith("safetensors") else torch.save)(model.state_dict(), path)
+    loaded = load_model(path)
+    with path.open("r+b") as file:
+        file.write(b"\0" * path.stat().st_size)
+    assert all(torch.equal(value, loaded.state_dict()[key]) for key, value in model.state_dict().items())
+
+
+def test_tensors_that_share_memory_in_the_file_do_not_share_it_in_the_model(tmp_path):
+    state = create_model("MDTv2_Nano_2", **SMALL).state_dict()
+    flat = torch.arange(3 * 128.0)
+    state["en_inblocks.0.attn.qkv.bias"], state["en_inblocks.0.attn.proj.bias"] = flat, flat[128:256]
+    state["en_outblocks.0.attn.qkv.bias"] = flat
+    state["mask_token"] = torch.ones(1).expand(1, 1, 128)
+    state["final_layer.linear.weight"] = state["final_layer.linear.weight"].t().contiguous().t()
+    torch.save(state, tmp_path / "weights.pt")
+    model = load_model(tmp_path / "weights.pt")
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    values = model.state_dict().values()
+    assert len({value.untyped_storage().data_ptr() for value in values}) == len(values)
+    assert all(value.is_contiguous() and value.untyped_storage().nbytes() == value.nbytes for value in values)
+    assert not model.mask_token.requires_grad and model.pos_embed.requires_grad
+
+
+@pytest.mark.parametrize("name", ["MDTv2_Nano_2", "MDT_Nano_2", "DiT_Nano_2"])
+def test_loading_draws_no_numbers(name, tmp_path):
+    torch.save(create_model(name, **SMALL).state_dict(), tmp_path / "weights.pt")
+    before = torch.get_rng_state()
+    model = load_model(tmp_path / "weights.pt")
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not any(value.is_meta for value in (*model.parameters(), *model.buffers()))
+
+
 # ---------------------------------------------------------------- safetensors, exported folders, the hub
-
-
-SMALL = {"input_size": 8, "in_channels": 3, "num_classes": 10}
 
 
 def test_safetensors_hold_the_same_model(tmp_path):
@@ -158,7 +219,7 @@ def test_a_hub_id_is_found_in_the_cache_or_refused_in_a_sentence(tmp_path):
     second, first, refused = load_offline(sources, tmp_path)
     assert "MDTv2 of 4 blocks, 2 of them decoder blocks" in second
     assert "MDT of 4 blocks" in first
-    assert refused.startswith("shgao/absent is neither a local path nor in reach on the hub")
+    assert refused.startswith("shgao/absent is not a local path, and cannot be downloaded from the hub")
     assert "mdt_xl2_v2_ckpt.pt" in refused
 
 
@@ -208,7 +269,7 @@ def test_broken_and_foreign_files(tmp_path):
     with pytest.raises(ValueError, match="holds no checkpoint"):
         load_model(tmp_path / "empty")
     torch.save(create_model("DiT_Nano_2", input_size=8, depth=3).state_dict(), tmp_path / "odd.pt")
-    with pytest.raises(ValueError, match=r"a DiT of depth 3 and width 128 has no name"):
+    with pytest.raises(ValueError, match=r"a DiT of depth 3 and width 128 is none of the named sizes"):
         load_model(tmp_path / "odd.pt")
     state = create_model("DiT_Nano_2", input_size=8).state_dict()
     del state["blocks.1.mlp.fc1.weight"]
@@ -233,7 +294,7 @@ INDEX = "de_blocks.0.attn.rel_pos_bias.relative_position_index"
         ({"bias": lambda v: v.to(torch.complex64)}, r"qkv.bias is of torch\.complex64"),
         ({"bias": lambda v: v > 0}, r"qkv.bias is of torch\.bool"),
         ({"bias": lambda v: v[:0]}, r"qkv.bias is empty, of shape \(0,\)"),
-        ({"bias": lambda v: v.to_sparse()}, "qkv.bias holds no numbers in plain rows"),
+        ({"bias": lambda v: v.to_sparse()}, "qkv.bias is not a dense tensor"),
         ({"bias": "text"}, "qkv.bias is a str instead of a tensor"),
         ({"pos_embed": lambda v: v.flatten()}, r"pos_embed has the shape \(2048,\), but must have \(1, square, 128\)"),
         ({"pos_embed": lambda v: v[:, :15]}, r"pos_embed has the shape \(1, 15, 128\)"),
@@ -249,14 +310,14 @@ INDEX = "de_blocks.0.attn.rel_pos_bias.relative_position_index"
         ({"final_layer.linear.weight": lambda v: v[:5]}, r"final_layer.linear.weight has the shape \(5, 128\)"),
         ({BIAS_TABLE: lambda v: v[:2]}, r"bias_table has the shape \(2, 4\), but must have \(52, heads\)"),
         ({INDEX: lambda v: v.float()}, r"relative_position_index is of torch\.float32"),
-        ({INDEX: lambda v: v + 40}, "relative_position_index points beyond the 52 rows"),
+        ({INDEX: lambda v: v + 40}, "relative_position_index has an index outside the 52 rows"),
         (
             {"bias": lambda v: v[:5]},
-            r"bad\.pt does not fit .*it has of another shape en_inblocks.0.attn.qkv.bias \(5,\)",
+            r"bad\.pt does not fit .*it has other shapes for en_inblocks.0.attn.qkv.bias \(5,\)",
         ),
         ({"blocks.": torch.ones(1)}, r"depth \(5\) - decode_layer \(2\) must be even"),
-        ({"head.weight": torch.ones(1)}, r"bad\.pt does not fit .*it has beyond head\.weight"),
-        ({7: torch.ones(1)}, r"bad\.pt does not fit .*it has beyond 7"),
+        ({"head.weight": torch.ones(1)}, r"bad\.pt does not fit .*it has the unknown head\.weight"),
+        ({7: torch.ones(1)}, r"bad\.pt does not fit .*it has the unknown 7"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:Validating sparse")
@@ -288,8 +349,8 @@ def test_weights_of_other_precisions_become_float32(dtype, tmp_path):
         ("{", "cannot be read as JSON"),
         ("[" * 5000, "cannot be read as JSON"),
         ("[]", "holds a list instead of a dictionary"),
-        ('{"classes": [1, 2]}', "'classes' are no list of names"),
-        ('{"classes": "abc"}', "'classes' are no list of names"),
+        ('{"classes": [1, 2]}', "'classes' are not a list of names"),
+        ('{"classes": "abc"}', "'classes' are not a list of names"),
         ('{"diffusion": [1]}', "'diffusion' is"),
         ('{"model": {"name": 3}}', "'model' is"),
         ('{"model": {"name": "DiT_Nano_2", "options": []}}', "'model' is"),
@@ -299,10 +360,13 @@ def test_weights_of_other_precisions_become_float32(dtype, tmp_path):
             "has depth 1000000000, but the weights",
         ),
         ('{"model": {"name": "DiT_Nano_2", "options": {"input_size": "8"}}}', "has input_size '8', but the weights"),
-        ('{"model": {"name": "DiT_Nano_2", "options": {"num_heads": "4"}}}', "cannot be made"),
-        ('{"model": {"name": "DiT_Nano_2", "options": {"num_classes": 99999999999999}}}', "cannot be made"),
-        ('{"model": {"name": "DiT_Nano_2", "options": {"colour": 3}}}', "cannot be made.*colour"),
-        ('{"num_heads": "abc", "depth": 4}', "cannot be made"),
+        ('{"model": {"name": "DiT_Nano_2", "options": {"num_heads": "4"}}}', "cannot be built"),
+        (
+            '{"model": {"name": "DiT_Nano_2", "options": {"num_classes": 99999999999999}}}',
+            r"does not fit .*y_embedder\.embedding_table\.weight \(11, 128\)",
+        ),
+        ('{"model": {"name": "DiT_Nano_2", "options": {"colour": 3}}}', "cannot be built.*colour"),
+        ('{"num_heads": "abc", "depth": 4}', "cannot be built"),
     ],
 )
 def test_a_malformed_configuration_is_refused_in_a_sentence(text, message, tmp_path):
@@ -320,3 +384,11 @@ def test_a_file_that_is_no_checkpoint_is_refused_by_its_first_bytes(name, conten
     monkeypatch.setattr(pretrained, "read_weights", None)  # nothing more is read
     with pytest.raises(UserError, match=rf"{name} cannot be read as .*it begins with {content[:9]!r}"):
         find_weights(tmp_path / name)
+
+
+@pytest.mark.parametrize("config", ["", "[]", "null", '{"depth": "x"}'])
+def test_a_damaged_configuration_of_an_exported_folder_is_named(tmp_path, config):
+    create_model("DiT_Nano_2", **SMALL).save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(config)
+    with pytest.raises(UserError, match=str(tmp_path)):
+        DiT.from_pretrained(tmp_path)

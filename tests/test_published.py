@@ -270,7 +270,9 @@ def test_respacing_takes_numbers_and_refuses_what_it_does_not_know():
     assert space_timesteps(1000, np.int64(4)) == space_timesteps(1000, [4]) == {0, 333, 666, 999}
     with pytest.raises(UserError, match="'ddim50,3': ddim takes one number"):
         create_diffusion("ddim50,3")
-    for wrong in (2.5, {4}, "ddim", "4;5"):
+    with pytest.raises(UserError, match="asks for 0 of the 1000 steps"):
+        create_diffusion(0)
+    for wrong in (2.5, [2.5], {4}, "ddim", "4;5"):
         with pytest.raises(UserError, match=r"timestep_respacing is .*: write"):
             create_diffusion(wrong)
 

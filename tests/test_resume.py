@@ -14,7 +14,7 @@ from helpers import assert_same, fork, make_loop, run_train, tensors, train_flag
 from masked_diffusion import dist_util
 from masked_diffusion.config import LogConfig, RunConfig
 from masked_diffusion.image_datasets import LoaderWorkerDied
-from masked_diffusion.training.resume import Start, agree_on_start, find_start
+from masked_diffusion.training.resume import Start, agree_on_start, find_differences, find_start, resolve
 from masked_diffusion.utils.errors import UserError
 from masked_diffusion.weights.checkpoint import complete_steps
 
@@ -58,7 +58,7 @@ def test_a_checkpoint_of_the_folder_is_gone_back_to_once(run):
     older = run / "model000002.pt"
     assert start(run, older, begun_from("auto")) == Start(older, 2, True)
     assert start(run, older, begun_from(older)) == Start(run / "model000004.pt", 4, False)
-    assert start(run, run / "model000004.pt", begun_from("auto")) == Start(run / "model000004.pt", 4, False)
+    assert start(run, run / "model000004.pt", begun_from("auto")) == Start(run / "model000004.pt", 4, True)
 
 
 def test_an_empty_name_starts_afresh_but_for_restarts_of_the_launcher(run, monkeypatch):
@@ -73,11 +73,11 @@ def test_files_elsewhere_are_weights_alone(run, tmp_path):
         assert start(new, run / name) == Start(run / name, 0, True)
     assert start(new, run) == Start(run, 0, True)
     assert start(new, continue_from=str(run / "model000004.pt")) == Start(run / "model000004.pt", 4, True)
-    with pytest.raises(UserError, match=r"--continue_from .*ema_0\.9_000004\.pt is no checkpoint to resume from"):
+    with pytest.raises(UserError, match=r"--continue_from .*ema_0\.9_000004\.pt is not a checkpoint to resume from"):
         start(new, continue_from=str(run / "ema_0.9_000004.pt"))
     with pytest.raises(UserError, match=r"--resume_checkpoint .*absent\.pt does not exist"):
         start(new, tmp_path / "absent.pt")
-    with pytest.raises(UserError, match=r"--continue_from .* and --resume_checkpoint .* exclude each other"):
+    with pytest.raises(UserError, match=r"--continue_from .* and --resume_checkpoint .* cannot be used together"):
         start(new, run, continue_from=str(run / "model000004.pt"))
 
 
@@ -85,7 +85,7 @@ def test_a_run_from_weights_goes_on_from_its_own_checkpoints(run, tmp_path):
     weights = tmp_path / "weights.pt"
     weights.touch()
     assert start(run, weights, begun_from(weights)).step == 4
-    with pytest.raises(UserError, match="holds checkpoints of a run that was not begun from"):
+    with pytest.raises(UserError, match="holds checkpoints of a run that did not start from"):
         start(run, weights, begun_from("auto"))
 
 
@@ -98,7 +98,7 @@ def test_what_a_new_start_leaves_behind_is_moved_aside(run, named, kept, capsys)
     chosen = agree_on_start(run, log, begun_from("auto"))
     assert chosen.step == (kept[-1] if kept else 0) and complete_steps(run) == kept
     assert complete_steps(run / "earlier_run_1") == [step for step in (2, 4) if step not in kept]
-    assert f"are kept in {run / 'earlier_run_1'}" in capsys.readouterr().out
+    assert f"are moved to {run / 'earlier_run_1'}" in capsys.readouterr().out
 
 
 def test_keep_counts_the_checkpoints_of_this_run(run, monkeypatch):
@@ -294,3 +294,88 @@ def test_a_short_schedule_trains_with_and_without_grids(images, tmp_path, monkey
         flags = {"diffusion_steps": 40, "sample_interval": interval, "max_steps": 1}
         run_train(monkeypatch, train_flags(images, tmp_path / str(interval), **flags))
     assert (tmp_path / "1" / "grid000001.png").exists()
+
+
+def test_resuming_compares_what_changes_a_run_and_nothing_else():
+    config = RunConfig(classes=("cat", "dog"), data_signature="aa", global_batch=8)
+    assert list(find_differences(config, config)) == []
+    changed = {"lr": 1.0, "mask_ratio": 0.3, "seed": 1, "vae": "mse", "num_workers": 0, "keep": 3, "log_interval": 7}
+    names = [name for name, _, _ in find_differences(config, config.replaced(**changed))]
+    assert sorted(names) == ["--lr", "--mask_ratio", "--seed", "--vae"]
+    assert list(find_differences(config, config.replaced(global_batch=9))) == [
+        ("the global batch (--batch_size times the number of ranks)", 8, 9)
+    ]
+    masked = config.replaced(mask_ratio=0.3)
+    ((name, before, now),) = find_differences(masked, masked.replaced(compile=True))
+    assert "--compile without --exact_lengths" in name and (before, now) == (False, True)
+    assert list(find_differences(masked, masked.replaced(compile=True, exact_lengths=True))) == []
+    assert list(find_differences(config, config.replaced(compile=True))) == []
+    ((name, before, now),) = find_differences(config, config.replaced(classes=("cat", "eel")))
+    assert (name, before, now) == ("the class names", "'dog' for label 1", "'eel'")
+    ((name, *_),) = find_differences(config, config.replaced(data_signature="bb"))
+    assert name == "the list of image files"
+    assert list(find_differences(RunConfig(), config)) == [], "an older configuration has neither classes nor signature"
+
+
+# ---------------------------------------------------------------- nothing moves for a start that fails
+
+
+def test_the_newest_step_is_gone_back_to_once_too(images, tmp_path, monkeypatch, capsys):
+    run_train(monkeypatch, train_flags(images, tmp_path, max_steps=2))
+    named = {"resume_checkpoint": tmp_path / "model000002.pt"}
+    for steps in (3, 4):
+        run_train(monkeypatch, train_flags(images, tmp_path, max_steps=steps, **named))
+    assert "starting at step 3, weights" in capsys.readouterr().out
+    assert complete_steps(tmp_path) == [2, 3, 4]
+
+
+def test_weights_of_the_folder_are_found_again_after_a_kill_before_the_first_checkpoint(run):
+    named = RunConfig().replaced(resume_checkpoint=str(run / "ema_0.9_000004.pt"), ema_rate="0.9,0.99")
+    moved = Start(run / "earlier_run_1" / "ema_0.9_000004.pt", 0, True)
+    assert agree_on_start(run, named, None) == moved
+    assert agree_on_start(run, named, None) == moved
+
+
+@pytest.mark.parametrize(
+    "name, rates, message",
+    [
+        ("opt000004.pt", "0.9,0.99", "holds no state dict"),
+        ("model000002.pt", "0.5", "ema_0.5_000002.pt .*does not exist, but resuming from step 2 needs it"),
+        ("cut.pt", "0.9,0.99", "cannot be read as a checkpoint"),
+    ],
+)
+def test_a_start_that_fails_moves_nothing(run, name, rates, message):
+    (run / "cut.pt").write_bytes(b"PK")
+    config = RunConfig().replaced(resume_checkpoint=str(run / name), ema_rate=rates)
+    with pytest.raises(UserError, match=message):
+        agree_on_start(run, config, begun_from("auto"))
+    assert complete_steps(run) == [2, 4]
+
+
+def test_continue_from_compares_the_runs(images, tmp_path, monkeypatch, capsys):
+    run_train(monkeypatch, train_flags(images, tmp_path / "first", max_steps=1))
+    flags = train_flags(images, tmp_path / "second", continue_from=tmp_path / "first" / "model000001.pt", lr=0.5)
+    assert "--lr was 0.001 when" in refused(monkeypatch, capsys, flags)
+
+
+def test_a_checkpoint_that_does_not_fit_or_is_broken_is_named(run):
+    broken = torch.load(run / "model000004.pt", weights_only=True)
+    broken["final_layer.linear.bias"][0] = torch.nan
+    (run / "model000004.pt").unlink()  # a link
+    torch.save(broken, run / "model000004.pt")
+    with pytest.raises(UserError, match=r"model000004\.pt .* not finite"):
+        make_loop(run)
+    torch.save({**broken, "final_layer.linear.bias": torch.zeros(7)}, run / "model000004.pt")
+    with pytest.raises(UserError, match=r"model000004\.pt is of another model .*final_layer\.linear\.bias"):
+        make_loop(run)
+    os.link(run / "model000002.pt", run / "model000006.pt")
+    torch.save({"optimizer": {}}, run / "opt000006.pt")
+    for rate in (0.9, 0.99):
+        os.link(run / f"ema_{rate}_000002.pt", run / f"ema_{rate}_000006.pt")
+    with pytest.raises(UserError, match=r"opt000006\.pt is no training state"):
+        make_loop(run)
+
+
+def test_both_spellings_of_a_model_are_the_same_run():
+    ours, dits = (resolve(RunConfig().replaced(model=name)) for name in ("MDTv2_Nano_2", "MDTv2-Nano/2"))
+    assert list(find_differences(ours, dits)) == []

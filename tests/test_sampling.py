@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -22,7 +23,8 @@ from masked_diffusion.guidance import Guidance
 from masked_diffusion.latents.autoencoder import IdentityFirstStage
 from masked_diffusion.sampling.during_training import Evaluation, SampleGrid
 from masked_diffusion.sampling.image_sampler import ImageSampler, choose_labels, last_sample, to_uint8
-from masked_diffusion.sampling.shards import ShardStore
+from masked_diffusion.sampling.shards import ShardStore, draw_samples
+from masked_diffusion.utils.errors import UserError
 from masked_diffusion.utils.files import file_hash
 
 # ---------------------------------------------------------------- images by index
@@ -66,7 +68,6 @@ def test_rounds_of_any_size_are_merged_in_order(tmp_path):
     images, order = rng.integers(0, 256, (60, 4, 4, 3), dtype=np.uint8), rng.permutation(60)
     for indices in np.split(order, [1, 8, 9, 30, 31, 45]):
         store.write(indices, images[indices], indices)
-    assert store.count() == 60
     np.testing.assert_array_equal(store.merge(60), images)
     with zipfile.ZipFile(tmp_path / "samples.npz") as archive, archive.open("arr_0.npy") as file:
         assert np.lib.format.read_magic(file) == (1, 0)
@@ -140,13 +141,85 @@ def test_shards_are_merged_by_index(tmp_path):
         ShardStore(tmp_path / "samples.npz", {"seed": 4})
 
 
+def test_shards_of_several_runs_are_read_once_each(tmp_path, monkeypatch):
+    store, rng = ShardStore(tmp_path / "samples.npz", {}), np.random.default_rng(0)
+    images, held = rng.integers(0, 256, (90, 4, 4, 3), dtype=np.uint8), set()
+    for size, kept in ((7, 3), (5, 2), (20, 1)):  # each run has other batches, of which a kill leaves some
+        missing = store.missing(90)
+        for first in range(0, len(missing), size * kept):
+            batch = missing[first : first + size]
+            store.write(batch, images[batch], np.asarray(batch))
+            held |= set(batch)
+        assert set(range(90)) - set(store.missing(90)) == held
+    assert any(np.any(np.diff(np.load(shard)["indices"]) > 1) for shard in store.shards())
+    read, load = [], np.load
+    monkeypatch.setattr(np, "load", lambda path, **options: read.append(path) or load(path, **options))
+    shards = store.shards()
+    assert np.array_equal(store.merge(90), images[:64])
+    assert read == shards
+    with load(tmp_path / "samples.npz") as arrays:
+        assert np.array_equal(arrays["arr_0"], images) and np.array_equal(arrays["arr_1"], np.arange(90))
+
+
+def test_merging_names_an_image_that_is_not_there(tmp_path):
+    store = ShardStore(tmp_path / "samples.npz", {})
+    store.write([0, 1, 3], np.zeros((3, 4, 4, 3), np.uint8), np.zeros(3))
+    with pytest.raises(UserError, match=r"samples\.shards lacks image 2: run the same command again"):
+        store.merge(4)
+    assert not store.finished() and len(store.shards()) == 1
+
+
+def test_shards_are_in_the_order_of_their_images_beyond_a_million(tmp_path):
+    store = ShardStore(tmp_path / "samples.npz", {})
+    for first in (1_000_000, 999_990, 8):
+        store.write([first], np.zeros((1, 2, 2, 3), np.uint8), np.zeros(1))
+    assert [shard.name for shard in store.shards()] == [
+        f"shard_{first}_x1.npz" for first in ("000008", "999990", "1000000")
+    ]
+
+
+def test_the_folder_is_listed_once_however_many_batches(tmp_path, monkeypatch, capsys):
+    store, listed, list_shards = ShardStore(tmp_path / "samples.npz", {}), [], ShardStore.shards
+    monkeypatch.setattr(ShardStore, "shards", lambda self: listed.append(1) or list_shards(self))
+    for total in (60, 64):  # the second call counts from where it starts
+        draw_samples(lambda indices, labels: np.zeros((len(indices), 2, 2, 3), np.uint8), store, total, 2, torch.tensor)
+    assert len(listed) == 2
+    output = capsys.readouterr().out
+    assert "60/60 images" in output and "60 of 64 images are there already" in output and "4/4 images" in output
+
+
+def test_shards_that_a_kill_left_beside_the_npz_are_removed(tmp_path, monkeypatch):
+    with ShardStore(tmp_path / "samples.npz", {}) as store, monkeypatch.context() as patch:
+        store.write([0], np.zeros((1, 2, 2, 3), np.uint8), np.zeros(1))
+        patch.setattr("shutil.rmtree", lambda *_: None)
+        store.merge(1)
+    assert store.folder.exists()
+    assert ShardStore(tmp_path / "samples.npz", {}).finished()
+    assert [path.name for path in tmp_path.iterdir()] == ["samples.npz"]
+
+
+def test_a_second_sampler_is_refused_until_the_first_ends(checkpoint, tmp_path, monkeypatch, capsys):
+    name = "samples_11x8x8x3"
+    with ShardStore(tmp_path / f"{name}.npz", {}) as store:
+        (store.folder / "settings.json").unlink()  # as if the first one had not come so far yet
+        with pytest.raises(SystemExit) as stop:
+            run_sample(monkeypatch, sample_flags(checkpoint, tmp_path))
+        assert stop.value.code == 2 and store.folder.exists()
+        holder = f"process {os.getpid()} on host {socket.gethostname()}"
+        assert f"{name}.npz is being drawn already, by {holder}: wait for it" in capsys.readouterr().err
+    run_sample(monkeypatch, sample_flags(checkpoint, tmp_path))
+    assert {path.name for path in tmp_path.iterdir()} >= {f"{name}.npz", f"{name}.png"}
+    assert not (tmp_path / f"{name}.lock").exists()
+
+
 # ---------------------------------------------------------------- the script
 
 
 def test_one_and_two_processes_draw_the_same_images(checkpoint, tmp_path):
     run_script("image_sample.py", *sample_flags(checkpoint, tmp_path / "one"))
     launch = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone")
-    run_script("image_sample.py", *sample_flags(checkpoint, tmp_path / "two", batch_size=3), launcher=launch)
+    two = run_script("image_sample.py", *sample_flags(checkpoint, tmp_path / "two", batch_size=3), launcher=launch)
+    assert two.stdout.count("11/11 images") == 1  # of both ranks
     name = "samples_11x8x8x3.npz"
     (images, labels), (other, other_labels) = read(tmp_path / "one" / name), read(tmp_path / "two" / name)
     assert images.shape == (11, 8, 8, 3) and labels.shape == (11,) and set(labels) <= {0, 1, 2}

@@ -237,7 +237,7 @@ def test_metrics_after_a_resume_go_on_where_the_checkpoint_was(tmp_path):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"data_dir": ""}, "data_dir is empty"),
+        ({"data_dir": ""}, "--data_dir is missing"),
         ({"model": "MDTv2_Huge_2"}, "no model is called 'MDTv2_Huge_2'"),
         ({"decode_layer": 1}, "must be even"),
         ({"num_classes": 2}, "has 3 classes (a, b, c, ...), more than --num_classes 2"),
@@ -273,7 +273,7 @@ def test_an_unreadable_image_stops_training_with_its_name(images, tmp_path, monk
         (folder / path.name).write_bytes(path.read_bytes())
     whole = (folder / "a_0.png").read_bytes()
     for content, message in (
-        (b"broken", f"1 bad images, the first: {folder}/a_0.png cannot be read"),
+        (b"broken", f"1 images cannot be used, the first: {folder}/a_0.png cannot be read"),
         (whole[: len(whole) // 2], f"error: {folder}/a_0.png cannot be read as an image"),
     ):
         (folder / "a_0.png").write_bytes(content)

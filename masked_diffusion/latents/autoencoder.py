@@ -1,4 +1,4 @@
-"""The frozen first stage: what training encodes images with, and sampling decodes latents with."""
+"""The first stage: the frozen autoencoder that encodes images in training and decodes latents in sampling."""
 
 from collections.abc import Callable
 from typing import TypeAlias
@@ -11,11 +11,11 @@ SD_VAES = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse
 
 
 def create_first_stage(name: str, device: torch.device | str = "cpu") -> "FirstStage":
-    """Make a first stage.
+    """Create a first stage by name.
 
     :param name: `identity` for pixels; `ema` or `mse` for the Stable Diffusion VAEs of DiT and MDT; a hub id; or a
         local folder in diffusers' layout.
-    :raises UserError: when the weights are neither on this machine nor on the hub.
+    :raises UserError: when the weights are found neither on this machine nor on the hub.
     """
     if name == "identity":
         return IdentityFirstStage()
@@ -23,7 +23,7 @@ def create_first_stage(name: str, device: torch.device | str = "cpu") -> "FirstS
 
 
 class IdentityFirstStage:
-    """Diffusion in pixels."""
+    """The first stage of diffusion in pixels, which changes nothing."""
 
     channels, downsample = 3, 1
 
@@ -45,9 +45,10 @@ class IdentityFirstStage:
 
 
 class StableDiffusionVAE:
-    """Diffusion in the latents of a diffusers `AutoencoderKL`.
+    """The first stage of diffusion in the latents of a diffusers `AutoencoderKL`.
 
     :param source: a hub id or a local folder.
+    :raises UserError: when the weights are not found.
     """
 
     scale = 0.18215
@@ -59,8 +60,8 @@ class StableDiffusionVAE:
             vae = AutoencoderKL.from_pretrained(source, low_cpu_mem_usage=False)
         except OSError as error:
             raise UserError(
-                f"no VAE at {source!r}: it is no local folder of one, and the hub has none of this name or cannot be "
-                f"reached; fetch config.json and diffusion_pytorch_model.safetensors of {SD_VAES['ema']} into a "
+                f"no VAE at {source!r}: it is not a local folder of one, and the hub has none of this name or cannot "
+                f"be reached; download config.json and diffusion_pytorch_model.safetensors of {SD_VAES['ema']} into a "
                 "folder, and name that folder with --vae"
             ) from error
         self.vae = vae.to(device).eval().requires_grad_(False)
@@ -75,16 +76,16 @@ class StableDiffusionVAE:
     def moments(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(N, 3, H, W) in [-1, 1] -> mean and standard deviation of the posterior, both before `scale`."""
         posterior = self.vae.encode(images).latent_dist
-        # Contiguous, so that the noise does not depend on the memory layout that the convolution chose.
+        # Contiguous, so that noise drawn like them does not depend on the memory layout of the convolution.
         return posterior.mean.contiguous(), posterior.std.contiguous()
 
     def sample(self, mean: torch.Tensor, std: torch.Tensor, randn_like: Callable = torch.randn_like) -> torch.Tensor:
-        """Mean and standard deviation, as `moments` gives them, -> a draw from the posterior, times `scale`."""
+        """Mean and standard deviation from `moments` -> a draw from the posterior, times `scale`."""
         return (mean + std * randn_like(mean)) * self.scale
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """(N, channels, h, w) -> (N, 3, h * downsample, w * downsample), about in [-1, 1]."""
+        """(N, channels, h, w) -> (N, 3, h * downsample, w * downsample), approximately in [-1, 1]."""
         return self.vae.decode(latents / self.scale).sample
 
 

@@ -1,9 +1,10 @@
-"""The posteriors of a dataset, encoded once and kept on disk, from which training draws what it would draw by encoding.
+"""The latent cache: the posteriors of a dataset, encoded once and kept on disk, so that training need not encode.
 
-A cache is a folder of `latents.json`, which says how it was made, and shards of consecutive images in the order of
-`list_image_files`. `shard_00000.npy` is (n, 2, 2, C, h, w) float16: images; plain, mirrored; mean, standard deviation,
-both before the first stage's scale. `shard_00000.json` beside it has the array's SHA-256, and file names and labels of
-its rows. It is written last: where it is, the shard is complete.
+A cache is a folder with `latents.json`, which records how it was made, and shards of consecutive images in the order of
+`list_image_files`. `shard_00000.npy` is (n, 2, 2, C, h, w) float16. Its axes are: image; original or mirrored; mean or
+standard deviation (both before the first stage's scale); channel; row; column. `shard_00000.json` has the array's
+SHA-256, and the file names and labels of its images. It is written last, so that its presence means that the shard is
+complete.
 """
 
 import hashlib
@@ -30,14 +31,14 @@ from .autoencoder import FirstStage, IdentityFirstStage
 
 VERSION = 1
 HEADER_NAME = "latents.json"
-ADVICE = "make room, or choose another --latent_dir; the same command goes on where it stopped"
+ADVICE = "free some disk space, or choose another --latent_dir; run the same command again to resume"
 HEADER_NUMBERS = ("version", "image_size", "channels", "latent_size", "num_images", "shard_size")
 
 # ---------------------------------------------------------------- the folder
 
 
 def fingerprint(first_stage: FirstStage) -> str:
-    """SHA-256 over names, shapes, formats and numbers of a VAE's weights, in hexadecimal; `identity` for pixels."""
+    """SHA-256, in hexadecimal, of the names, shapes, dtypes and values of a VAE's weights; `identity` for pixels."""
     if isinstance(first_stage, IdentityFirstStage):
         return "identity"
     digest = hashlib.sha256()
@@ -48,9 +49,9 @@ def fingerprint(first_stage: FirstStage) -> str:
 
 
 class LatentCache:
-    """The files of a cache; shards go by their number.
+    """The files of a latent cache. Shards are numbered from 0.
 
-    :raises UserError: when the folder holds no cache, or one of another format.
+    :raises UserError: when the folder holds no latent cache, or one of another format version.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -59,9 +60,9 @@ class LatentCache:
         self.check(version=VERSION)
 
     def check(self, **wanted: Any) -> None:
-        """Refuse the cache when an item of the header is not as wanted.
+        """Check entries of the header, given as keyword arguments.
 
-        :raises UserError: with the item and both values.
+        :raises UserError: for the first entry with another value; the message has both values.
         """
         for key, value in wanted.items():
             if self.header.get(key) != value:
@@ -74,16 +75,16 @@ class LatentCache:
         return len(self.header["shards"])
 
     def path(self, shard: int) -> Path:
-        """The file of a shard's array."""
+        """The path of a shard's array."""
         return self.folder / self.header["shards"][shard]
 
     def rows(self, shard: int) -> range:
-        """The images of a shard, as a range of their indices."""
+        """The indices of a shard's images."""
         start, size = shard * self.header["shard_size"], self.header["shard_size"]
         return range(start, min(start + size, self.header["num_images"]))
 
     def describe(self, shard: int) -> dict[str, Any]:
-        """`sha256`, `files` and `labels` (None without classes) of a complete shard; its array is not read.
+        """`sha256`, `files` and `labels` (None without classes) of a complete shard, without reading its array.
 
         :raises UserError: when the shard is not complete.
         """
@@ -92,7 +93,7 @@ class LatentCache:
     def open(self, shard: int) -> np.memmap:
         """A shard as a memory-mapped (n, 2, 2, C, h, w) float16 array.
 
-        :raises UserError: for an array that is not there, cut short, or not of this shape.
+        :raises UserError: for an array that is missing, truncated or of another shape.
         """
         path, size = self.path(shard), self.header["latent_size"]
         shape = (len(self.rows(shard)), 2, 2, self.header["channels"], size, size)
@@ -105,7 +106,10 @@ class LatentCache:
         return array
 
     def is_complete(self, shard: int, verify: bool = False) -> bool:
-        """Whether a shard needs no encoding; `verify` reads all of it for its checksum."""
+        """Whether a shard is complete.
+
+        :param verify: also compare the checksum, for which the whole shard is read.
+        """
         try:
             described = self.describe(shard)
             self.open(shard)
@@ -114,24 +118,27 @@ class LatentCache:
         return not verify or file_hash(self.path(shard)) == described["sha256"]
 
     def write(self, shard: int, latents: np.ndarray, files: list[str], labels: list[int] | None) -> None:
-        """Complete a shard.
+        """Write a complete shard.
 
-        :param latents: (n, 2, 2, C, h, w) float16; see the head of this module.
-        :raises UserError: for latents that float16 cannot hold, and when the disk does not take the files.
+        :param latents: (n, 2, 2, C, h, w) float16; see the docstring of this module.
+        :raises UserError: for latents that overflow float16, and when the files cannot be written.
         """
         path = self.path(shard)
         if not np.isfinite(latents).all():
-            raise UserError(f"{files[0]} to {files[-1]}: a latent is infinite or NaN in float16: train without a cache")
+            raise UserError(
+                f"{files[0]} to {files[-1]}: a latent is infinite or NaN in float16: train with --data_dir, without a "
+                "latent cache"
+            )
         with disk_errors(path, ADVICE):
-            # An old description must not vouch for the new array.
+            # Remove an old description first: it would mark the new array as complete too early.
             path.with_suffix(".json").unlink(missing_ok=True)
             with atomic_write(path, ADVICE) as file:
                 np.save(file, latents, allow_pickle=False)
             write_json(path.with_suffix(".json"), {"sha256": file_hash(path), "files": files, "labels": labels})
 
 
-def _read_json(path, required):
-    """The dictionary in a file, with the `required` keys, whose values are of the given types."""
+def _read_json(path: Path, required: dict[str, type]) -> dict[str, Any]:
+    """Read a dictionary from a file, and check that it has the `required` keys, with values of the given types."""
     try:
         found = json.loads(path.read_text())
         if not isinstance(found, dict):
@@ -161,22 +168,24 @@ def encode_latents(
     verify: bool,
     paths: Sequence[str] | None = None,
 ) -> None:
-    """Encode all images of a folder, centre-cropped, plain and mirrored; what is there already is not done again.
+    """Encode all images of a folder, centre-cropped, original and mirrored. Complete shards are not encoded again.
 
-    The ranks share out the missing shards. A shard is the same whichever rank makes it.
+    The missing shards are divided among the ranks. A shard does not depend on the rank that encodes it.
 
-    :param vae: the name of the first stage, for people; what counts is its fingerprint.
-    :param batch_size: images per rank at a time.
+    :param vae: the name of the first stage, for messages; its fingerprint decides whether a cache matches.
+    :param batch_size: images per rank that are encoded at once.
+    :param shard_size: images per shard.
     :param class_cond: take labels from the file names; see `image_classes`.
-    :param verify: compare complete shards with their checksums, and encode the damaged ones again.
-    :param paths: the images of `data_dir`, where they have been listed already.
-    :raises UserError: for a cache that was made with other settings or files, an image size that the first stage
-        cannot reduce, bad image folders, as `load_data` does, and a disk that does not take the files.
+    :param num_workers: data loading processes per rank; 0: load in this process.
+    :param verify: compare complete shards with their checksums, and encode damaged ones again.
+    :param paths: the images of `data_dir`, if they have been listed already.
+    :raises UserError: for a cache that was made with other settings or files, for an image size that is not a multiple
+        of the first stage's downsampling, for bad image folders as in `load_data`, and when files cannot be written.
     """
     if image_size % first_stage.downsample:
         raise UserError(
-            f"--image_size is {image_size}: it must be a multiple of {first_stage.downsample}, by which --vae {vae} "
-            "reduces images"
+            f"--image_size is {image_size}: it must be a multiple of {first_stage.downsample}, the factor by which "
+            f"--vae {vae} makes images smaller"
         )
     paths = list_image_files(data_dir) if paths is None else paths
     files = relative_names(paths, data_dir)
@@ -212,11 +221,11 @@ def encode_latents(
     dist_util.barrier()
 
 
-def _start_cache(folder, header, vae):
+def _start_cache(folder: Path, header: dict[str, Any], vae: str) -> LatentCache:
     if dist_util.is_main():
         with disk_errors(folder / HEADER_NAME, ADVICE):
             folder.mkdir(parents=True, exist_ok=True)
-            for path in folder.glob(".*.partial"):  # of a run that was killed
+            for path in folder.glob(".*.partial"):  # left by a killed process
                 path.unlink()
             if not (folder / HEADER_NAME).exists():
                 write_json(folder / HEADER_NAME, header | {"vae": vae})
@@ -226,22 +235,25 @@ def _start_cache(folder, header, vae):
     return cache
 
 
-def _find_incomplete(cache, verify):
-    """The shards to encode, ascending, the same list on all ranks, each of which looks at its part."""
+def _find_incomplete(cache: LatentCache, verify: bool) -> list[int]:
+    """The shards to encode, ascending. Each rank looks at a part of the shards, and all get the whole list."""
     incomplete = torch.zeros(len(cache), device=dist_util.dev())
     for shard in range(dist_util.get_rank(), len(cache), dist_util.get_world_size()):
         incomplete[shard] = not cache.is_complete(shard, verify)
     missing = dist_util.mean_over_ranks(incomplete).nonzero().flatten().tolist()
-    logger.log(f"{len(cache) - len(missing)} of {len(cache)} shards are there already")
+    logger.log(f"{len(cache) - len(missing)} of {len(cache)} shards are complete already")
     for path in map(cache.path, missing):
         if path.with_suffix(".json").exists():
             logger.log(f"{path} is damaged: it is encoded again")
-    dist_util.barrier()  # until the damaged ones are named
+    dist_util.barrier()  # rank 0 must have logged the damaged shards before another rank replaces them
     return missing
 
 
-def _encode_batches(first_stage, loader, own, total):
-    """Yield batches as (N, 2, 2, C, h, w) float16, and log: this rank encodes `own` of all ranks' `total` images."""
+def _encode_batches(first_stage: FirstStage, loader: DataLoader, own: int, total: int) -> Iterator[np.ndarray]:
+    """Yield batches as (N, 2, 2, C, h, w) float16, and log the progress.
+
+    :param own: number of images that this rank encodes. :param total: that of all ranks together.
+    """
     start = last_log = time.perf_counter()
     count = 0
     for images, _ in LoaderIterator(loader):
@@ -273,16 +285,16 @@ def load_latents(
     num_workers: int = 1,
     seed: int = 0,
     start_step: int = 0,
-) -> Iterator:
-    """`load_data` from a cache: an endless iterator over `(batch, cond)` of the same images, flips and labels.
+) -> Iterator[tuple[torch.Tensor, dict[str, torch.Tensor]]]:
+    """`load_data` from a latent cache: an endless iterator over `(batch, cond)` of the same images, flips and labels.
 
-    `batch` is (batch_size, 2, C, h, w) float32, mean and standard deviation, of which `first_stage.sample` makes
-    latents; `cond` is that of `load_data`.
+    `batch` is (batch_size, 2, C, h, w) float32, mean and standard deviation, from which `first_stage.sample` draws
+    latents; `cond` is that of `load_data`. Parameters that are not listed here are those of `load_data`.
 
-    :param latent_dir: what `encode_latents` made; the images themselves are not needed.
-    :param random_crop: refused, since a cache holds centre crops.
-    :raises UserError: for a cache of another first stage, size or crop, without the labels that are asked for, with
-        fewer images than a global batch, or with a shard that is missing or cut short.
+    :param latent_dir: a folder made by `encode_latents`; the images themselves are not needed.
+    :param random_crop: must be False, since a cache holds centre crops.
+    :raises UserError: for a cache of another first stage, size or crop, without labels although `class_cond` is True,
+        with fewer images than a global batch, or with a shard that is missing or truncated.
     """
     dataset = LatentDataset(latent_dir, class_cond=class_cond, random_flip=random_flip, seed=seed)
     dataset.cache.check(
@@ -294,9 +306,9 @@ def load_latents(
 class LatentDataset(Dataset):
     """Posteriors as (2, C, h, w) float32, mean and standard deviation, with `{}` or `{"y": int64}`.
 
-    Items are asked for as of `ImageDataset`, and the same ones are mirrored. Shards are opened when they are needed.
+    Keys are those of `ImageDataset`, and the same items are mirrored. Shards are opened when they are needed.
 
-    :raises UserError: for a cache that is not complete, or has no labels although they are asked for.
+    :raises UserError: for a cache that is not complete, or has no labels although `class_cond` is True.
     """
 
     def __init__(
@@ -311,10 +323,10 @@ class LatentDataset(Dataset):
             self.cache.open(shard)
         self.classes = np.concatenate(labels) if class_cond else None
 
-    def __len__(self):
+    def __len__(self) -> int:
         return self.cache.header["num_images"]
 
-    def __getitem__(self, key):
+    def __getitem__(self, key: int | tuple[int, int]) -> tuple[np.ndarray, dict[str, np.int64]]:
         index, epoch = key if isinstance(key, tuple) else (key, 0)
         flip = self.random_flip and random.Random(fold_seed(self.seed, epoch, index)).random() < 0.5
         shard, row = divmod(index, self.cache.header["shard_size"])
@@ -323,6 +335,6 @@ class LatentDataset(Dataset):
 
 
 @lru_cache(maxsize=256)
-def _open_shard(cache, shard):
-    # Not all of them: each holds a file descriptor, of which a process may be granted 1024.
+def _open_shard(cache: LatentCache, shard: int) -> np.memmap:
+    # A limited number: each open shard holds a file descriptor, and a process may be limited to 1024 of these.
     return cache.open(shard)

@@ -1,6 +1,8 @@
 """The base class of all models: saving for the Hugging Face hub, activation checkpointing and compilation."""
 
+import json
 import textwrap
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,11 +32,28 @@ class BlockModel(
     input_size: int
 
     @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> "BlockModel":
+        """A model that `save_pretrained` left in a folder, or on the hub.
+
+        :param options: of `PyTorchModelHubMixin.from_pretrained`.
+        :raises UserError: for a damaged `config.json`, and for weights of another class.
+        """
+        file = Path(pretrained_model_name_or_path, "config.json")
+        if file.is_file():  # huggingface_hub would end in an error of JSON, or of the type that it found
+            try:
+                found = json.loads(file.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise UserError(f"{file} cannot be read as JSON ({error}): restore it, or remove it") from error
+            if not isinstance(found, dict):
+                raise UserError(f"{file} holds a {type(found).__name__} instead of a dictionary: restore it")
+        return super().from_pretrained(pretrained_model_name_or_path, **options)
+
+    @classmethod
     def _from_pretrained(cls, *, model_id: str, strict: bool = True, **options: Any) -> "BlockModel":
         # strict=True: by default huggingface_hub ignores missing keys, and so takes the weights of another family.
         try:
             return super()._from_pretrained(model_id=model_id, strict=strict, **options)
-        except (RuntimeError, UserError) as error:
+        except (RuntimeError, TypeError, UserError) as error:
             reason = textwrap.shorten(str(error), 300, placeholder=" ...")
             raise UserError(
                 f"{model_id} does not hold the weights of a {cls.__name__} ({reason}): use the class that was saved, "

@@ -1,4 +1,4 @@
-"""What a run is trained on: the images of a folder, or their cached latents."""
+"""The training data: images of a folder, or their cached latents."""
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -21,14 +21,14 @@ from . import preflight
 
 
 class TrainingData(NamedTuple):
-    """A dataset whose batches are a function of the seed and the step.
+    """A dataset whose batches depend only on the seed and the step.
 
-    :param names: of the files, in the order of their indices.
+    :param names: file names, in the order of the image indices.
     :param labels: (len(names),) int64, or None without classes.
     :param class_names: in the order of the labels; [] without classes.
-    :param signature: of the names; see `data_signature`.
+    :param signature: hash of the names; see `data_signature`.
     :param batch_size: images per rank.
-    :param load: of `first_stage`, `seed` and `start_step`; returns the stream.
+    :param load: a function of the keywords `first_stage`, `seed` and `start_step` that returns the stream of batches.
     """
 
     names: Sequence[str]
@@ -39,20 +39,20 @@ class TrainingData(NamedTuple):
     load: Callable[..., Iterator]
 
     def stream(self, start_step: int, seed: int, first_stage: Any) -> Iterator:
-        """An endless iterator over this rank's `(batch, cond)`, from a step on."""
+        """An endless iterator over this rank's `(batch, cond)`, beginning with the batch after `start_step` steps."""
         return self.load(first_stage=first_stage, seed=seed, start_step=start_step)
 
     def batch_names(self, step: int, seed: int) -> list[str]:
-        """The files of this rank's batch of a step, where none of them had to be skipped."""
+        """The files of this rank's batch of a step, provided that none of them was skipped as unreadable."""
         sampler = StreamSampler(len(self.names), self.batch_size, seed=seed)
         return [self.names[index] for index, _ in sampler.batch(step)]
 
 
 def find_data(config: RunConfig) -> TrainingData:
-    """List what a run trains on; rank 0 looks at the files for all.
+    """Find the images or cached latents that `--data_dir` or `--latent_dir` names. Rank 0 reads the folder for all.
 
-    :raises UserError: for a folder without images or a cache that is none, for bad images, and for class names that
-        cannot be meant.
+    :raises UserError: for a folder without images, a folder without a valid latent cache, unreadable or too small
+        images, and class names that look like a mistake.
     """
     data = _find_latents(config) if config.data.latent_dir else _find_images(config)
     if config.data.class_cond:
@@ -70,15 +70,15 @@ def _stream_options(config: RunConfig) -> dict[str, Any]:
 def _find_images(config: RunConfig) -> TrainingData:
     data = config.data
 
-    def look():
+    def find_paths() -> list[str]:
         paths = list_image_files(data.data_dir)
         return preflight.check_images(paths, config.model.image_size, data.on_bad_image, data.data_dir)
 
-    paths = dist_util.run_on_main(look)
+    paths = dist_util.run_on_main(find_paths)
     labels, class_names = image_classes(paths) if data.class_cond else (None, [])
     options = _stream_options(config) | {"paths": paths, "on_bad_image": data.on_bad_image}
 
-    def load(first_stage, **position):
+    def load(first_stage: Any, **position: int) -> Iterator:  # images are encoded later, in the training step
         return load_data(data_dir=data.data_dir, **options, **position)
 
     signature = data_signature(relative_names(paths, data.data_dir))

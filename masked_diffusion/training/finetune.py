@@ -1,4 +1,4 @@
-"""Start a model from weights that were trained for other classes or another image size."""
+"""Fine-tuning: start a model from weights that were trained for other classes or another image size."""
 
 import math
 from collections.abc import Sequence
@@ -20,16 +20,16 @@ LABEL_TABLE = "y_embedder.embedding_table.weight"
 
 
 def load_pretrained(model: DiT, source: str | Path, class_names: Sequence[str] = ()) -> None:
-    """Load weights into a model that may have other classes or another input size; what was adapted is logged.
+    """Load weights into a model that may have other classes or another input size. Every adaptation is logged.
 
-    Position and bias tables are interpolated. Rows of the label table move by class name where both sides know their
-    names (the file through the configuration beside it), else by number where the numbers of classes agree; the null
-    class always moves. All other classes keep their fresh rows and are listed.
+    Position and bias tables are interpolated. Rows of the label table are copied by class name if the class names of
+    both are known (those of the file from the configuration beside it), else by label if both have the same number of
+    classes. The null class is always copied. All other classes keep their new initial rows and are listed.
 
-    :param source: weights of the same family, depth and width: a file, a training folder (its newest EMA), an exported
-        folder or a hub id; see `find_weights`. A remote path (`gs://...`) is read as a file.
-    :param class_names: of the model's classes, in the order of their labels.
-    :raises UserError: when there are no such weights, and when something other than these tables differs.
+    :param source: weights of the same family, depth and width: a file, a training folder (its newest EMA is used), an
+        exported folder or a hub id; see `find_weights`. A remote path (`gs://...`) is read as a file.
+    :param class_names: names of the model's classes, in the order of their labels.
+    :raises UserError: when the weights do not exist, and when anything else than these tables differs.
     """
     path = source if "://" in str(source) else find_weights(source)
     state, own = read_weights(path), model.state_dict()
@@ -37,7 +37,7 @@ def load_pretrained(model: DiT, source: str | Path, class_names: Sequence[str] =
     if missing or unknown:
         differences = [f"lacks {sorted(missing)[:3]}"] * bool(missing) + [f"has {sorted(unknown)[:3]}"] * bool(unknown)
         raise UserError(
-            f"{path} is of another model: it {' and it '.join(differences)}; "
+            f"{path} belongs to another model: it {' and it '.join(differences)}; "
             "choose the --model and --decode_layer that it was trained with"
         )
     run = read_config(path)
@@ -66,7 +66,8 @@ def _interpolate(name: str, value: torch.Tensor, shape: torch.Size) -> torch.Ten
         resized = _resize(grid, new).reshape(shape[1], -1).t()
         return torch.cat([resized, value[-UNREAD_ROWS:]])
     raise UserError(
-        f"{name} has shape {tuple(value.shape)}, but the model needs {tuple(shape)}: choose its own --model"
+        f"{name} has shape {tuple(value.shape)}, but the model needs {tuple(shape)}: choose the --model that these "
+        "weights were trained with"
     )
 
 
@@ -75,10 +76,11 @@ def _resize(grid: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def _move_labels(old: torch.Tensor, own: torch.Tensor, old_names: Sequence[str], names: Sequence[str]) -> torch.Tensor:
-    """The label table of the model, with every row that has a counterpart in the old one."""
+    """The model's label table, with the rows of the old table for all classes that it has."""
     if old.shape[1] != own.shape[1]:
         raise UserError(
-            f"the label table is {old.shape[1]} wide, but the model's {own.shape[1]}: choose its own --model"
+            f"the label table is {old.shape[1]} wide, but the model's is {own.shape[1]} wide: choose the --model that "
+            "these weights were trained with"
         )
     if len(old_names) == len(old) - 1 and names:
         rows = {i: old_names.index(name) for i, name in enumerate(names) if name in old_names}
@@ -91,5 +93,5 @@ def _move_labels(old: torch.Tensor, own: torch.Tensor, old_names: Sequence[str],
     fresh = [str(names[i]) if i < len(names) else str(i) for i in range(len(own) - 1) if i not in rows]
     if fresh:
         shown = ", ".join(fresh[:20]) + (", ..." if len(fresh) > 20 else "")
-        logger.log(f"{len(fresh)} of {len(own) - 1} classes start afresh: {shown}")
+        logger.log(f"{len(fresh)} of {len(own) - 1} classes are new and start from random rows: {shown}")
     return table

@@ -1,8 +1,9 @@
-"""Watches a run: steps that are not finite are skipped, losses that jump are reported."""
+"""Monitoring of a run: steps whose loss or gradients are not finite are skipped, and loss spikes are reported."""
 
 import math
 from collections import deque
 from statistics import fmean, pstdev
+from typing import Any
 
 from ..utils.errors import UserError
 
@@ -10,25 +11,25 @@ MIN_HISTORY = 20
 
 
 class TrainingFault(UserError):
-    """Training has diverged; the last checkpoint is intact."""
+    """Training has diverged. The last checkpoint is intact."""
 
 
 class Guardian:
-    """Judges each step by its loss and gradient norm.
+    """Checks the loss and gradient norm of each step.
 
-    :param max_bad_steps: how many steps in a row may be skipped before the run stops.
-    :param spike_zscore: a loss so many standard deviations above the mean of the last `window` steps is a spike.
+    :param max_bad_steps: stop the run after this many skipped steps in a row.
+    :param spike_zscore: a loss this many standard deviations above the mean of the last `window` steps is a spike.
     """
 
-    def __init__(self, max_bad_steps=10, spike_zscore=6.0, window=100):
+    def __init__(self, max_bad_steps: int = 10, spike_zscore: float = 6.0, window: int = 100) -> None:
         self.max_bad_steps, self.spike_zscore = max_bad_steps, spike_zscore
         self.losses = deque(maxlen=window)
         self.bad_in_a_row = self.bad_steps = 0
 
-    def is_finite(self, loss, grad_norm):
-        """Whether the step may be taken; counts those that may not.
+    def is_finite(self, loss: float, grad_norm: float) -> bool:
+        """Whether loss and gradient norm are finite. Steps where they are not are counted.
 
-        :raises TrainingFault: after `max_bad_steps` in a row.
+        :raises TrainingFault: at the last of `max_bad_steps` such steps in a row.
         """
         if math.isfinite(loss) and math.isfinite(grad_norm):
             self.bad_in_a_row = 0
@@ -42,19 +43,19 @@ class Guardian:
             )
         return False
 
-    def spike(self, loss):
-        """The z-score of a finite loss against its predecessors where it is a spike, else None."""
+    def spike(self, loss: float) -> float | None:
+        """Compare a finite loss with the losses before it: its z-score if it is a spike, else None."""
         zscore = None
         if len(self.losses) >= MIN_HISTORY:
             mean = fmean(self.losses)
-            # The floor keeps a loss that has hardly moved from making every small step a spike.
+            # The lower bounds are for losses that hardly vary: without them every small increase would be a spike.
             zscore = (loss - mean) / max(pstdev(self.losses), 1e-3 * abs(mean), 1e-12)
         self.losses.append(loss)
         return zscore if zscore is not None and zscore > self.spike_zscore else None
 
-    def state_dict(self):
+    def state_dict(self) -> dict[str, Any]:
         return {"losses": list(self.losses), "bad_steps": self.bad_steps, "bad_in_a_row": self.bad_in_a_row}
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         self.losses = deque(state["losses"], maxlen=self.losses.maxlen)
         self.bad_steps, self.bad_in_a_row = state["bad_steps"], state["bad_in_a_row"]

@@ -1,4 +1,4 @@
-"""Sums of a step's losses, kept on the device until they are logged, and the time that training took."""
+"""Monitoring: mean losses and training time since the last log row. The sums stay on the device until then."""
 
 import time
 from collections import defaultdict
@@ -16,23 +16,24 @@ NUM_QUARTILES = 4
 class TrainMetrics:
     """Means over the steps since the last row.
 
-    :param num_timesteps: of the diffusion; losses are also kept apart by quartile of the timestep.
-    :param last_step: where the run ends, or None.
+    :param num_timesteps: timesteps of the diffusion; the loss is also logged per quartile of the timestep.
+    :param global_batch: images per step over all ranks.
+    :param last_step: the step at which the run ends, or None.
     """
 
-    def __init__(self, device: torch.device, num_timesteps: int, global_batch: int, last_step: int | None):
+    def __init__(self, device: torch.device, num_timesteps: int, global_batch: int, last_step: int | None) -> None:
         self.device, self.num_timesteps = device, num_timesteps
         self.global_batch, self.last_step = global_batch, last_step
         self.clear()
 
     def clear(self) -> None:
-        """Forget the steps since the last row."""
+        """Discard the steps since the last row."""
         self._sums, self.steps = defaultdict(lambda: torch.zeros((), device=self.device)), 0
         self._last_row = time.perf_counter()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """What happens in the block (evaluation, sample grids, saving) does not count as training time."""
+        """The time spent in the block (evaluation, sample grids, saving) does not count as training time."""
         start = time.perf_counter()
         try:
             yield
@@ -40,7 +41,7 @@ class TrainMetrics:
             self._last_row += time.perf_counter() - start
 
     def add(self, losses: dict[str, torch.Tensor], t: torch.Tensor, grad_norm: float) -> None:
-        """Take in one step: (N,) losses by name, and their (N,) timesteps. Nothing waits for the device."""
+        """Add one step: (N,) losses by name, and their (N,) timesteps. The host does not wait for the device."""
         for key, value in losses.items():
             self._sums[key] += value.mean()
         quartile = t * NUM_QUARTILES // self.num_timesteps
@@ -52,12 +53,12 @@ class TrainMetrics:
         self.steps += 1
 
     def log_row(self, step: int, lr: float, bad_steps: int, train_seconds: float) -> tuple[str, float]:
-        """Log the means since the last row, over all ranks; all ranks call it together.
+        """Log the means over all ranks since the last row. All ranks call it together.
 
-        What is already gathered in the logger (`eval_*`) goes into the same row, also where no step was finite.
+        Values that the logger holds already (`eval_*`) go into the same row, even if no step was finite.
 
-        :param train_seconds: of the run before this row.
-        :return: a summary for people, and the run's training seconds so far.
+        :param train_seconds: training time of the run before this row.
+        :return: a short summary to show, and the training time of the run so far in seconds.
         """
         now, steps = time.perf_counter(), self.steps
         seconds, self._last_row = now - self._last_row, now

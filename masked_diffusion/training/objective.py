@@ -1,30 +1,43 @@
 """The training loss of masked diffusion, as one module."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn as nn
 
+from ..gaussian_diffusion import GaussianDiffusion
+from ..models import DiT
 from ..utils.precision import autocast
 
 
 class TwoPassObjective(nn.Module):
-    """Full pass and masked pass, which share timesteps and latents and have their own noise and label dropout.
+    """The full pass and the masked pass. They share timesteps and latents, but not noise and label dropout.
 
-    :param precision: see `precision.PRECISIONS`.
+    Both passes belong to one `forward`, so that DistributedDataParallel and gradient accumulation see one call per
+    step. A model without a `mask_ratio` has the full pass only, as in DiT's training.
+
+    :param precision: number format of the network (mixed precision), one of `precision.PRECISIONS`.
     :param kept_multiple: round the number of kept tokens to a multiple of this; see `MDT.draw_kept`.
-
-    Both lie in one `forward`, so that DistributedDataParallel and gradient accumulation see one call per step. A
-    model without a `mask_ratio` has the full pass only, which is DiT's training.
     """
 
-    def __init__(self, model, diffusion, precision="fp32", kept_multiple=1):
+    def __init__(
+        self, model: DiT, diffusion: GaussianDiffusion, precision: str = "fp32", kept_multiple: int = 1
+    ) -> None:
         super().__init__()
         self.model, self.diffusion, self.precision = model, diffusion, precision
         self.kept_multiple = kept_multiple
         self.masked = model.mask_ratio is not None
 
-    def draw(self, x_start, rand=torch.rand, randn_like=torch.randn_like, host_rand=torch.rand):
-        """The random numbers of one step, in the order of the published implementation's.
+    def draw(
+        self,
+        x_start: torch.Tensor,
+        rand: Callable[..., torch.Tensor] = torch.rand,
+        randn_like: Callable[[torch.Tensor], torch.Tensor] = torch.randn_like,
+        host_rand: Callable[..., torch.Tensor] = torch.rand,
+    ) -> dict[str, torch.Tensor]:
+        """The random numbers of one step, drawn in the order of the published implementation.
 
+        :param rand, randn_like: draw on the device. :param host_rand: draws on the CPU.
         :return: dict of tensors with one row per sample, for `forward`.
         """
         num, device, model = len(x_start), x_start.device, self.model
@@ -40,22 +53,24 @@ class TwoPassObjective(nn.Module):
 
     def forward(
         self,
-        x_start,
-        t,
-        y=None,
-        noise=None,
-        drop_labels=None,
-        masked_noise=None,
-        masked_drop_labels=None,
-        ids_keep=None,
-        passes="both",
-    ):
-        """
-        :param x_start: (N, C, H, W) latents. :param t: (N,) int64. :param y: (N,) int64 labels, or None.
-        :param noise, drop_labels, masked_noise, masked_drop_labels, ids_keep: from `draw`; drawn here where None.
-        :param passes: `both`; or `full` or `masked` alone, whose gradients add up to those of both.
-        :return: dict of (N,) losses: `loss` is the sum of the passes', `masked_loss` the masked pass's own, `mse` and
-            `vb` the parts of the full pass's.
+        x_start: torch.Tensor,
+        t: torch.Tensor,
+        y: torch.Tensor | None = None,
+        noise: torch.Tensor | None = None,
+        drop_labels: torch.Tensor | None = None,
+        masked_noise: torch.Tensor | None = None,
+        masked_drop_labels: torch.Tensor | None = None,
+        ids_keep: torch.Tensor | None = None,
+        passes: str = "both",
+    ) -> dict[str, torch.Tensor]:
+        """The losses of one batch.
+
+        :param x_start: (N, C, H, W) latents. :param t: (N,) int64 timesteps. :param y: (N,) int64 labels, or None.
+        :param noise, drop_labels, masked_noise, masked_drop_labels, ids_keep: from `draw`; those left None are drawn
+            here.
+        :param passes: `both`; or only `full` or `masked`, whose gradients add up to those of `both`.
+        :return: dict of (N,) losses: `loss` is the sum over the passes, `masked_loss` the loss of the masked pass,
+            `mse` and `vb` are the two terms of the full pass.
         """
         model, terms = autocast(self.model, self.precision), {}
         if passes != "masked":

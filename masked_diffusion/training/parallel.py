@@ -1,9 +1,11 @@
-"""How the ranks share a model: data-parallel, with the optimizer sharded (ZeRO-1), or with everything sharded (FSDP).
+"""Parallel training: data-parallel, with a sharded optimizer (ZeRO-1), or with everything sharded (FSDP).
 
-Whatever the sharding, a checkpoint holds whole tensors in the layout of a run on one process.
+With any kind of sharding, checkpoints hold unsharded tensors in the layout of a run on one process.
 """
 
+from collections.abc import Iterable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch.distributed.optim import ZeroRedundancyOptimizer
@@ -13,13 +15,15 @@ from torch.nn.parallel import DistributedDataParallel
 from .. import dist_util
 from ..config import SHARDS
 from ..utils.errors import UserError
+from .objective import TwoPassObjective
 from .optim import create_optimizer
 
 
-def parallelize(objective, shard):
-    """The module to call in training; `fsdp` replaces the parameters of `objective.model` by shards in place.
+def parallelize(objective: TwoPassObjective, shard: str) -> torch.nn.Module:
+    """The module to call in training; `fsdp` replaces the parameters of `objective.model` by shards, in place.
 
-    :raises UserError: for `fsdp` outside a process group.
+    :param shard: one of `config.SHARDS`.
+    :raises UserError: for any other value, and for `fsdp` outside a process group.
     """
     if shard not in SHARDS:
         raise UserError(f"shard is {shard!r}: choose one of {', '.join(SHARDS)}")
@@ -31,7 +35,7 @@ def parallelize(objective, shard):
     return DistributedDataParallel(objective, device_ids=ids, broadcast_buffers=False)
 
 
-def _fully_shard(objective):
+def _fully_shard(objective: TwoPassObjective) -> TwoPassObjective:
     from torch.distributed.fsdp import fully_shard
 
     if not torch.distributed.is_initialized():
@@ -43,36 +47,41 @@ def _fully_shard(objective):
     return objective
 
 
-def make_optimizer(name, params, lr, weight_decay, shard):
-    """See `optim.create_optimizer`; with `zero1` each rank keeps the state of its share of the parameters."""
+def make_optimizer(
+    name: str, params: Sequence[torch.nn.Parameter], lr: float, weight_decay: float, shard: str
+) -> torch.optim.Optimizer:
+    """`optim.create_optimizer`, where `zero1` shards the optimizer state over the ranks."""
     if shard == "zero1" and dist_util.get_world_size() > 1:
-        # It calls optimizer_class(params, **defaults).
+        # ZeroRedundancyOptimizer calls optimizer_class(params, **defaults).
         return ZeroRedundancyOptimizer(
             params, optimizer_class=partial(create_optimizer, name), lr=lr, weight_decay=weight_decay
         )
     return create_optimizer(name, params, lr, weight_decay)
 
 
-def gather_full(tensor):
-    """A tensor put together from its shards. All ranks call it."""
+def gather_full(tensor: torch.Tensor) -> torch.Tensor:
+    """The full tensor, gathered from its shards. All ranks call it together."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def shard_like(tensor, param):
-    """A whole tensor cut as `param` is."""
+def shard_like(tensor: torch.Tensor, param: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a full tensor, sharded in the same way as `param`."""
     if isinstance(param, DTensor):
         return distribute_tensor(tensor.to(param.device), param.device_mesh, param.placements)
     return tensor
 
 
-def copy_all(targets, sources):
-    """Overwrite tensors by others that are cut alike."""
+def copy_all(targets: Iterable[torch.Tensor], sources: Iterable[torch.Tensor]) -> None:
+    """Overwrite each target with its source, which is sharded in the same way."""
     for target, source in zip(targets, sources, strict=True):
         target.copy_(source)
 
 
-def optimizer_state(optimizer):
-    """The optimizer's state dict with whole tensors, on rank 0; other ranks get {}. All ranks call it."""
+def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The optimizer's state dict with unsharded tensors. With ZeRO-1 rank 0 alone gets it, the other ranks get {}.
+
+    All ranks call it together.
+    """
     if isinstance(optimizer, ZeroRedundancyOptimizer):
         optimizer.consolidate_state_dict(to=0)
         return optimizer.state_dict() if dist_util.is_main() else {}
@@ -87,8 +96,10 @@ def optimizer_state(optimizer):
     }
 
 
-def load_optimizer_state(optimizer, state, params):
-    """Give the optimizer a state dict of whole tensors, whatever its sharding."""
+def load_optimizer_state(
+    optimizer: torch.optim.Optimizer, state: dict[str, Any], params: Sequence[torch.nn.Parameter]
+) -> None:
+    """Load a state dict of unsharded tensors into an optimizer with any kind of sharding."""
     entries = {
         index: {
             key: shard_like(value, params[index]) if isinstance(value, torch.Tensor) and value.ndim else value

@@ -1,4 +1,4 @@
-"""What a person wants to know before weeks of training, on one screen."""
+"""Checks before training starts, and a report of the run: data, model, batch, precision and memory."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -26,11 +26,11 @@ PAPER_MASK_RATIO = 0.3
 def inspect_images(paths: Sequence[str], image_size: int, num_threads: int = 16) -> tuple[list, list[str]]:
     """Read the header of every image; of packed ones the index, which has them.
 
-    :return: `(path, reason)` of the bad ones, whose header cannot be read or whose short side is less than half of
-        `image_size`; and the paths of those that carry an EXIF rotation.
+    :return: `(path, reason)` of the bad images, whose header cannot be read or whose short side is less than half of
+        `image_size`; and the paths of the images that carry an EXIF rotation.
     """
 
-    def inspect(path):
+    def inspect(path: str) -> tuple[str | None, bool]:
         try:
             with bf.BlobFile(path, "rb") as file:
                 width, height, rotated = read_header(file)
@@ -39,32 +39,32 @@ def inspect_images(paths: Sequence[str], image_size: int, num_threads: int = 16)
         except Exception as error:  # on damaged files Pillow's readers raise nearly anything
             return f"cannot be read: {error}", False
         if 2 * min(width, height) < image_size:
-            return _describe_tiny(width, height, image_size), False
+            return _describe_small(width, height, image_size), False
         return None, rotated
 
     if isinstance(paths, ImageShards):
         sizes = paths.sizes()
-        tiny = 2 * sizes.min(axis=1) < image_size
-        bad = [(paths[i], _describe_tiny(*sizes[i], image_size)) for i in np.flatnonzero(tiny)]
-        return bad, [paths[i] for i in np.flatnonzero(paths.rotated() & ~tiny)]
+        small = 2 * sizes.min(axis=1) < image_size
+        bad = [(paths[i], _describe_small(*sizes[i], image_size)) for i in np.flatnonzero(small)]
+        return bad, [paths[i] for i in np.flatnonzero(paths.rotated() & ~small)]
     with ThreadPoolExecutor(num_threads) as pool:
         found = list(zip(paths, pool.map(inspect, paths, chunksize=64), strict=True))
     bad = [(path, reason) for path, (reason, _) in found if reason]
     return bad, [path for path, (_, rotated) in found if rotated]
 
 
-def _describe_tiny(width, height, image_size):
-    return f"is {width} x {height}, tiny for an image_size of {image_size}"
+def _describe_small(width: int, height: int, image_size: int) -> str:
+    return f"is {width} x {height}, too small for --image_size {image_size}"
 
 
 def check_images(
     paths: Sequence[str], image_size: int, on_bad_image: str, data_dir: str = "--data_dir"
 ) -> Sequence[str]:
-    """The paths to train on.
+    """The paths to train on: those of images that `inspect_images` does not find bad. Bad images are logged.
 
-    :param on_bad_image: `error`, or `skip` to leave bad images out; each is listed either way.
-    :param data_dir: what a message calls the place of the images.
-    :raises UserError: with `error` and a bad image, and when all images are bad.
+    :param on_bad_image: `error`, or `skip` to leave bad images out.
+    :param data_dir: the folder that error messages name.
+    :raises UserError: with `error` if an image is bad, and with `skip` if all images are.
     """
     bad, rotated = inspect_images(paths, image_size)
     for path, reason in bad[:SHOWN_BAD_IMAGES]:
@@ -74,16 +74,19 @@ def check_images(
     if rotated:
         logger.log(
             f"{len(rotated)} images carry an EXIF rotation, such as {rotated[0]}: it is not applied, as in ADM; "
-            "rotate their pixels first if they should stand upright (PIL.ImageOps.exif_transpose)"
+            "if they should be upright, rotate their pixels first (PIL.ImageOps.exif_transpose)"
         )
     if bad:
         path, reason = bad[0]
         if len(bad) == len(paths):
-            raise UserError(f"all {len(bad)} images of {data_dir} are bad, the first: {path} {reason}")
+            raise UserError(
+                f"none of the {len(bad)} images of {data_dir} can be used, the first: {path} {reason}; choose another "
+                "folder"
+            )
         if on_bad_image == "error":
             raise UserError(
-                f"{len(bad)} bad images, the first: {path} {reason}; mend or remove them, or leave them out with "
-                "--on_bad_image skip"
+                f"{len(bad)} images cannot be used, the first: {path} {reason}; repair or remove them, or skip them "
+                "with --on_bad_image skip"
             )
     if not bad:
         return paths
@@ -96,9 +99,9 @@ def check_images(
 
 
 def describe_classes(labels: np.ndarray, names: Sequence[str]) -> list[str]:
-    """Lines that show how many images each class has: every class, or a histogram when there are many.
+    """Lines of text that show the number of images per class: one line per class, or a histogram of many classes.
 
-    :param labels: (N,) integers. :param names: of the classes, in the order of their labels.
+    :param labels: (N,) integers. :param names: class names, in the order of their labels.
     """
     counts = Counter(labels.tolist())
     if len(names) <= SHOWN_CLASSES:
@@ -114,14 +117,14 @@ def describe_classes(labels: np.ndarray, names: Sequence[str]) -> list[str]:
     ]
 
 
-def _bar(count, largest):
+def _bar(count: int, largest: int) -> str:
     return "#" * round(BAR * count / largest)
 
 
 def check_classes(data_dir: str, names: Sequence[str], num_classes: int) -> None:
-    """Refuse names that cannot be meant.
+    """Refuse class names that look like a mistake.
 
-    :raises UserError: for one class only, or more than the model has.
+    :raises UserError: for a single class, and for more classes than the model has.
     """
     if len(names) == 1:
         raise UserError(
@@ -131,7 +134,8 @@ def check_classes(data_dir: str, names: Sequence[str], num_classes: int) -> None
         )
     if len(names) > num_classes:
         raise UserError(
-            f"{data_dir} has {len(names)} classes ({', '.join(names[:5])}, ...), more than --num_classes {num_classes}"
+            f"{data_dir} has {len(names)} classes ({', '.join(names[:5])}, ...), more than --num_classes "
+            f"{num_classes}: raise it, or remove classes"
         )
 
 
@@ -139,7 +143,7 @@ def check_classes(data_dir: str, names: Sequence[str], num_classes: int) -> None
 
 
 def memory_estimate(num_params: int, num_emas: int, optimizer: str, world_size: int, shard: str) -> float:
-    """Bytes per rank for weights, gradients, optimizer state and EMAs, all float32; activations come on top."""
+    """Bytes per rank for weights, gradients, optimizer state and EMAs, all float32, without activations."""
     states = {"adan": 4, "adan-pytorch": 4, "adamw": 2}[optimizer]
     sharded = {"none": 0, "zero1": states, "fsdp": 2 + states + num_emas}[shard]
     return 4 * num_params * (2 + states + num_emas - sharded + sharded / world_size)
@@ -148,9 +152,10 @@ def memory_estimate(num_params: int, num_emas: int, optimizer: str, world_size: 
 def report(
     config: RunConfig, model: nn.Module, first_stage: Any, *, num_images: int, labels: np.ndarray | None
 ) -> None:
-    """Log the screen.
+    """Log a summary of the run before it starts.
 
-    :param config: resolved, with its facts. :param labels: (num_images,) integers, or None without classes.
+    :param config: from `resume.resolve`, with class names and global batch filled in.
+    :param labels: (num_images,) integers, or None without classes.
     """
     train, class_names = config.train, config.classes
     logger.log(f"{num_images} images" + (f" of {len(class_names)} classes" if class_names else ", no labels"))
@@ -173,7 +178,10 @@ def report(
     )
     num_emas = len(train.ema_rate.split(",")) + len(split_numbers(train.phema))
     memory = memory_estimate(num_params, num_emas, train.optimizer, world_size, train.shard)
-    logger.log(f"about {memory / 2**30:.2f} GiB per rank for weights, gradients, optimizer and EMA, before activations")
+    logger.log(
+        f"memory: about {memory / 2**30:.2f} GiB per rank for weights, gradients, optimizer state and EMA, plus "
+        "activations"
+    )
 
 
 def _describe_masking(model: nn.Module, model_name: str) -> str:
@@ -182,14 +190,14 @@ def _describe_masking(model: nn.Module, model_name: str) -> str:
         shares = f"{model.mask_ratio:.0%}" + (f" to {most:.0%}" if model.mask_ratio_spread else "")
         return f"masking: {shares.replace('%', ' %')} of {model.num_patches} tokens dropped in the masked pass"
     if not hasattr(model, "draw_kept"):
-        return f"no masked pass: {model_name} has none"
+        return f"no masked pass: {model_name} models are trained without masking"
     return (
         f"no masked pass: {model_name} trains without masking, since --mask_ratio is not set (the paper's runs have "
         f"{PAPER_MASK_RATIO})"
     )
 
 
-def _describe_first_stage(model: nn.Module, first_stage, vae: str) -> str:
+def _describe_first_stage(model: nn.Module, first_stage: Any, vae: str) -> str:
     shape = f"{model.in_channels} x {model.input_size} x {model.input_size}"
     if first_stage.downsample == 1:
         return f"first stage: {vae}, diffusion in pixels of {shape}"

@@ -1,7 +1,8 @@
-"""Where a run starts: fresh, from weights, or from a checkpoint; and whether its configuration is still the same."""
+"""How a run starts: new, from weights (fine-tuning), or resumed from a checkpoint with the same configuration."""
 
 import os
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,12 +10,13 @@ import torch
 
 from .. import dist_util, logger
 from ..config import LogConfig, RunConfig
-from ..models import create_model
+from ..models import MODELS, create_model, find_model
 from ..utils.errors import UserError
 from ..utils.files import write_json
 from ..weights.checkpoint import (
     CONFIG_NAME,
     ema_name,
+    find_aside,
     latest_step,
     model_name,
     opt_name,
@@ -22,17 +24,19 @@ from ..weights.checkpoint import (
     read_config,
     set_aside,
 )
+from ..weights.pretrained import find_weights, read_weights
 from .optim import default_grad_clip
 
 # ---------------------------------------------------------------- where to start
 
 
 class Start(NamedTuple):
-    """What a run starts from.
+    """The checkpoint or weights that a run starts from.
 
-    :param path: `model{step}.pt`, or with step 0 a file or folder of weights; None for fresh weights.
-    :param step: of the checkpoint.
-    :param begins: whether a run begins here, rather than going on: its origin is then written down.
+    :param path: `model{step}.pt`; or, with step 0, a file or folder of weights; None for random initial weights.
+    :param step: step of the checkpoint.
+    :param begins: True if this starts a new run in `log_dir`, whose flags are then recorded in `config.json`; False if
+        it resumes the run there.
     """
 
     path: Path | None
@@ -41,52 +45,56 @@ class Start(NamedTuple):
 
 
 def find_start(log_dir: str | Path, log: LogConfig, before: RunConfig | None = None) -> Start:
-    """Where training starts, of what lies on the disk.
+    """Find what training starts from, according to the flags and the files on the disk.
 
-    The same command always goes on with what it began: a run that was begun from a named file, and has checkpoints of
-    its own by now, resumes from the newest of them.
+    Running the same command again always resumes the run that it started: a run that started from a named file, and
+    has saved checkpoints since, resumes from the newest of these.
 
     :param log: `resume_checkpoint` and `continue_from`, see `config.LogConfig`.
-    :param before: the configuration that the run in `log_dir` was begun with, which names its origin.
-    :raises UserError: for a file that does not exist or is no checkpoint, and for a `log_dir` that holds another run.
+    :param before: the configuration that the run in `log_dir` was started with, if any. Its `resume_checkpoint` or
+        `continue_from` is what that run started from.
+    :raises UserError: for a file that does not exist or is not a checkpoint, and for a `log_dir` with another run.
     """
     newest, origin = latest_step(log_dir), log.continue_from or log.resume_checkpoint
-    going_on = Start(None if newest is None else Path(log_dir, model_name(newest)), newest or 0, newest is None)
+    resumed = Start(None if newest is None else Path(log_dir, model_name(newest)), newest or 0, newest is None)
     if log.continue_from and log.resume_checkpoint != "auto":
         raise UserError(
-            f"--continue_from {log.continue_from} and --resume_checkpoint {log.resume_checkpoint} exclude each other: "
-            "leave one of them out"
+            f"--continue_from {log.continue_from} and --resume_checkpoint {log.resume_checkpoint} cannot be used "
+            "together: leave one of them out"
         )
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
     same_run = before is not None and origin == (before.log.continue_from or before.log.resume_checkpoint)
     if origin == "auto" or (newest is not None and (restarted or (same_run and origin))):
-        return going_on
+        return resumed
     if not origin:
         return Start(None, 0, True)
     path = Path(origin)
     if path.resolve() == Path(log_dir).resolve():
-        return going_on
+        return resumed
+    if not path.exists() and path.parent.resolve() == Path(log_dir).resolve():
+        # The weights that this run was to start from were moved, and it was killed before its first checkpoint.
+        path = find_aside(log_dir, path.name) or path
     if not path.exists():
         flag = "continue_from" if log.continue_from else "resume_checkpoint"
         raise UserError(f"--{flag} {path} does not exist: name a file or folder, or leave the flag out")
     step = step_of(path)
     if log.continue_from and step is None:
         raise UserError(
-            f"--continue_from {path} is no checkpoint to resume from: name a {model_name(1000)} with its "
-            f"{opt_name(1000)} beside it, or start from its weights with --resume_checkpoint"
+            f"--continue_from {path} is not a checkpoint to resume from: name a file such as {model_name(1000)} that "
+            f"has {opt_name(1000)} beside it, or start from its weights with --resume_checkpoint"
         )
     if path.parent.resolve() == Path(log_dir).resolve():
-        return Start(path, step or 0, step is None or step != newest)
+        return Start(path, step or 0, True)
     if newest is not None:
         raise UserError(
-            f"{log_dir} holds checkpoints of a run that was not begun from {origin}: choose another --log_dir, or "
+            f"{log_dir} holds checkpoints of a run that did not start from {origin}: choose another --log_dir, or "
             "resume that run with --resume_checkpoint auto"
         )
     return Start(path, step if log.continue_from else 0, True)
 
 
 def step_of(path: Path) -> int | None:
-    """The step of a `model{step}.pt` that has its `opt{step}.pt` beside it; None for every other file."""
+    """The step of a `model{step}.pt` with `opt{step}.pt` beside it, from which a run can resume; else None."""
     try:
         step = parse_step(path)
     except ValueError:
@@ -95,26 +103,16 @@ def step_of(path: Path) -> int | None:
 
 
 def agree_on_start(log_dir: str | Path, config: RunConfig, before: RunConfig | None) -> Start:
-    """Rank 0's choice, for every rank. All ranks call it together.
+    """Choose what the run starts from on rank 0, for all ranks. All ranks call it together.
 
-    Checkpoints of `log_dir` that the run leaves behind, since it begins afresh or at an older step, are moved into a
-    folder beside them: neither lost, nor mixed with those that will be written.
+    If the run starts anew or at an older step, the later checkpoints in `log_dir` are moved into a subfolder, so that
+    they are neither lost nor mixed with the checkpoints of this run.
 
-    :raises UserError: as `find_start`; and when a rank cannot see the files that it needs.
+    :param before: the configuration that the run in `log_dir` was started with, if any.
+    :raises UserError: as `find_start`; and for files that are missing, damaged, or not to be seen by every rank.
+        Nothing has been moved then.
     """
-
-    def choose():
-        start = find_start(log_dir, config.log, before)
-        if start.begins:
-            inside = start.path is not None and start.path.parent.resolve() == Path(log_dir).resolve()
-            left = set_aside(log_dir, start.step if inside else 0)
-            if left:
-                logger.log(f"checkpoints after step {start.step if inside else 0} are kept in {left}")
-            if inside and not start.step and left and not start.path.exists():
-                start = start._replace(path=left / start.path.name)
-        return start
-
-    start = dist_util.run_on_main(choose)
+    start = dist_util.run_on_main(find_start, log_dir, config.log, before)
     if start.path is not None:
         needed = [start.path]
         if start.step:
@@ -126,21 +124,42 @@ def agree_on_start(log_dir: str | Path, config: RunConfig, before: RunConfig | N
             missing and f"{missing} (rank {dist_util.get_rank()}, {socket.gethostname()})"
         )
         absent = [place for place in places if place]
+        if len(absent) == len(places):
+            raise UserError(
+                f"{absent[0]} does not exist, but resuming from step {start.step} needs it: name a checkpoint that is "
+                "complete, with the --ema_rate that it was trained with"
+            )
         if absent:
             raise UserError(
-                f"{len(absent)} of {len(places)} ranks cannot see the checkpoint, the first is {absent[0]}: "
-                "every node needs the same --log_dir on storage that all share"
+                f"{len(absent)} of {len(places)} ranks cannot see the checkpoint, the first missing file is "
+                f"{absent[0]}: put --log_dir on storage that all nodes share"
             )
-    return start
+    return dist_util.run_on_main(_leave_behind, log_dir, start)
+
+
+def _leave_behind(log_dir: str | Path, start: Start) -> Start:
+    """Move the checkpoints that a run leaves behind. Returns its start, whose weights may have been among them."""
+    if not start.begins:
+        return start
+    inside = start.path is not None and start.path.parent.resolve() == Path(log_dir).resolve()
+    if inside:
+        read_weights(find_weights(start.path))  # a damaged file is refused before anything moves
+    step = start.step if inside else 0
+    left = set_aside(log_dir, step)
+    if left:
+        logger.log(f"the checkpoints after step {step} are moved to {left}")
+    moved = inside and left is not None and not start.path.exists()
+    return start._replace(path=left / start.path.name) if moved else start
 
 
 # ---------------------------------------------------------------- configuration
 
 
 def describe_architecture(config: RunConfig, first_stage: Any, num_classes: int) -> dict[str, Any]:
-    """Name and options for `create_model` of the model that flags describe.
+    """Name and options for `create_model`, for the model that the flags describe.
 
-    :raises UserError: when the first stage cannot reduce image_size to the model's input.
+    :param first_stage: the autoencoder, whose channels and downsampling decide the model's input.
+    :raises UserError: when image_size is not a multiple of the downsampling.
     """
     if config.model.image_size % first_stage.downsample:
         raise UserError(
@@ -159,17 +178,18 @@ def describe_architecture(config: RunConfig, first_stage: Any, num_classes: int)
 
 
 def resolve(config: RunConfig) -> RunConfig:
-    """A configuration with the defaults of the model's family and size filled in, so that two can be compared.
+    """The configuration with the defaults of the model's family and size filled in, so that two can be compared.
 
-    :raises UserError: for a model that there is not.
+    :raises UserError: for an unknown model.
     """
-    with torch.device("meta"):  # its sizes alone
+    with torch.device("meta"):  # without memory for its weights
         model = create_model(config.model.model)
     train, options = config.train, config.architecture.get("options", {})
     optimizer = train.optimizer or model.default_optimizer
     num_classes = options.get("num_classes") if config.model.num_classes is None else config.model.num_classes
     decode_layer = config.model.decode_layer
     return config.replaced(
+        model=next(name for name, make in MODELS.items() if make is find_model(config.model.model)),
         optimizer=optimizer,
         grad_clip=default_grad_clip(optimizer) if train.grad_clip is None else train.grad_clip,
         snr_gamma=config.diffusion.options(model.default_snr_gamma)["snr_gamma"],
@@ -181,27 +201,59 @@ def resolve(config: RunConfig) -> RunConfig:
 
 
 def read_run_config(log_dir: str | Path) -> RunConfig | None:
-    """The configuration of the run whose checkpoints a folder holds; None where there is no checkpoint."""
+    """The configuration of the run whose checkpoints are in a folder; None if there is no checkpoint."""
     return read_config(log_dir) if latest_step(log_dir) is not None else None
 
 
-def check_same_run(log_dir: str | Path, config: RunConfig, before: RunConfig | None) -> None:
-    """Refuse to resume a run whose result would change.
+def find_differences(before: RunConfig, now: RunConfig) -> Iterator[tuple[str, Any, Any]]:
+    """Yield the settings that differ and change the result of a resumed run: name, value in `before`, value in `now`.
+    Facts that an older configuration does not record (class names, data signature, global batch) are not compared.
 
-    :param config, before: from `resolve`; None: there is nothing to resume.
-    :raises UserError: for the first flag or fact that changes the run; names both values.
+    :param before, now: from `resolve`.
+    """
+    old, new = before.values(), now.values()
+    for _, flag in now.flags():
+        if flag.metadata["changes_run"] and old[flag.name] != new[flag.name]:
+            yield f"--{flag.name}", old[flag.name], new[flag.name]
+    if before.rounds_lengths != now.rounds_lengths:
+        yield "--compile without --exact_lengths", before.rounds_lengths, now.rounds_lengths
+    if None not in (before.global_batch, now.global_batch) and before.global_batch != now.global_batch:
+        yield "the global batch (--batch_size times the number of ranks)", before.global_batch, now.global_batch
+    if before.classes and before.classes != now.classes:
+        yield "the class names", *_first_difference(before.classes, now.classes)
+    elif None not in (before.data_signature, now.data_signature) and before.data_signature != now.data_signature:
+        yield "the list of image files", before.data_signature[:12], now.data_signature[:12]
+
+
+def _first_difference(before: tuple[str, ...], now: tuple[str, ...]) -> tuple[str, str]:
+    """The first difference between two lists of class names: a short description of each side."""
+    if len(before) != len(now):
+        return f"{len(before)} classes", f"{len(now)} classes"
+    label = next(i for i, names in enumerate(zip(before, now, strict=True)) if names[0] != names[1])
+    return f"{before[label]!r} for label {label}", f"{now[label]!r}"
+
+
+def check_same_run(log_dir: str | Path, config: RunConfig, before: RunConfig | None) -> None:
+    """Refuse to resume a run with settings that change its result.
+
+    :param config: from `resolve`.
+    :param before: the configuration of the run in `log_dir`, from `resolve`; None if there is nothing to resume.
+    :raises UserError: for the first such setting; the message has both values.
     """
     if before is None or config.log.allow_config_change:
         return
-    for name, old, new in config.differences(before):
+    for name, old, new in find_differences(before, config):
         raise UserError(
-            f"{name} was {old} when {log_dir} was begun, now it is {new}: repeat it, choose another --log_dir, or say "
-            "--allow_config_change True"
+            f"{name} was {old} when {log_dir} was begun, now it is {new}: repeat it, choose another --log_dir, or "
+            "accept the change with --allow_config_change True"
         )
 
 
 def write_run_config(log_dir: str | Path, config: RunConfig, before: RunConfig | None, begins: bool) -> None:
-    """Leave the configuration beside the checkpoints; a run that goes on keeps the origin that it began with."""
+    """Write the configuration beside the checkpoints. A resumed run keeps the record of what it started from.
+
+    :param begins: see `Start`.
+    """
     if not begins and before is not None:
         config = config.replaced(resume_checkpoint=before.log.resume_checkpoint, continue_from=before.log.continue_from)
     write_json(Path(log_dir, CONFIG_NAME), config.to_json())

@@ -1,4 +1,4 @@
-"""What a training run has become: everything that a checkpoint holds."""
+"""The state of a training run: everything that a checkpoint holds."""
 
 import json
 from collections.abc import Iterator
@@ -15,24 +15,24 @@ from ..utils.errors import UserError
 from ..utils.flag_values import split_numbers
 from ..weights.checkpoint import ema_name, model_name, opt_name, save_checkpoint
 from .ema import PowerEMA, remove_snapshots, save_snapshots
-from .guardian import Guardian
+from .guardian import Guardian, TrainingFault
 from .objective import TwoPassObjective
 from .optim import update_ema
 from .parallel import copy_all, gather_full, load_optimizer_state, make_optimizer, optimizer_state, shard_like
 
 
 class TrainState:
-    """Model, optimizer, averages and counters of a run.
+    """Model, optimizer, EMAs and counters of a run.
 
-    Made after `parallelize`, which may have replaced the model's parameters by shards. Files hold whole tensors,
-    whatever the sharding, so that a run may go on with another one, or with more ranks or fewer.
+    Create it after `parallelize`, which may replace the model's parameters by shards. Checkpoints hold unsharded
+    tensors, so that a run can be resumed with another kind of sharding or another number of ranks.
 
-    :param config: resolved; see `resume.resolve`.
+    :param config: from `resume.resolve`.
     """
 
     def __init__(
         self, config: RunConfig, objective: TwoPassObjective, schedule_sampler: ScheduleSampler, guardian: Guardian
-    ):
+    ) -> None:
         train = config.train
         self.config, self.model = config, objective.model
         self.schedule_sampler, self.guardian = schedule_sampler, guardian
@@ -50,8 +50,11 @@ class TrainState:
         self.step, self.rollbacks, self.train_seconds = 0, 0, 0.0
 
     def update_averages(self, finite: bool) -> None:
-        """Take the weights after this step into the averages."""
-        # A power-function average is one of all steps, so that skipped ones count too; its weights depend on the step.
+        """Update the EMAs with the weights after this step.
+
+        :param finite: False for a skipped step.
+        """
+        # A power-function average covers all steps up to now, and its beta depends on the step: skipped steps count.
         self.phema.update(self.params, self.step + 1)
         if finite:
             for rate, average in self.ema.items():
@@ -59,7 +62,7 @@ class TrainState:
 
     @contextmanager
     def ema_weights(self) -> Iterator[None]:
-        """Within the block the model holds its first EMA and is in eval mode."""
+        """Within the block, the model has the weights of its first EMA and is in eval mode."""
         average = next(iter(self.ema.values()))
         own = [p.detach().clone() for p in self.params]
         self.model.eval()
@@ -72,9 +75,9 @@ class TrainState:
     # ------------------------------------------------------------ files
 
     def save(self, folder: Path) -> None:
-        """Write a complete checkpoint of the present step. All ranks call it together.
+        """Write a complete checkpoint of the current step. All ranks call it together.
 
-        :raises UserError: on every rank where rank 0 could not write, with no file of this step left.
+        :raises UserError: on every rank, if rank 0 could not write it. No file of this step is left.
         """
         weights = {key: gather_full(value) for key, value in self.model.state_dict().items()}
         emas = {
@@ -97,6 +100,11 @@ class TrainState:
         }
 
     def _write(self, folder: Path, weights: dict, emas: dict, train_state: dict) -> None:
+        if not all(value.isfinite().all() for value in weights.values()):  # with --keep the good ones would go for it
+            raise TrainingFault(
+                f"the weights of step {self.step} are NaN or infinite and are not saved: lower --lr; the last "
+                "checkpoint is intact"
+            )
         try:
             averages, dtype = train_state["phema"], self.config.train.phema_dtype
             save_snapshots(folder, self.step, averages, weights, self.names, dtype)
@@ -106,19 +114,22 @@ class TrainState:
             raise
 
     def load_weights(self, path: Path) -> None:
-        """Overwrite the parameters by those of a `model{step}.pt`, whatever the sharding."""
+        """Overwrite the parameters with those of a `model{step}.pt`, with any kind of sharding."""
         state = dist_util.load_state_dict(path, self.params[0].device)
         with torch.no_grad():
             for name, param in self.model.named_parameters():
                 param.copy_(shard_like(state[name], param))
 
     def load(self, model_path: Path, step: int) -> None:
-        """Read all but the model's weights from the files beside `model{step}.pt`."""
+        """Load everything except the model's weights from the files beside `model{step}.pt`."""
         device = self.params[0].device
         for rate, average in self.ema.items():
             state = dist_util.load_state_dict(model_path.with_name(ema_name(rate, step)), device)
             copy_all(average, [shard_like(state[n], a) for a, n in zip(average, self.names, strict=True)])
         state = dist_util.load_state_dict(model_path.with_name(opt_name(step)), device)
+        keys = {"optimizer", "scaler", "schedule_sampler", "guardian", "phema", "rollbacks", "train_seconds"}
+        if not isinstance(state, dict) or not state.keys() >= keys or "state" not in state["optimizer"]:
+            raise UserError(f"{model_path.with_name(opt_name(step))} is no training state of this code: restore it")
         load_optimizer_state(self.opt, state["optimizer"], self.params)
         self.scaler.load_state_dict(state["scaler"])
         self.schedule_sampler.load_state_dict(state["schedule_sampler"])
@@ -127,5 +138,5 @@ class TrainState:
         self.step, self.rollbacks, self.train_seconds = step, state["rollbacks"], state["train_seconds"]
 
     def model_path(self, folder: Path) -> Path:
-        """The file of this step's weights."""
+        """The file of the weights at the current step."""
         return folder / model_name(self.step)

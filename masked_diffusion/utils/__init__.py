@@ -1,1 +1,1 @@
-"""What every room uses: files, pictures, random numbers, number formats."""
+"""Helpers for all packages: options, files, pictures, random numbers, precision."""

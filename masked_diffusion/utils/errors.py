@@ -1,9 +1,9 @@
-"""The one kind of error that is shown as a sentence."""
+"""The kind of error that the user can fix, shown as one sentence."""
 
 
 class UserError(ValueError):
-    """Something that the person who started the program can mend: a flag, a file, the disk, a diverged run.
+    """A problem that the person who started the program can fix: a flag, a file, the disk, a diverged run.
 
-    Its message is for that person: the offending value, what is required, and what to do. `script_util.run` prints it
-    without a traceback, once. Every other exception is a fault of the program and keeps its traceback.
+    The message is written for that person: the wrong value, what is required, and what to do. `script_util.run` prints
+    it once, without a traceback. Every other exception is a bug of the program and keeps its traceback.
     """

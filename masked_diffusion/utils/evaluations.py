@@ -1,4 +1,4 @@
-"""Modules of the repository's `evaluations/` folder, which stands alone and is in no wheel."""
+"""Loads modules of the repository's `evaluations/` folder, which is not part of the installed package."""
 
 import sys
 from importlib import import_module
@@ -14,10 +14,10 @@ FOLDER = Path(__file__).resolve().parents[2] / "evaluations"
 def load_evaluations(module: str) -> ModuleType:
     """Import a module of `evaluations/`, such as `metrics`, as `evaluations.metrics`.
 
-    `sys.path` is neither searched nor changed, so no installed package of the same name is taken instead.
+    `sys.path` is neither searched nor changed, so that an installed package of the same name is never loaded instead.
 
     :param module: name of the module, without folder and suffix.
-    :raises UserError: where the folder is not there, because the package was installed without the repository.
+    :raises UserError: when the folder does not exist, because the package was installed without the repository.
     """
     if not (FOLDER / f"{module}.py").is_file():
         raise UserError(

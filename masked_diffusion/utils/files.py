@@ -1,26 +1,28 @@
-"""Files that are whole or absent, and their hashes."""
+"""Writing files whole or not at all, and hashes of files."""
 
 import hashlib
 import json
 import os
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any, BinaryIO
 
 from .errors import UserError
 
-DISK_ADVICE = "make room on the disk, or choose a folder that you may write to"
+DISK_ADVICE = "free some disk space, or choose a folder with write permission"
 
 
 class DiskError(UserError, OSError):
-    """What the disk refused, in one sentence."""
+    """An error of the operating system while writing a file, such as a full disk, as one sentence."""
 
 
 @contextmanager
-def disk_errors(path, advice=DISK_ADVICE):
-    """A block that writes `path`: what the disk refuses is said in one sentence.
+def disk_errors(path: str | Path, advice: str = DISK_ADVICE) -> Iterator[None]:
+    """Within the block, which writes `path`, errors of the operating system become one sentence.
 
-    :param advice: what to do about it.
-    :raises DiskError: in the place of an OSError, also of one that `torch.save` hid behind an error of its own.
+    :param advice: what the user can do about them.
+    :raises DiskError: instead of an OSError, also of one that `torch.save` replaced by a RuntimeError.
     """
     try:
         yield
@@ -34,10 +36,10 @@ def disk_errors(path, advice=DISK_ADVICE):
 
 
 @contextmanager
-def atomic_write(path, advice=DISK_ADVICE):
-    """A binary file that appears under `path` only once all of it is on the disk.
+def atomic_write(path: str | Path, advice: str = DISK_ADVICE) -> Iterator[BinaryIO]:
+    """A binary file to write to, which appears at `path` only when all of it is on the disk.
 
-    :raises DiskError: as `disk_errors`; no partial file stays.
+    :raises DiskError: as `disk_errors`. No partial file is left.
     """
     path = Path(path)
     beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
@@ -50,11 +52,12 @@ def atomic_write(path, advice=DISK_ADVICE):
             os.replace(beside, path)
             _sync_folder(path.parent)
     except BaseException:
-        beside.unlink(missing_ok=True)
+        with suppress(OSError):  # of a disk that can only be read: what went wrong first is what counts
+            beside.unlink(missing_ok=True)
         raise
 
 
-def _sync_folder(folder):
+def _sync_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -62,12 +65,16 @@ def _sync_folder(folder):
         os.close(descriptor)
 
 
-def write_json(path, value):
+def write_json(path: str | Path, value: Any) -> None:
+    """Write a value as JSON, whole or not at all.
+
+    :raises DiskError: as `atomic_write`.
+    """
     with atomic_write(path) as file:
         file.write((json.dumps(value, indent=2) + "\n").encode())
 
 
-def file_hash(path):
+def file_hash(path: str | Path) -> str:
     """SHA-256 of a file, in hexadecimal."""
     digest = hashlib.sha256()
     with Path(path).open("rb") as file:

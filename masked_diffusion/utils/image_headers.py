@@ -23,7 +23,7 @@ def read_header(file: BinaryIO) -> ImageHeader:
 
 
 def _is_rotated(image: Image.Image) -> bool:
-    # A PNG may carry EXIF behind its pixels, for which Pillow would decode them all.
+    # In a PNG, EXIF data may follow the pixels, and Pillow would decode all of them to reach it.
     if "exif" not in image.info:
         return False
     try:

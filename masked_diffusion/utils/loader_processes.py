@@ -1,4 +1,4 @@
-"""The processes that load data: which signals they obey, and how their errors reach the training process."""
+"""Data loading processes: which signals end them, and how their errors reach the training process."""
 
 import ctypes
 import os
@@ -23,24 +23,24 @@ OTHER_CAUSE = "run with --num_workers 0 to see the cause, or lower --num_workers
 
 
 class LoaderWorkerDied(UserError):
-    """A loader process was killed, or ended by itself. Raised between steps: the training state is whole."""
+    """A data loading process was killed or has exited. Raised between steps, when a checkpoint can be saved."""
 
 
 def init_loader_process(worker_id: int) -> None:
-    """Make a loader process live exactly as long as the process that reads from it (`worker_init_fn` of DataLoader).
+    """Let a data loading process live exactly as long as the training process (`worker_init_fn` of DataLoader).
 
-    A signal to the whole process group, which a scheduler sends before the time limit and a terminal at Ctrl-C, is for
-    the training process: it finishes its step and saves, for which the loader processes must live on.
+    Schedulers (before the time limit) and terminals (at Ctrl-C) send a signal to the whole process group. The training
+    process then finishes its step and saves a checkpoint, and needs its data loading processes until that is done.
     """
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     if sys.platform != "linux":
         signal.pthread_sigmask(signal.SIG_UNBLOCK, GROUP_SIGNALS)
         return
-    # Without this a loader process whose parent was killed waits for ever on a full pipe.
+    # Without this, a data loading process whose parent was killed would wait on a full pipe for ever.
     set_parent_death_signal = 1
     ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
-    # SIGTERM cannot be ignored altogether: it is what multiprocessing ends its children with, and waits for.
+    # SIGTERM cannot simply be ignored: multiprocessing ends its children with it and waits until they have ended.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     threading.Thread(target=_end_on_parents_sigterm, daemon=True).start()
 
@@ -52,14 +52,15 @@ def _end_on_parents_sigterm() -> None:
 
 
 class LoaderIterator:
-    """Iterates over a `DataLoader`; what goes wrong in its processes is raised by `next()`, as one sentence.
+    """Iterates over a `DataLoader`. Errors in its processes are raised by `next()`, as one sentence.
 
-    :raises LoaderWorkerDied: when a loader process was killed or ended by itself.
-    :raises UserError: that a loader process raised, with its own message; torch's, with the traceback, is the cause.
+    :raises LoaderWorkerDied: when a data loading process was killed or has exited.
+    :raises UserError: when a data loading process raised one. The message is the same; torch's error, which has the
+        traceback of that process, is its cause.
     """
 
     def __init__(self, loader: DataLoader) -> None:
-        # Processes inherit the mask: a signal that comes while they start waits for `init_loader_process`.
+        # The processes inherit the blocked signals, so that none ends them before `init_loader_process` has run.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, GROUP_SIGNALS)
         try:
             self._batches = iter(loader)
@@ -78,8 +79,8 @@ class LoaderIterator:
             if not str(error).startswith("Caught "):  # torch's heading over the traceback of a loader process
                 raise
             sentence = re.split(rf"^(?:\w+\.)*{type(error).__name__}: ", str(error), flags=re.MULTILINE)[-1]
-            # Without its frames, which hold the loader in a circle of references. Left to the garbage collector, its
-            # processes are not told to end, and waited for 5 s each.
+            # Remove the frames: they refer to the loader in a reference cycle. If the garbage collector has to free
+            # it, its processes are not told to end, and torch waits 5 s for each of them.
             raise type(error)(sentence.strip()) from error.with_traceback(None)
         except RuntimeError as error:
             sentence = _explain_death(str(error))
@@ -89,28 +90,28 @@ class LoaderIterator:
 
 
 def _explain_death(message: str) -> str | None:
-    """The sentence for torch's message about a dead loader process; None for any other message."""
+    """Turn torch's message about a dead data loading process into one sentence; None for any other message."""
     found = re.search(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (?:is killed by signal: ([^.]+)\.)?", message)
     if not found:
         return None
     pids, name = found.groups()
     code = re.search(r"exit code (\d+)", message)
     how = f"was killed by a signal ({name})" if name else "ended" + (f" with exit code {code[1]}" if code else "")
-    return f"loader process {pids} {how}: {CAUSES.get(name, OTHER_CAUSE)}"
+    return f"data loading process {pids} {how}: {CAUSES.get(name, OTHER_CAUSE)}"
 
 
 class _Deaths:
-    """Holds torch's news of dead loader processes back until a batch is asked for.
+    """Delays torch's error about a dead data loading process until the next batch is requested.
 
-    torch raises them from its SIGCHLD handler, wherever the main thread is: in the middle of an optimizer step, say,
-    after which the weights are no longer those of any step.
+    torch raises this error from its SIGCHLD handler, wherever the main thread is. In the middle of an optimizer step
+    it would leave some weights updated and others not.
     """
 
     def __init__(self) -> None:
-        self.torch_handler, self.waiting, self.news = None, False, False
+        self.torch_handler, self.waiting, self.pending = None, False, False
 
     def hold_back(self) -> None:
-        """Stand before torch's handler, if it is there: it comes with the first loader processes."""
+        """Install our handler in front of torch's, which exists once the first data loading processes are started."""
         handler = signal.getsignal(signal.SIGCHLD)
         in_main_thread = threading.current_thread() is threading.main_thread()
         if in_main_thread and callable(handler) and handler != self.handle:
@@ -118,20 +119,22 @@ class _Deaths:
             signal.signal(signal.SIGCHLD, self.handle)
 
     def handle(self, number: int, frame: Any) -> None:
-        self.news = True
+        """The SIGCHLD handler: call torch's handler now if a batch is awaited, else later."""
+        self.pending = True
         if self.waiting:
             self.pass_on(number, frame)
 
     def pass_on(self, number: int, frame: Any) -> None:
-        self.news = False
+        """Call torch's handler, which raises if a data loading process has died."""
+        self.pending = False
         self.torch_handler(number, frame)
 
     @contextmanager
     def raised(self) -> Iterator[None]:
-        """Within the block news are raised, also of what happened since the last one."""
+        """Within the block, errors are raised at once, those that were delayed before the block included."""
         self.waiting = True
         try:
-            if self.news:
+            if self.pending:
                 self.pass_on(signal.SIGCHLD, None)
             yield
         finally:

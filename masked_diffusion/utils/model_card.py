@@ -1,6 +1,6 @@
-"""The card that `save_pretrained` and `push_to_hub` leave beside a model."""
+"""The model card that `save_pretrained` and `push_to_hub` write beside a model."""
 
-# Placeholders are filled by huggingface_hub.
+# huggingface_hub fills in the placeholders.
 MODEL_CARD = """\
 ---
 {{ card_data }}

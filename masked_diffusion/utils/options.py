@@ -1,4 +1,4 @@
-"""Dataclasses whose fields are flags: each states its default, range and help text once."""
+"""Dataclasses whose fields are flags. Each field states the default, range and help text of its flag, in one place."""
 
 import dataclasses
 import math
@@ -29,11 +29,13 @@ def option(
 ) -> Any:
     """A dataclass field that is a flag.
 
+    :param help: the help text of the flag.
     :param at_least, above, at_most, below: the range of a number, or of each number of a tuple.
-    :param choices: the words that are allowed.
-    :param check: a function of the value that returns what it must be where it is not that, else None.
-    :param read: makes the value of the flag's text, where the type alone does not say how.
-    :param changes_run: a run computes something else with another value, so that resuming compares it.
+    :param choices: the allowed words.
+    :param check: a function that returns None if the value is allowed, else what it must be.
+    :param read: a function that turns the flag's text into the value, if the type of the field is not enough for that.
+    :param metavar: what `--help` shows in the place of the values.
+    :param changes_run: whether the value changes the result of a run, so that resuming must compare it.
     """
     bounds = {"at_least": at_least, "above": above, "at_most": at_most, "below": below}
     metadata = {"help": help, "bounds": {key: value for key, value in bounds.items() if value is not None}}
@@ -42,7 +44,7 @@ def option(
 
 
 def describe_bounds(bounds: dict[str, float]) -> str:
-    """`at least 0 and below 1`, of the bounds that `option` took."""
+    """The bounds of `option` in words, such as `at least 0 and below 1`."""
     return " and ".join(f"{key.replace('_', ' ')} {value:.4g}" for key, value in bounds.items())
 
 
@@ -57,11 +59,11 @@ def _outside(value: float, bounds: dict[str, float]) -> bool:
 
 
 class Config:
-    """What the classes of this module share; a field may be another `Config`, whose fields count as its own."""
+    """Base class of the configurations. A field may be another `Config`, whose fields are flags of this one, too."""
 
     @classmethod
     def flags(cls) -> Iterator[tuple[type["Config"], dataclasses.Field]]:
-        """Every field that is a flag, with the class that states it."""
+        """All fields that are flags, each with the class that defines it."""
         hints = typing.get_type_hints(cls)
         for each in fields(cls):
             if isinstance(hints[each.name], type) and issubclass(hints[each.name], Config):
@@ -71,7 +73,7 @@ class Config:
 
     @classmethod
     def from_values(cls, values: dict[str, Any]) -> Self:
-        """Make one of a flat dict of values by field name; what the dict lacks has its default."""
+        """Create a configuration from a flat dict of values by field name. Missing values keep their defaults."""
         hints = typing.get_type_hints(cls)
         made = {}
         for each in fields(cls):
@@ -82,7 +84,7 @@ class Config:
         return cls(**made)
 
     def values(self) -> dict[str, Any]:
-        """All values, flat, by field name."""
+        """All values in a flat dict by field name."""
         own = {each.name: getattr(self, each.name) for each in fields(self)}
         nested = {name: value for name, value in own.items() if isinstance(value, Config)}
         flat = {name: value for name, value in own.items() if name not in nested}
@@ -91,15 +93,16 @@ class Config:
         return flat
 
     def replaced(self, **changes: Any) -> Self:
-        """A copy with other values, given by the names of fields at any depth."""
+        """A copy with new values, by field name; the fields may be in nested configurations."""
         own = {each.name: getattr(self, each.name) for each in fields(self)}
         made = {name: value.replaced(**changes) for name, value in own.items() if isinstance(value, Config)}
         return replace(self, **made, **{name: changes[name] for name in own if name in changes and name not in made})
 
     def check(self) -> Self:
-        """Refuse values out of their range, before any work starts.
+        """Refuse values that are out of range, before any work starts.
 
-        :raises UserError: for the first such value; names its flag, the value and what is required.
+        :return: the configuration itself, unchanged.
+        :raises UserError: for the first such value; the message names the flag, the value and the requirement.
         """
         for each in fields(self):
             value = getattr(self, each.name)
@@ -111,9 +114,9 @@ class Config:
 
 
 def check_value(each: dataclasses.Field, value: Any) -> None:
-    """Hold a value against its field.
+    """Check the value of a field that is a flag.
 
-    :raises UserError: where it does not fit.
+    :raises UserError: when the value is not allowed.
     """
     meta = each.metadata
     requirement = None
@@ -123,7 +126,7 @@ def check_value(each: dataclasses.Field, value: Any) -> None:
     numbers = [v for v in values if type(v) in (int, float)]
     if not all(map(math.isfinite, numbers)):
         requirement = " and ".join(filter(None, ("finite", describe_bounds(meta["bounds"]))))
-    elif meta["bounds"] and len(numbers) < len(values):  # of a file: argparse has read the flags
+    elif meta["bounds"] and len(numbers) < len(values):  # from a config.json: argparse lets only numbers pass
         requirement = "a number"
     elif any(_outside(number, meta["bounds"]) for number in numbers):
         requirement = describe_bounds(meta["bounds"])
@@ -137,5 +140,5 @@ def check_value(each: dataclasses.Field, value: Any) -> None:
 
 
 def is_optional(annotation: Any) -> bool:
-    """Whether a field's type admits None."""
+    """Whether the type of a field allows None."""
     return isinstance(annotation, types.UnionType) and type(None) in typing.get_args(annotation)

@@ -1,6 +1,8 @@
-"""Grids and animations of images, as files."""
+"""Image files: single pictures, grids and animations."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -10,11 +12,15 @@ from .files import atomic_write
 
 FRAME_MILLISECONDS = 60
 LAST_FRAME_MILLISECONDS = 1500
-ANIMATED = {"GIF": {}, "PNG": {}, "WEBP": {"lossless": True}}  # kinds that browsers play, and Pillow's options
+ANIMATED = {"GIF": {}, "PNG": {}, "WEBP": {"lossless": True}}  # formats that browsers play: options for Pillow
 
 
-def make_grid(images, columns=8, scale=1):
-    """(N, H, W, 3) uint8 images row by row, each enlarged `scale` times without smoothing -> (H', W', 3) uint8."""
+def make_grid(images: np.ndarray, columns: int = 8, scale: int = 1) -> np.ndarray:
+    """Arrange (N, H, W, 3) uint8 images row by row in one picture.
+
+    :param scale: each image is enlarged by this factor, without smoothing.
+    :return: (ceil(N / columns) * H * scale, columns * W * scale, 3) uint8; empty places are white.
+    """
     n, height, width, channels = images.shape
     rows = -(-n // columns)
     sheet = np.full((rows, columns, height, width, channels), 255, dtype=np.uint8)
@@ -23,45 +29,46 @@ def make_grid(images, columns=8, scale=1):
     return pixels.repeat(scale, axis=0).repeat(scale, axis=1)
 
 
-def kind_of(path):
-    """What Pillow calls the kind of picture that a file's ending says, or None."""
+def kind_of(path: str | Path) -> str | None:
+    """Pillow's name of the picture format that a file name's extension stands for, or None."""
     kind = Image.registered_extensions().get(Path(path).suffix.lower())
     return kind if kind in Image.SAVE else None
 
 
-def check_picture_name(path, animated=False):
-    """Refuse a file name that a picture cannot have, before it is drawn.
+def check_picture_name(path: str | Path, animated: bool = False) -> None:
+    """Refuse a file name that a picture cannot be saved under, before the work of sampling starts.
 
-    :raises UserError: for a folder that is not there, and for an ending that means no kind of picture, or none that
-        can be `animated`.
+    :raises UserError: when the folder does not exist, and when the extension does not stand for a picture format, or
+        not for one that can be `animated`.
     """
     path = Path(path).absolute()
     if not path.parent.is_dir():
-        raise UserError(f"{path.parent} is no folder: make it, or choose another place for {path.name}")
+        raise UserError(f"{path.parent} is not a folder: create it, or choose another folder for {path.name}")
     if kind_of(path) is None:
-        raise UserError(f"{path.name} names no kind of picture: let it end in .png, .jpg or .gif")
+        raise UserError(f"{path.name} has no extension of a picture format: use .png, .jpg or .gif")
     if animated and kind_of(path) not in ANIMATED:
-        raise UserError(f"{path.name} cannot be animated: let it end in .gif, .png or .webp")
+        raise UserError(f"{path.name} cannot be animated: use the extension .gif, .png or .webp")
 
 
-def save_picture(path, pixels, **options):
-    """Write (H, W, 3) uint8 pixels as what the file's ending says; `options` are Pillow's."""
+def save_picture(path: str | Path, pixels: np.ndarray, **options: Any) -> None:
+    """Write (H, W, 3) uint8 pixels in the format of the file's extension; `options` are for Pillow."""
     kind = kind_of(path)
     with atomic_write(path) as file:
         Image.fromarray(pixels).save(file, format=kind, **({"quality": 95} if kind == "JPEG" else {}), **options)
 
 
-def save_grid(path, images, columns=8, scale=1):
+def save_grid(path: str | Path, images: np.ndarray, columns: int = 8, scale: int = 1) -> np.ndarray:
     """Write (N, H, W, 3) uint8 images as one picture; see `make_grid`. Returns its pixels."""
     pixels = make_grid(images, columns, scale)
     save_picture(path, pixels)
     return pixels
 
 
-def save_animation(path, frames, columns=8, scale=1):
-    """Write (F, N, H, W, 3) uint8 images as an animation of F grids that holds the last one for a while.
+def save_animation(path: str | Path, frames: Sequence[np.ndarray], columns: int = 8, scale: int = 1) -> None:
+    """Write F grids of (N, H, W, 3) uint8 images as an animation, which shows the last grid longer than the others.
 
-    :param path: its ending says the kind: GIF, animated PNG or WebP.
+    :param path: with an extension of GIF, animated PNG or WebP.
+    :param frames: (F, N, H, W, 3) uint8.
     """
     kind = kind_of(path)
     sheets = [Image.fromarray(make_grid(images, columns, scale)) for images in frames]

@@ -1,6 +1,7 @@
-"""Number formats of the network's arithmetic; weights, losses and the diffusion's own arithmetic stay float32."""
+"""Mixed precision: the number format of the network. Weights, losses and the diffusion itself stay float32."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -10,9 +11,9 @@ PRECISIONS = {"fp32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.
 
 
 def check_precision(precision: str, device: torch.device) -> None:
-    """Refuse a format that the device does not train or sample in.
+    """Refuse a format that the device does not support.
 
-    :raises UserError: for a format that is unknown, or not to be had on the device.
+    :raises UserError: for a format that is unknown or not supported.
     """
     if precision not in PRECISIONS:
         raise UserError(f"--precision is {precision!r}: choose one of {', '.join(PRECISIONS)}")
@@ -21,17 +22,17 @@ def check_precision(precision: str, device: torch.device) -> None:
 
 
 def set_matmul_precision(precision: str) -> None:
-    """Let float32 matrix products of this process run in TF32 for `tf32`, and in full float32 otherwise."""
+    """Compute the float32 matrix products of this process in TF32 for `tf32`, and in full float32 otherwise."""
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
 
 
 def autocast(model: Callable, precision: str) -> Callable:
-    """`model` as a function that computes in `precision` and returns the format of its first argument."""
+    """Wrap `model` so that it computes in `precision`; its output has the dtype of its first argument."""
     dtype = PRECISIONS[precision]
     if dtype is None:
         return model
 
-    def run(x, *args, **kwargs):
+    def run(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         with torch.autocast(x.device.type, dtype):
             out = model(x, *args, **kwargs)
         return out.to(x.dtype)

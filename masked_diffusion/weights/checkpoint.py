@@ -1,7 +1,7 @@
-"""Files on disk: checkpoints that are whole or absent, and the configuration beside them.
+"""Checkpoints on disk, written whole or not at all, and the configuration beside them.
 
 File names are the published ones: `model{step:06d}.pt`, `ema_{rate}_{step:06d}.pt`, `opt{step:06d}.pt`. The first two
-are plain state dicts. `opt` is written last: where it is, the checkpoint is complete.
+are plain state dicts. `opt` is written last, so that its presence means that the checkpoint is complete.
 """
 
 import itertools
@@ -20,20 +20,23 @@ from ..utils.errors import UserError
 from ..utils.files import DiskError, atomic_write
 
 CONFIG_NAME = "config.json"
-SAVE_ADVICE = "make room and run the same command again; the last checkpoint is intact"
+SAVE_ADVICE = "free some disk space and run the same command again to resume; the last checkpoint is intact"
 
 # ---------------------------------------------------------------- writing
 
 
 def model_name(step: int) -> str:
+    """File name of the weights at a step."""
     return f"model{step:06d}.pt"
 
 
 def ema_name(rate: float | str, step: int) -> str:
+    """File name of the EMA weights of a rate at a step."""
     return f"ema_{rate}_{step:06d}.pt"
 
 
 def opt_name(step: int) -> str:
+    """File name of the optimizer state, and everything else that resuming needs, at a step."""
     return f"opt{step:06d}.pt"
 
 
@@ -46,17 +49,17 @@ def save_checkpoint(
 ) -> None:
     """Write a complete checkpoint, or nothing.
 
-    :param ema_states: EMA rates, as the user wrote them, and their state dicts.
+    :param ema_states: a state dict for each EMA rate; the rates are spelled as in `--ema_rate`.
     :param train_state: everything else that a resumed run needs.
-    :raises DiskError: when the disk is full, say; nothing of this step stays on it.
+    :raises DiskError: for example when the disk is full. No file of this step is left.
     """
     states = {opt_name(step): train_state}
     states |= {ema_name(rate, step): state for rate, state in ema_states.items()}
     states[model_name(step)] = model_state
     files, renaming = [Path(folder, name) for name in states], False
     try:
-        # Every file is whole on the disk before the first one gets its name. The stack renames the last one first, so
-        # `opt`, which makes the checkpoint complete, is the last to appear.
+        # All files are completely on the disk before the first one gets its final name. The stack renames them in
+        # reverse order: `opt`, which marks the checkpoint as complete, appears last.
         with ExitStack() as stack:
             for path, state in zip(files, states.values(), strict=True):
                 file = stack.enter_context(atomic_write(path, SAVE_ADVICE))
@@ -73,13 +76,17 @@ def save_checkpoint(
 
 
 def prune_checkpoints(folder: str | Path, keep: int) -> None:
-    """Remove all but the newest `keep` complete checkpoints, and what killed writers left; 0 keeps all of them."""
+    """Remove the partial files of killed processes, and all but the newest `keep` complete checkpoints.
+
+    :param keep: 0 keeps all checkpoints.
+    """
     for pattern in (".model*.partial", ".ema_*.partial", ".phema_*.partial", ".opt*.partial"):
         for path in Path(folder).glob(pattern):
             path.unlink()
     for step in complete_steps(folder)[:-keep] if keep else ():
         Path(folder, opt_name(step)).rename(Path(folder, f".{opt_name(step)}.pruned"))
-    # A checkpoint that has lost its `opt` is none any more; the mark lets a killed removal be finished later.
+    # Without `opt` the checkpoint no longer counts as complete. If this is killed here, the mark tells the next call
+    # which checkpoint to finish removing.
     for mark in Path(folder).glob(".opt*.pt.pruned"):
         step = parse_step(mark.name[1:].removesuffix(".pruned"))
         for path in (Path(folder, model_name(step)), *Path(folder).glob(f"ema_*_{step:06d}.pt"), mark):
@@ -87,10 +94,10 @@ def prune_checkpoints(folder: str | Path, keep: int) -> None:
 
 
 def set_aside(folder: str | Path, step: int) -> Path | None:
-    """Move the checkpoints after a step into a folder of their own, with copies of the logs and the configuration.
+    """Move the checkpoints after a step into a new subfolder, with copies of the logs and the configuration.
 
-    :param step: 0 moves them all.
-    :return: that folder, or None where there was nothing to move.
+    :param step: 0 moves all checkpoints.
+    :return: the subfolder, or None if there was nothing to move.
     """
     found = (
         path
@@ -106,10 +113,16 @@ def set_aside(folder: str | Path, step: int) -> Path | None:
     for name in (CONFIG_NAME, "progress.csv", "progress.jsonl", "log.txt"):
         if Path(folder, name).exists():
             shutil.copy2(Path(folder, name), aside / name)
-    # `opt` first: a checkpoint without it is none, so a killed move leaves no mixture behind.
+    # `opt` first: without it a checkpoint does not count as complete, even if this is killed half-way.
     for path in sorted(files, key=lambda path: not path.name.startswith("opt")):
         path.rename(aside / path.name)
     return aside
+
+
+def find_aside(folder: str | Path, name: str) -> Path | None:
+    """The file of that name that `set_aside` moved last, or None."""
+    found = Path(folder).glob(f"earlier_run_*/{name}")
+    return max(found, key=lambda path: int(path.parent.name.rpartition("_")[2]), default=None)
 
 
 # ---------------------------------------------------------------- finding
@@ -118,11 +131,11 @@ def set_aside(folder: str | Path, step: int) -> Path | None:
 def parse_step(path: str | Path) -> int:
     """The step in a checkpoint's file name.
 
-    :raises UserError: for a name that carries none.
+    :raises UserError: for a name without a step.
     """
     match = re.fullmatch(r"(?:model|opt|ema_[^/]*_)(\d{6,})\.pt", Path(path).name)
     if not match:
-        raise UserError(f"{path} names no step: it should be called like {model_name(1000)}")
+        raise UserError(f"{path} has no step in its name: it should be named like {model_name(1000)}")
     return int(match.group(1))
 
 
@@ -138,13 +151,13 @@ def latest_step(folder: str | Path) -> int | None:
 
 
 def newest_ema(folder: str | Path) -> Path:
-    """The newest EMA of a training folder, of the slowest rate where there are several.
+    """The newest EMA file of a training folder; if there are several rates, the one of the highest rate.
 
-    :raises UserError: when the folder has no checkpoint.
+    :raises UserError: when the folder holds no checkpoint.
     """
     emas = []
     for path in Path(folder).glob("ema_*_*.pt"):
-        with suppress(ValueError):  # the file of another program
+        with suppress(ValueError):  # a file of another program
             emas.append((parse_step(path), float(path.name.split("_")[1]), path))
     if not emas:
         raise UserError(f"{folder} holds no checkpoint (no ema_RATE_STEP.pt): name a file, or train first")
@@ -152,10 +165,11 @@ def newest_ema(folder: str | Path) -> Path:
 
 
 def read_config(path: str | Path) -> RunConfig | None:
-    """The configuration that training, `scripts/export.py` or `save_pretrained` left beside a checkpoint, if any.
+    """Read the `config.json` that training, `scripts/export.py` or `save_pretrained` wrote beside a checkpoint.
 
     :param path: a checkpoint, or the folder that holds it.
-    :raises UserError: for a file that cannot be read, or holds no such configuration; names the file.
+    :return: the configuration, or None if there is no `config.json`.
+    :raises UserError: for a file that cannot be read or holds something else; the message names the file.
     """
     file = Path(path if Path(path).is_dir() else Path(path).parent, CONFIG_NAME)
     if not file.exists():
@@ -163,8 +177,8 @@ def read_config(path: str | Path) -> RunConfig | None:
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:  # of the disk, of UTF-8, and of JSON
-        raise UserError(f"{file} cannot be read as JSON ({error}): restore it, or remove it") from error
+        raise UserError(f"{file} cannot be read as JSON ({error}): restore or remove it") from error
     try:
         return RunConfig.from_json(found)
     except UserError as error:
-        raise UserError(f"{file} is no configuration of these models: {error}") from error
+        raise UserError(f"{file} is not a configuration of these models: {error}; restore or remove it") from error

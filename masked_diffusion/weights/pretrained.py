@@ -1,8 +1,9 @@
-"""Models from weights: a file, a training folder, an exported folder or the hub; the architecture is read off them."""
+"""Load models from a file, a training folder, an exported folder or the hub. The weights tell the architecture."""
 
 import inspect
 import math
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,18 +26,18 @@ BIAS_NAME, INDEX_NAME = "relative_position_bias_table", "relative_position_index
 WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 INDEX_DTYPES = (torch.int64, torch.int32)
 EXPORTED_NAME = "model.safetensors"
-HUB_NAMES = (EXPORTED_NAME, "mdt_xl2_v2_ckpt.pt", "mdt_xl2_v1_ckpt.pt")  # in a hub repository, the first that is there
+HUB_NAMES = (EXPORTED_NAME, "mdt_xl2_v2_ckpt.pt", "mdt_xl2_v1_ckpt.pt")  # the first that a hub repository has is used
 PUBLISHED = "https://huggingface.co/shgao/MDT-XL2"
 
 # ---------------------------------------------------------------- finding
 
 
 def find_weights(source: str | Path) -> Path:
-    """The file that a source names.
+    """The path of a weights file; files on the hub are downloaded.
 
-    :param source: a file (`.pt`, `.safetensors`); a training folder, of which the newest EMA is taken; an exported
-        folder; or a hub id such as `shgao/MDT-XL2`, or `shgao/MDT-XL2/mdt_xl2_v1_ckpt.pt` for one of its files.
-    :raises UserError: when there is no such file, or one that begins unlike any checkpoint.
+    :param source: a file (`.pt`, `.safetensors`); a training folder, whose newest EMA is used; an exported folder; or a
+        hub id such as `shgao/MDT-XL2`, or `shgao/MDT-XL2/mdt_xl2_v1_ckpt.pt` for one of its files.
+    :raises UserError: when there is no such file, or its first bytes are not those of a checkpoint.
     """
     path = Path(source)
     if path.is_dir():
@@ -51,24 +52,27 @@ def find_weights(source: str | Path) -> Path:
 
 
 def check_format(path: Path) -> None:
-    """Refuse a file by its first bytes, before anything slow is done with it or for it.
+    """Check the first bytes of a file, before any slow step such as loading it or downloading a VAE.
 
-    :raises UserError: for a file that begins unlike those of `torch.save` and of safetensors, or cannot be read.
+    :raises UserError: for a file that cannot be read, or is written neither by `torch.save` nor by safetensors.
     """
     try:
         with path.open("rb") as file:
             head = file.read(9)
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}): name another file") from error
-    # A safetensors file begins with the length of its JSON header; torch.save writes a zip, and wrote pickles.
+    # A safetensors file begins with the length of its JSON header. torch.save writes a zip file; old versions a pickle.
     known = head[8:9] == b"{" if path.suffix == ".safetensors" else head.startswith((b"PK", b"\x80"))
     if not known:
         kind = "safetensors" if path.suffix == ".safetensors" else "a checkpoint"
-        raise UserError(f"{path} cannot be read as {kind} (it begins with {head!r}): it is of another kind, or empty")
+        raise UserError(
+            f"{path} cannot be read as {kind} (it begins with {head!r}): it is empty or of another format; name "
+            "another file"
+        )
 
 
 def _fetch(repository: str, names: tuple[str, ...]) -> Path:
-    """The first of some files that a hub repository has, from the cache or the hub."""
+    """Download the first of `names` that a hub repository has, unless it is in the local cache."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
@@ -79,17 +83,17 @@ def _fetch(repository: str, names: tuple[str, ...]) -> Path:
             if name == EXPORTED_NAME:
                 hf_hub_download(repository, "config.json", local_files_only=offline)
             return path
-        except LocalEntryNotFoundError as error:  # no connection: the cache may have another name
+        except LocalEntryNotFoundError as error:  # no connection: one of the other names may be in the cache
             reason, offline = reason or error, True
         except EntryNotFoundError as error:
             reason = reason or error
-        except Exception as error:  # a repository that is absent, private or badly named
+        except Exception as error:  # a repository that does not exist, is private or has an invalid name
             reason = error
             break
     sentence = " ".join(str(reason).split()).split(". ")[0]
     raise UserError(
-        f"{repository} is neither a local path nor in reach on the hub ({sentence}): fetch "
-        f"{' or '.join(names)} of it (the published weights: {PUBLISHED}) and give the file's path"
+        f"{repository} is not a local path, and cannot be downloaded from the hub ({sentence}): download "
+        f"{' or '.join(names)} of it by hand (the published weights: {PUBLISHED}) and name that file"
     ) from reason
 
 
@@ -97,9 +101,9 @@ def _fetch(repository: str, names: tuple[str, ...]) -> Path:
 
 
 def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
-    """The state dict of a file: the file's own, or the EMA or model in the checkpoint of another code.
+    """The state dict in a file. In checkpoints of other codebases it is the entry `ema`, `model` or `state_dict`.
 
-    :raises UserError: for a file that cannot be read, or holds no state dict of these models; see `check_state_dict`.
+    :raises UserError: for a file that cannot be read or holds no state dict of these models; see `check_state_dict`.
     """
     state = read_safetensors(path) if Path(path).suffix == ".safetensors" else dist_util.load_state_dict(str(path))
     for key in ("ema", "model", "state_dict"):
@@ -113,38 +117,45 @@ def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
     try:
         check_state_dict(state)
     except UserError as error:
-        raise UserError(f"{path} is damaged or of another program: {error}") from error
+        raise UserError(f"{path} is damaged or of another program: {error}; name another file") from error
     return state
 
 
 def read_safetensors(path: str | Path) -> dict[str, torch.Tensor]:
     """The tensors of a safetensors file.
 
-    :raises UserError: for a file that is cut short or none.
+    :raises UserError: for a file that cannot be read, is truncated or of another format.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    from safetensors import SafetensorError, safe_open
 
+    state = {}
     try:
-        return load_file(path)
+        with safe_open(path, "pt") as file:
+            names = list(file.keys())
+        for first in range(0, len(names), 16):
+            # These are views of the mapped file: they would change with it, and its pages count as this process's
+            # memory until the file is closed. So they are copied, and it is opened again for the next few.
+            with safe_open(path, "pt") as file:
+                state |= {name: file.get_tensor(name).clone() for name in names[first : first + 16]}
+        return state
     except (SafetensorError, OSError) as error:
         raise UserError(
-            f"{path} cannot be read as safetensors ({error}): it is cut short or of another kind"
+            f"{path} cannot be read as safetensors ({error}): it is truncated or of another format; name another file"
         ) from error
 
 
 def check_state_dict(state: dict[str, Any]) -> None:
-    """Refuse what no model of this package could compute with.
+    """Refuse a state dict that no model of this package could use.
 
-    :param state: with the keys `ARCHITECTURE_KEYS`.
-    :raises UserError: for entries that are no tensors, are empty, not finite, or not of a floating-point format (tables
-        of indices aside), and for tables whose shapes contradict each other. The caller names the file.
+    :param state: with at least the keys `ARCHITECTURE_KEYS`.
+    :raises UserError: for entries that are not tensors, are empty, not finite or not floating-point (except tables of
+        indices), and for tables whose shapes contradict each other. The caller adds the file's name.
     """
     for name, value in state.items():
         if not isinstance(value, torch.Tensor):
             raise UserError(f"{name} is a {type(value).__name__} instead of a tensor")
         if value.layout != torch.strided or value.is_meta:
-            raise UserError(f"{name} holds no numbers in plain rows ({value.layout}, {value.device})")
+            raise UserError(f"{name} is not a dense tensor with data ({value.layout}, {value.device})")
         if not value.numel():
             raise UserError(f"{name} is empty, of shape {tuple(value.shape)}")
         wanted = INDEX_DTYPES if name.endswith(INDEX_NAME) else WEIGHT_DTYPES
@@ -153,7 +164,7 @@ def check_state_dict(state: dict[str, Any]) -> None:
         if not all(math.isfinite(extreme) for extreme in value.aminmax()):  # NaN makes both extremes NaN
             raise UserError(f"{name} holds numbers that are not finite (NaN or infinity)")
 
-    def check(name, fits, wanted):
+    def check(name: str, fits: Callable[[torch.Size], bool], wanted: str) -> None:
         if not fits(state[name].shape):
             raise UserError(f"{name} has the shape {tuple(state[name].shape)}, but must have {wanted}")
 
@@ -177,11 +188,14 @@ def check_state_dict(state: dict[str, Any]) -> None:
         elif name.endswith(INDEX_NAME):
             check(name, lambda s: s == (tokens, tokens), f"({tokens}, {tokens})")
             if value.min() < 0 or value.max() >= offsets:
-                raise UserError(f"{name} points beyond the {offsets} rows of its table")
+                raise UserError(f"{name} has an index outside the {offsets} rows of its table")
 
 
 def read_sizes(state_dict: dict[str, torch.Tensor]) -> dict[str, int]:
-    """The sizes that a checked state dict cannot hide: input_size, in_channels, patch_size, hidden_size and depth."""
+    """The sizes that a state dict shows: input_size, in_channels, patch_size, hidden_size and depth.
+
+    :param state_dict: checked by `check_state_dict`.
+    """
     hidden_size, in_channels, patch_size, _ = state_dict["x_embedder.proj.weight"].shape
     return {
         "input_size": math.isqrt(state_dict["pos_embed"].shape[1]) * patch_size,
@@ -195,20 +209,22 @@ def read_sizes(state_dict: dict[str, torch.Tensor]) -> dict[str, int]:
 
 
 def count_blocks(state_dict: dict[str, torch.Tensor], stack: str) -> int:
+    """The number of blocks in a stack such as `blocks` or `de_blocks`."""
     return len({key.split(".")[1] for key in state_dict if key.startswith(stack + ".")})
 
 
 def find_architecture(
     state_dict: dict[str, torch.Tensor], num_heads: int | None = None
 ) -> tuple[str, dict[str, int | bool]]:
-    """Read the family, sizes and options of a model off its state dict.
+    """Determine the family, sizes and options of a model from its state dict.
 
-    What a state dict does not hold is taken from the paper: `decode_layer` of MDT (2), the heads of DiT (by its depth
-    and width).
+    What a state dict does not show is taken from the paper: `decode_layer` of MDT (2), and the number of heads of DiT
+    (from its depth and width).
 
-    :param state_dict: checked by `check_state_dict`. :param num_heads: of a DiT of no named size.
+    :param state_dict: checked by `check_state_dict`.
+    :param num_heads: needed for a DiT whose depth and width are none of the named sizes.
     :return: name and options for `create_model`.
-    :raises UserError: for a DiT of no named size, whose heads cannot be known.
+    :raises UserError: for such a DiT without `num_heads`.
     """
     found = read_sizes(state_dict)
     depth, hidden_size, patch_size = found["depth"], found["hidden_size"], found["patch_size"]
@@ -232,14 +248,14 @@ def find_architecture(
         options |= {"depth": depth, "hidden_size": hidden_size}
         if "num_heads" not in options:
             raise UserError(
-                f"a DiT of depth {depth} and width {hidden_size} has no name, and its weights do not tell its heads: "
-                "keep the config.json of its training beside it"
+                f"a DiT of depth {depth} and width {hidden_size} is none of the named sizes, and its weights do not "
+                "tell the number of heads: put the config.json of its training beside it"
             )
     return f"{family}_{sizes[0] if sizes else 'S'}_2", options
 
 
 def describe(model: DiT) -> str:
-    """Family and sizes of a model in a few words."""
+    """A short description of a model: its family and sizes."""
     decoder = f", {model.decode_layer} of them decoder blocks" if model.decode_layer else ""
     return (
         f"{type(model).__name__} of {model.depth} blocks{decoder}, width {model.hidden_size}, "
@@ -249,9 +265,10 @@ def describe(model: DiT) -> str:
 
 
 class OpenedWeights(NamedTuple):
-    """A file of weights, read and checked.
+    """The checked contents of a weights file.
 
-    :param run: the configuration beside the file, if there is one.
+    :param state_dict: until `build_model` moves it into a model; empty then.
+    :param run: the configuration beside the file, or None.
     """
 
     path: Path
@@ -260,24 +277,24 @@ class OpenedWeights(NamedTuple):
 
 
 def open_weights(source: str | Path) -> OpenedWeights:
-    """Find and read weights and the configuration beside them.
+    """Find and read a weights file and the configuration beside it.
 
-    :param source: see `find_weights`. Nothing but tensors is ever loaded from it.
-    :raises UserError: for a file that is no checkpoint of these models, and for a folder without one.
+    :param source: see `find_weights`. Only tensors are loaded from it, never code.
+    :raises UserError: for a file that is not a checkpoint of these models, and for a folder without one.
     """
     path = find_weights(source)
     return OpenedWeights(path, read_weights(path), read_config(path))
 
 
 def configured_architecture(opened: OpenedWeights) -> tuple[str, dict[str, Any]]:
-    """Name and options for `create_model`, from the configuration beside a file, else from its state dict.
+    """Name and options for `create_model`, from the configuration beside the file or else from the weights.
 
-    :raises UserError: for a configuration of another model, and for what `find_architecture` raises.
+    :raises UserError: for a configuration that belongs to another model, and as `find_architecture`.
     """
     path, state_dict, run = opened
     known = run.architecture if run else {}
     name, options = known.get("name"), known.get("options", {})
-    if name is None:  # what `save_pretrained` leaves has options alone
+    if name is None:  # the file of `save_pretrained` has only options
         name, read = find_architecture(state_dict, options.get("num_heads"))
         options = {key: options[key] for key in inspect.signature(model_class(name)).parameters if key in options}
         options = read | options
@@ -291,43 +308,68 @@ def configured_architecture(opened: OpenedWeights) -> tuple[str, dict[str, Any]]
 
 
 def build_model(opened: OpenedWeights, device: str | torch.device = "cpu", **options: Any) -> DiT:
-    """The model of opened weights, in eval mode; what was found is logged.
+    """Build the model of opened weights, in eval mode, and log what it is.
 
-    The architecture comes from the configuration beside the file, if training or `save_pretrained` left one, else from
-    the state dict.
+    The architecture comes from the configuration beside the file, if there is one, else from the state dict. Nothing is
+    drawn from a random generator, and the weights are in memory once: they move out of `opened`, whose state dict is
+    empty afterwards.
 
-    :param options: for `create_model`, where the file leaves them open: `decode_layer` of MDT, say. None is not given.
-    :return: a float32 model, whatever the precision of the weights.
-    :raises UserError: when weights and architecture do not fit.
+    :param options: for `create_model`, to add what the file does not tell, such as `decode_layer` of MDT. None means
+        not given.
+    :return: a float32 model, for weights of any precision.
+    :raises UserError: when weights and architecture do not match.
     """
     name, found = configured_architecture(opened)
     options = found | {key: value for key, value in options.items() if value is not None}
     try:
-        model = create_model(name, **options)
-    except (ValueError, TypeError, ArithmeticError, RuntimeError) as error:  # what odd options lead to
-        raise UserError(f"{opened.path} is said to hold {name} {options}, which cannot be made: {error}") from error
-    check_fit(opened.path, model.state_dict(), opened.state_dict, f"{name} {options}")
-    model.load_state_dict(opened.state_dict)
+        with torch.device("meta"):
+            model = create_model(name, **options)
+    except (ValueError, TypeError, ArithmeticError, RuntimeError) as error:  # impossible options raise any of these
+        raise UserError(
+            f"{opened.path}: the model {name} {options} cannot be built ({error}): the file or {CONFIG_NAME} beside it "
+            "is damaged or of another program"
+        ) from error
+    own = model.state_dict()
+    check_fit(opened.path, own, opened.state_dict, f"{name} {options}")
+    model.load_state_dict(move_tensors(opened.state_dict, own), assign=True)
     logger.log(f"{opened.path}: {describe(model)}")
     return model.to(device).eval()
 
 
 def load_model(source: str | Path, device: str | torch.device = "cpu", **options: Any) -> DiT:
-    """A model with its weights, in eval mode: `build_model` of `open_weights`."""
+    """Load a model with its weights, in eval mode: `open_weights`, then `build_model`."""
     return build_model(open_weights(source), device, **options)
 
 
-def check_fit(path: Path, own: dict[str, torch.Tensor], found: dict[str, torch.Tensor], what: str) -> None:
-    """Refuse a state dict that does not fit.
+def move_tensors(state: dict[str, torch.Tensor], own: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Empty a state dict into another one, each tensor contiguous, in memory of its own and of the model's format.
 
-    :param own: the model's state dict. :param what: the model, for the message.
-    :raises UserError: with the first keys that are missing, unknown or of another shape.
+    :param state: its tensors are let go one by one, so that those of another format are not in memory twice.
+    :param own: the model's state dict, with the same keys; its formats count, not its numbers.
+    """
+    moved, taken = {}, set()
+    for name in own:
+        value = state.pop(name).detach().to(own[name].dtype).contiguous()
+        memory = value.untyped_storage()
+        # In the file of another code tensors may be parts of one buffer, or the same one under two names.
+        if memory.nbytes() != value.nbytes or memory.data_ptr() in taken:
+            value = value.clone()
+        taken.add(value.untyped_storage().data_ptr())
+        moved[name] = value
+    return moved
+
+
+def check_fit(path: Path, own: dict[str, torch.Tensor], found: dict[str, torch.Tensor], what: str) -> None:
+    """Refuse a state dict that does not match a model.
+
+    :param own: the model's state dict. :param found: the state dict of the file. :param what: the model, for messages.
+    :raises UserError: when keys are missing, unknown or of another shape; the message has the first ones.
     """
     other = [f"{key} {tuple(found[key].shape)}" for key in own if key in found and found[key].shape != own[key].shape]
     faults = {
         "lacks": [key for key in own if key not in found],
-        "has beyond": [key for key in found if key not in own],
-        "has of another shape": other,
+        "has the unknown": [key for key in found if key not in own],
+        "has other shapes for": other,
     }
     said = [f"{verb} {', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''}" for verb, keys in faults.items() if keys]
     if said:
