@@ -7,7 +7,7 @@ MPI = ["mpi4py>=4.0", "mpich>=4.2"]
 DEMO = ["scikit-learn>=1.3", "matplotlib>=3.8"]
 WEB = ["gradio>=6.31"]
 TOOLS = ["pytest>=8.0", "pytest-timeout>=2.3", "ruff>=0.6", "build>=1.2", "setuptools>=77", "wheel", "mpmath>=1.3"]
-TOOLS += ["lmdb>=1.4", "torch-fidelity>=0.3", "selenium>=4.20"] + DEMO + MPI + WEB
+TOOLS += ["lmdb>=1.4", "torch-fidelity>=0.3", "selenium>=4.20", "webdataset>=1.0"] + DEMO + MPI + WEB
 TEST = TOOLS + ["tensorflow-cpu>=2.16; platform_machine == 'x86_64'"]  # no code for GPUs: quicker to install
 
 setup(

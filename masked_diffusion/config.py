@@ -93,7 +93,9 @@ class DiffusionConfig(Config):
 class DataConfig(Config):
     """data"""
 
-    data_dir: str = option("", "folder of images named CLASS_ANYTHING.jpg; subfolders are searched too")
+    data_dir: str = option(
+        "", "folder of images named CLASS_ANYTHING.jpg, with its subfolders; or a folder that pack_images.py wrote"
+    )
     latent_dir: str = option("", "latent cache written by scripts/encode_latents.py, instead of --data_dir")
     class_cond: bool = option(True, "train with class labels", changes_run=True)
     random_crop: bool = option(False, "crop at a random place and size, not the centre", changes_run=True)

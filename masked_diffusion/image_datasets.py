@@ -5,6 +5,7 @@ seed, epoch and image. Neither the number of ranks nor the number of data loadin
 """
 
 import hashlib
+import io
 import json
 import math
 import os
@@ -12,6 +13,7 @@ import random
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import blobfile as bf
 import numpy as np
@@ -20,6 +22,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from . import dist_util, logger
+from .image_shards import HEADER_NAME, UNFINISHED, DamagedShard, ImageShards, is_packed, shard_name
 from .utils.errors import UserError
 from .utils.loader_processes import LoaderIterator, init_loader_process
 from .utils.loader_processes import LoaderWorkerDied as LoaderWorkerDied  # what `next()` of `load_data` may raise
@@ -51,7 +54,8 @@ def load_data(
     `{"y": (batch_size,) int64}`. The stream is one permutation of all images after another. Each global batch is the
     next world_size * batch_size images of it, split into one block per rank.
 
-    :param data_dir: a folder, local or remote; all its subfolders are searched too.
+    :param data_dir: a folder, local or remote; all its subfolders are searched too. Or a folder
+        that scripts/pack_images.py made of it, which gives the same batches.
     :param batch_size: images per rank.
     :param class_cond: take labels from the file names; see `image_classes`.
     :param deterministic: keep the sorted order instead of shuffling.
@@ -111,15 +115,21 @@ def stream(
     )
 
 
-def list_image_files(data_dir: str) -> list[str]:
+def list_image_files(data_dir: str) -> Sequence[str]:
     """Paths of all images in a folder and its subfolders, in ADM's order: files and subfolders sorted together by name.
 
     If there are images of other formats, one log line counts them; they are ignored.
 
-    :raises UserError: when the folder does not exist or holds no image, or a subfolder cannot be read.
+    :return: a list; for a packed folder its `ImageShards`, a sequence of the paths that the images had.
+    :raises UserError: when the folder does not exist or holds no image, a subfolder cannot be read, or the shards and
+        the index of a packed folder do not fit.
     """
     if not data_dir:
         raise UserError("--data_dir is missing: name a folder of images")
+    if is_packed(data_dir):
+        shards = ImageShards(data_dir)
+        shards.check_shards()
+        return shards
     if not bf.isdir(data_dir):
         raise UserError(f"--data_dir {data_dir} is not a folder: name a folder of images")
     other_kinds = Counter()
@@ -127,6 +137,11 @@ def list_image_files(data_dir: str) -> list[str]:
     kinds = ", ".join(f".{extension} {count}" for extension, count in other_kinds.most_common())
     convert = "convert them to jpg or png"
     if not paths:
+        if any(bf.exists(bf.join(data_dir, name)) for name in (UNFINISHED, shard_name(0))):
+            raise UserError(
+                f"{data_dir} has been packed in part, {HEADER_NAME} is missing, which is written last: run "
+                "scripts/pack_images.py again, or copy the missing file"
+            )
         but = f", but {other_kinds.total()} of other formats ({kinds}): {convert}" if other_kinds else ""
         raise UserError(f"{data_dir} and its subfolders hold no image ({', '.join(EXTENSIONS)}){but}")
     if other_kinds:
@@ -159,8 +174,10 @@ def _list_image_files_recursively(folder: str, other_kinds: Counter | None = Non
     return paths
 
 
-def relative_names(paths: Sequence[str], data_dir: str) -> list[str]:
+def relative_names(paths: Sequence[str], data_dir: str) -> Sequence[str]:
     """Paths as `list_image_files(data_dir)` gives them -> names relative to `data_dir`."""
+    if isinstance(paths, ImageShards):
+        return paths.relative()
     return [path.removeprefix(data_dir).lstrip("/") for path in paths]
 
 
@@ -169,6 +186,8 @@ def data_signature(names: Sequence[str]) -> str:
 
     A latent cache records the same hash of its images (`files_sha256`).
     """
+    if isinstance(names, ImageShards):
+        return names.signature()
     return hashlib.sha256(json.dumps(list(names)).encode()).hexdigest()
 
 
@@ -178,6 +197,8 @@ def image_classes(paths: Sequence[str]) -> tuple[np.ndarray, list[str]]:
     :return: (len(paths),) int64 labels, and the sorted class names.
     :raises UserError: for a name without an underscore.
     """
+    if isinstance(paths, ImageShards):
+        return paths.classes()
     names = []
     for path in paths:
         name, underscore, _ = bf.basename(path).partition("_")
@@ -262,6 +283,7 @@ class ImageDataset(Dataset):
         on_bad_image: str = "error",
     ) -> None:
         self.resolution, self.image_paths = resolution, image_paths[shard::num_shards]
+        self.images = self.image_paths if isinstance(self.image_paths, ImageShards) else ImageFiles(self.image_paths)
         self.classes = None if classes is None else classes[shard::num_shards]
         self.random_crop, self.random_flip, self.seed = random_crop, random_flip, seed
         self.on_bad_image = on_bad_image
@@ -286,13 +308,46 @@ class ImageDataset(Dataset):
         """The index and the image; with `skip`, those of the first readable image from this index on."""
         for _ in range(len(self)):
             try:
-                return index, read_image(self.image_paths[index])
+                return index, decode_image(self.images.read(index), self.images.name(index))
             except UserError as error:
-                if self.on_bad_image == "error":
+                if self.on_bad_image == "error" or isinstance(error, DamagedShard):
                     raise
                 print(f"skipped: {error}", file=sys.stderr, flush=True)
                 index = (index + 1) % len(self)
         raise UserError(f"none of the {len(self)} images can be read, for example {self.image_paths[index]}")
+
+
+class ImageFiles:
+    """The bytes of image files by their index, as `ImageShards` has those of packed ones."""
+
+    def __init__(self, paths: Sequence[str]) -> None:
+        self.paths = paths
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def name(self, index: int) -> str:
+        """What an error calls an image."""
+        return self.paths[index]
+
+    def read(self, index: int) -> bytes:
+        """The bytes of a file.
+
+        :raises UserError: when it cannot be read; the message names it.
+        """
+        path = self.paths[index]
+        with _image_errors(path), bf.BlobFile(path, "rb") as file:
+            return file.read()
+
+
+@contextmanager
+def _image_errors(name):
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Exception as error:  # on damaged files Pillow's readers raise nearly anything
+        raise UserError(f"{name} cannot be read as an image ({error}): repair or remove it") from error
 
 
 def read_image(path: str) -> Image.Image:
@@ -301,13 +356,16 @@ def read_image(path: str) -> Image.Image:
     :raises UserError: for a file that does not exist, is not an image, is truncated or is a decompression bomb; the
         message names it.
     """
-    try:
-        with bf.BlobFile(path, "rb") as file, Image.open(file) as image:
-            return _to_rgb(image)
-    except MemoryError:
-        raise
-    except Exception as error:  # on damaged files Pillow's readers raise nearly anything
-        raise UserError(f"{path} cannot be read as an image ({error}): repair or remove it") from error
+    return decode_image(ImageFiles([path]).read(0), path)
+
+
+def decode_image(data: bytes, name: str) -> Image.Image:
+    """`read_image` of a file's bytes.
+
+    :param name: what an error calls it.
+    """
+    with _image_errors(name), Image.open(io.BytesIO(data)) as image:
+        return _to_rgb(image)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

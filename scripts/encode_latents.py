@@ -14,7 +14,9 @@ from masked_diffusion.utils.options import Config, option
 class EncodeConfig(Config):
     """encoding"""
 
-    data_dir: str = option("", "folder of images named CLASS_ANYTHING.jpg; subfolders are searched too")
+    data_dir: str = option(
+        "", "folder of images named CLASS_ANYTHING.jpg, with its subfolders; or a folder that pack_images.py wrote"
+    )
     latent_dir: str = option("", "folder to write the latent cache to")
     class_cond: bool = option(True, "store class labels")
     image_size: int = option(256, "height and width of the centre crops in pixels", at_least=1)

@@ -1,18 +1,25 @@
 import json
 import shutil
+from pathlib import Path
 from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 from fill import fill, tensor
-from helpers import DATA, crops
+from helpers import DATA, crops, pack, write_images
 from PIL import Image
 
 from masked_diffusion import create_model
 from masked_diffusion.weights.checkpoint import save_checkpoint
 
 torch.set_num_threads(min(4, torch.get_num_threads()))
+
+ODD_NAMES = [
+    "b_0.png", "b_0.jpg", "b_0.PNG", "b_0%png.png", "b_0.png.png", "b_0%2Epng.png", "b_1.5_x.png", ".c_2.png",
+    "c/b_0.png", "c/b_0.gif", "c.d/b_0.png", "c/d/b_0.png", "ä_ö.png", f"{'long/' * 15}a_{'x' * 120}.png",
+    "c_3..png", "c 4_(1).JPEG",
+]  # fmt: skip
 
 
 @pytest.fixture
@@ -104,3 +111,30 @@ def batches(tmp_path_factory):
     np.savez_compressed(folder / "other_seed.npz", (crops(120, seed=2) * 0.8).astype(np.uint8))
     write_small_graph(folder / "small.pb")
     return folder
+
+
+@pytest.fixture(scope="module")
+def odd_folder(tmp_path_factory):
+    """Images of odd names, sizes and kinds; one asks for a rotation, one is tiny."""
+    folder = tmp_path_factory.mktemp("folder")
+    write_images(folder, ODD_NAMES, size=(20, 17))
+    write_images(folder, [f"{'abc'[i % 3]}_1{i}.jpg" for i in range(7)], size=(17, 33))
+    pixels = np.random.default_rng(1).integers(0, 256, (40, 30, 4), dtype=np.uint8)
+    Image.fromarray(pixels, "CMYK").save(folder / "a_cmyk.jpg")
+    Image.fromarray(pixels[:, :, 0]).save(folder / "a_grey.jpg")
+    exif = Image.Exif()
+    exif[0x112] = 6
+    Image.fromarray(pixels[:, :, :3]).save(folder / "a_rotated.jpg", exif=exif)
+    Image.fromarray(pixels[:3, :3, :3]).save(folder / "a_tiny.png")
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def packed_folder(odd_folder, tmp_path_factory):
+    return pack(odd_folder, tmp_path_factory.mktemp("packed") / "out")
+
+
+@pytest.fixture
+def packed_copy(packed_folder, tmp_path):
+    """A copy of the packed folder, to damage."""
+    return Path(shutil.copytree(packed_folder, tmp_path / "copy"))

@@ -19,7 +19,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from evaluations import console, evaluator
-from masked_diffusion import create_diffusion, create_model, logger, script_util
+from masked_diffusion import create_diffusion, create_model, image_packing, logger, script_util
 from masked_diffusion.config import RunConfig, SampleConfig
 from masked_diffusion.guidance import Guidance
 from masked_diffusion.latents.autoencoder import IdentityFirstStage
@@ -157,6 +157,26 @@ def fork(script, flags, ranks=1, kills=0, kill_seed=0, first=0.2, last=2.0, chec
     result = subprocess.run([*command, *flags], capture_output=True, text=True, timeout=280)
     assert not check or result.returncode == 0, result.stdout + result.stderr
     return result
+
+
+# ---------------------------------------------------------------- packed images
+
+
+def pack(folder, out, **options):
+    options = {
+        "shard_size": 5,
+        "class_cond": True,
+        "on_bad_image": "error",
+        "num_workers": 0,
+        "verify": False,
+    } | options
+    image_packing.pack_images(data_dir=str(folder), out=str(out), **options)
+    return str(out)
+
+
+def contents(out):
+    """Every file that packing makes, by name."""
+    return {path.name: path.read_bytes() for path in Path(out).iterdir() if path.name != "log.txt"}
 
 
 # ---------------------------------------------------------------- sampling

@@ -222,7 +222,7 @@ def encode_latents(
         rows = cache.rows(shard)
         latents = np.concatenate([next(encoded) for _ in range(0, len(rows), batch_size)])
         own_labels = labels[rows.start : rows.stop].tolist() if class_cond else None
-        cache.write(shard, latents, files[rows.start : rows.stop], own_labels)
+        cache.write(shard, latents, list(files[rows.start : rows.stop]), own_labels)
     dist_util.barrier()
 
 

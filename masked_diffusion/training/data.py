@@ -1,6 +1,6 @@
 """The training data: images of a folder, or their cached latents."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -31,7 +31,7 @@ class TrainingData(NamedTuple):
     :param load: a function of the keywords `first_stage`, `seed` and `start_step` that returns the stream of batches.
     """
 
-    names: list[str]
+    names: Sequence[str]
     labels: np.ndarray | None
     class_names: list[str]
     signature: str

@@ -8,13 +8,14 @@ from typing import Any, NamedTuple
 import blobfile as bf
 import numpy as np
 import torch.nn as nn
-from PIL import ExifTags, Image
 
 from .. import logger
 from ..config import RunConfig, TrainConfig
+from ..image_shards import ImageShards
 from ..utils.errors import UserError
 from ..utils.flag_values import split_numbers
 from ..utils.flops import forward_flops
+from ..utils.image_headers import read_header
 
 SHOWN_CLASSES, SHOWN_BAD_IMAGES, BAR = 10, 20, 40
 PAPER_MASK_RATIO = 0.3
@@ -36,18 +37,23 @@ class Inspection(NamedTuple):
 
 
 def inspect_images(paths: Sequence[str], image_size: int, num_threads: int = 16) -> Inspection:
-    """Read the header of every image."""
+    """Read the header of every image; of packed images, the index that has them."""
 
     def inspect(path: str) -> tuple[str | None, bool, bool]:
         try:
-            with bf.BlobFile(path, "rb") as file, Image.open(file) as image:
-                (width, height), rotated = image.size, _is_rotated(image)
+            with bf.BlobFile(path, "rb") as file:
+                width, height, rotated = read_header(file)
         except MemoryError:
             raise
         except Exception as error:  # on damaged files Pillow's readers raise nearly anything
             return f"cannot be read: {error}", False, False
         return None, rotated, 2 * min(width, height) < image_size
 
+    if isinstance(paths, ImageShards):
+        small = 2 * paths.sizes().min(axis=1) < image_size
+        return Inspection(
+            [], [paths[i] for i in np.flatnonzero(paths.rotated())], [paths[i] for i in np.flatnonzero(small)]
+        )
     with ThreadPoolExecutor(num_threads) as pool:
         found = list(zip(paths, pool.map(inspect, paths, chunksize=64), strict=True))
     return Inspection(
@@ -57,17 +63,9 @@ def inspect_images(paths: Sequence[str], image_size: int, num_threads: int = 16)
     )
 
 
-def _is_rotated(image: Image.Image) -> bool:
-    # In a PNG, EXIF data may follow the pixels, and Pillow would decode all of them to reach it.
-    if "exif" not in image.info:
-        return False
-    try:
-        return image.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9)
-    except Exception:  # damaged EXIF data does not make an image bad, since training does not read it
-        return False
-
-
-def check_images(paths: Sequence[str], image_size: int, on_bad_image: str, data_dir: str = "--data_dir") -> list[str]:
+def check_images(
+    paths: Sequence[str], image_size: int, on_bad_image: str, data_dir: str = "--data_dir"
+) -> Sequence[str]:
     """The paths to train on: those of images that `inspect_images` does not find bad. Bad images are logged.
 
     :param on_bad_image: `error`, or `skip` to leave bad images out.
@@ -101,8 +99,11 @@ def check_images(paths: Sequence[str], image_size: int, on_bad_image: str, data_
                 f"{len(bad)} images cannot be used, the first: {path} {reason}; repair or remove them, or skip them "
                 "with --on_bad_image skip"
             )
+    if not bad:
+        return paths
     skipped = {path for path, _ in bad}
-    return [path for path in paths if path not in skipped]
+    kept = [index for index, path in enumerate(paths) if path not in skipped]
+    return paths.take(kept) if isinstance(paths, ImageShards) else [paths[index] for index in kept]
 
 
 # ---------------------------------------------------------------- the classes

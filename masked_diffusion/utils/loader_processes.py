@@ -78,10 +78,10 @@ class LoaderIterator:
         except UserError as error:
             if not str(error).startswith("Caught "):  # torch's heading over the traceback of a loader process
                 raise
-            sentence = re.split(r"^(?:\w+\.)*UserError: ", str(error), flags=re.MULTILINE)[-1]
+            sentence = re.split(rf"^(?:\w+\.)*{type(error).__name__}: ", str(error), flags=re.MULTILINE)[-1]
             # Remove the frames: they refer to the loader in a reference cycle. If the garbage collector has to free
             # it, its processes are not told to end, and torch waits 5 s for each of them.
-            raise UserError(sentence.strip()) from error.with_traceback(None)
+            raise type(error)(sentence.strip()) from error.with_traceback(None)
         except RuntimeError as error:
             sentence = _explain_death(str(error))
             if sentence is None:
