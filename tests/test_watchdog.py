@@ -58,7 +58,7 @@ def test_training_says_in_which_phase_it_hangs(tmp_path, ended):
         yield next(batches)
         yield next(batches)
         wait_for(lambda: ended)
-        yield next(batches)
+        yield from batches
 
     loop.data = stuck_at_the_third()
     loop.run_loop()
