@@ -173,7 +173,7 @@ def test_a_class_that_is_lost_is_named(tmp_path):
 
 def test_images_without_classes(tmp_path):
     write_images(tmp_path / "images", ["one.png", "two.png"])
-    with pytest.raises(UserError, match=r"one\.png carries no class"):
+    with pytest.raises(UserError, match=r"one\.png has no class in its name"):
         pack(tmp_path / "images", tmp_path / "out")
     out = pack(tmp_path / "images", tmp_path / "out", class_cond=False)
     assert next(load_data(data_dir=out, batch_size=2, image_size=8, num_workers=0))[1] == {}
