@@ -62,4 +62,4 @@ def test_training_says_in_which_phase_it_hangs(tmp_path, ended):
 
     loop.data = stuck_at_the_third()
     loop.run_loop()
-    assert ended == [watchdog.HANGS] and "hangs in loading data" in (tmp_path / "rank0.txt").read_text()
+    assert ended == [watchdog.HANGS] and "hangs in loading the data of step 2" in (tmp_path / "rank0.txt").read_text()
