@@ -26,5 +26,5 @@ def test_a_vae_from_a_folder(vae_folder):
 
 def test_missing_weights_say_what_to_fetch(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(ValueError, match=r"fetch config\.json and diffusion_pytorch_model\.safetensors"):
+    with pytest.raises(ValueError, match=r"download config\.json and diffusion_pytorch_model\.safetensors"):
         create_first_stage(str(tmp_path))

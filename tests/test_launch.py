@@ -104,7 +104,7 @@ def test_what_the_user_must_mend_is_said_once_and_not_restarted(tmp_path):
     (tmp_path / "empty").mkdir()
     env = environment(tmp_path / "log", "empty", NUM_GPUS=2, MAX_RESTARTS=3)
     result = subprocess.run([REPO / "run.sh"], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=200)
-    assert result.returncode != 0 and result.stderr.count("error: empty holds no image") == 1
+    assert result.returncode != 0 and result.stderr.count("error: empty and its subfolders hold no image") == 1
     assert result.stderr.count("torchrun is told to end the job") == 1
     assert "restart" not in result.stderr.lower().replace("torchrun is told to end the job", "")
 

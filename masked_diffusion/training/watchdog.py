@@ -6,6 +6,7 @@ import socket
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -57,7 +58,9 @@ class Watchdog:
                 )
 
     def _end(self, message: str) -> None:
-        message = f"{message} (--hang_timeout {self.timeout:g}); stacks of all threads:\n"
+        main = sys._current_frames().get(threading.main_thread().ident)
+        message = f"{message} (--hang_timeout {self.timeout:g}); stack of the main thread, then of all:\n"
+        message += "".join(traceback.format_stack(main))
         sys.stderr.write(message)
         faulthandler.dump_traceback(sys.__stderr__)
         with suppress(OSError), Path(self.log_dir, f"rank{dist_util.get_rank()}.txt").open("a") as file:
