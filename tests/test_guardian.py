@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers import make_loop, stream, tensors, trained
 
+from masked_diffusion import dist_util
 from masked_diffusion.training.guardian import Guardian, TrainingFault
 from masked_diffusion.utils.errors import UserError
 from masked_diffusion.weights import checkpoint
@@ -76,6 +77,18 @@ def test_a_spike_is_reported_with_its_files(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "step 41: the loss" in out and "standard deviations above its mean" in out
     assert re.search(r"loss \d+\.\d{4}  t \d+  label \d  file40_\d\.png", out)
+
+
+def test_a_spike_names_the_worst_samples_of_all_ranks(tmp_path, capsys, monkeypatch):
+    gather = dist_util.gather_objects
+    other = [(1e9, 5, 3, "of_rank_1.png")]
+    monkeypatch.setattr(dist_util, "gather_objects", lambda value: [*gather(value), other])
+    loop = make_loop(tmp_path, max_steps=41, log_interval=100, spike_zscore=5.0, mask_ratio=None)
+    planted(loop, {(40, 0): 300.0}).run_loop()
+    lines = capsys.readouterr().out.splitlines()
+    first = next(i for i, line in enumerate(lines) if "is a spike" in line)
+    assert lines[first + 1] == "  loss 1000000000.0000  t 5  label 3  of_rank_1.png"
+    assert "image_40_" in lines[first + 2] and len([line for line in lines if line.startswith("  loss ")]) == 8
 
 
 def test_a_spike_rolls_back_to_the_last_checkpoint_with_other_data(tmp_path, capsys):

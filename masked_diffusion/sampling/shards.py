@@ -190,7 +190,7 @@ def draw_samples(
 class _Progress:
     """Images of all ranks, shown by rank 0. Its cost does not grow with them."""
 
-    def __init__(self, key, total):
+    def __init__(self, key: str, total: int):
         self.key, self.total = key, total
         self.before = dist_util.add_to_count(key, 0)  # of an earlier call in this process
         dist_util.host_barrier()
@@ -198,10 +198,10 @@ class _Progress:
         self.start = self.last_log = time.perf_counter()
         self.shown = 0
 
-    def add(self, count):
+    def add(self, count: int) -> None:
         self._show(dist_util.add_to_count(self.key, count) - self.before)
 
-    def wait(self):
+    def wait(self) -> None:
         dist_util.host_barrier((lambda: self.add(0)) if dist_util.is_main() else None)
         self._show(self.total)
         self.bar.close()

@@ -4,6 +4,7 @@ All run on the trained discrete schedule, with guidance. The learned variance be
 uses it, all others follow the ODE or SDE of the schedule and use the prediction alone.
 """
 
+from collections.abc import Callable, Iterator
 from importlib import import_module
 from typing import Any
 
@@ -60,7 +61,14 @@ class DiffusionSolver:
         self.step = diffusion.ddim_sample if use_ddim else diffusion.p_sample
         self.num_evaluations = diffusion.num_timesteps
 
-    def progressive(self, denoise, noise, clip_denoised=False, model_kwargs=None, randn_like=torch.randn_like):
+    def progressive(
+        self,
+        denoise: Callable[..., torch.Tensor],
+        noise: torch.Tensor,
+        clip_denoised: bool = False,
+        model_kwargs: dict[str, Any] | None = None,
+        randn_like: Callable[[torch.Tensor], torch.Tensor] = torch.randn_like,
+    ) -> Iterator[dict[str, torch.Tensor]]:
         """Samples, step by step.
 
         :param denoise: `denoise(x, t, **model_kwargs)` -> (N, C or 2C, H, W), with t in the trained schedule.
@@ -88,7 +96,7 @@ class SchedulerSolver:
         self.num_steps = int(text)
         self.num_evaluations = 2 * self.num_steps - 1 if name == "heun" else self.num_steps
 
-    def make_scheduler(self, device):
+    def make_scheduler(self, device: torch.device) -> Any:
         """A fresh scheduler: each holds the state of one run."""
         class_name, options = SCHEDULERS[self.name]
         scheduler = getattr(import_module("diffusers"), class_name)(trained_betas=self.diffusion.betas, **options)
@@ -101,7 +109,14 @@ class SchedulerSolver:
         return scheduler
 
     @torch.no_grad()
-    def progressive(self, denoise, noise, clip_denoised=False, model_kwargs=None, randn_like=torch.randn_like):
+    def progressive(
+        self,
+        denoise: Callable[..., torch.Tensor],
+        noise: torch.Tensor,
+        clip_denoised: bool = False,
+        model_kwargs: dict[str, Any] | None = None,
+        randn_like: Callable[[torch.Tensor], torch.Tensor] = torch.randn_like,
+    ) -> Iterator[dict[str, torch.Tensor]]:
         """As `DiffusionSolver.progressive`; only `sde-dpm++` has noise on the way."""
         scheduler = self.make_scheduler(noise.device)
         x = noise * scheduler.init_noise_sigma
