@@ -56,7 +56,8 @@ class DiT(BlockModel):
     ):  # fmt: skip
         super().__init__()
         if input_size % patch_size:
-            raise UserError(f"input_size ({input_size}) must be a multiple of patch_size ({patch_size})")
+            sizes = f"input_size ({input_size}) must be a multiple of patch_size ({patch_size})"
+            raise UserError(f"{sizes}: choose another --image_size")
         if not 0 <= class_dropout_prob < 1:
             raise UserError(f"class_dropout_prob is {class_dropout_prob}: it must lie in [0, 1)")
         if num_classes < 0:
@@ -299,7 +300,7 @@ class MDTv2(MDT):
         half, odd = divmod(self.depth - self.decode_layer, 2)
         if odd:
             numbers = f"depth ({self.depth}) - decode_layer ({self.decode_layer})"
-            raise UserError(f"{numbers} must be even, since the encoder has two equal halves")
+            raise UserError(f"{numbers} must be even, for two equal halves: choose another --decode_layer")
         return {
             "en_inblocks": self.make_blocks(half),
             "en_outblocks": self.make_blocks(half, skip=True),

@@ -239,7 +239,8 @@ def test_metrics_after_a_resume_go_on_where_the_checkpoint_was(tmp_path):
     [
         ({"data_dir": ""}, "--data_dir is missing"),
         ({"model": "MDTv2_Huge_2"}, "no model is called 'MDTv2_Huge_2'"),
-        ({"decode_layer": 1}, "must be even"),
+        ({"decode_layer": 1}, "must be even, for two equal halves: choose another --decode_layer"),
+        ({"image_size": 7}, "input_size (7) must be a multiple of patch_size (2): choose another --image_size"),
         ({"num_classes": 2}, "has 3 classes (a, b, c, ...), more than --num_classes 2"),
         ({"batch_size": 64}, "holds 24 images, fewer than one global batch of 64"),
         ({"resume_checkpoint": "nowhere/model000001.pt"}, "nowhere/model000001.pt does not exist"),
