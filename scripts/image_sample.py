@@ -1,4 +1,4 @@
-"""Draw images into samples_{N}x{H}x{W}x{C}.npz. Run the same command again to go on where it stopped."""
+"""Draw images into samples_{N}x{H}x{W}x{C}.npz. Run the same command again to resume where it stopped."""
 
 from dataclasses import dataclass, field
 from functools import partial

@@ -174,7 +174,7 @@ def test_other_class_names_or_files_are_refused(images, tmp_path, monkeypatch, c
     for path in folder.glob("a_*.png"):
         path.rename(folder / f"dog{path.name[1:]}")
     error = refused(monkeypatch, capsys, train_flags(folder, log_dir, max_steps=2))
-    assert "the class names was 'a' for label 0" in error and "now it is 'b'" in error
+    assert "the list of class names was 'a' for label 0" in error and "now it is 'b'" in error
 
 
 @pytest.mark.parametrize(
@@ -312,7 +312,7 @@ def test_resuming_compares_what_changes_a_run_and_nothing_else():
     assert list(find_differences(masked, masked.replaced(compile=True, exact_lengths=True))) == []
     assert list(find_differences(config, config.replaced(compile=True))) == []
     ((name, before, now),) = find_differences(config, config.replaced(classes=("cat", "eel")))
-    assert (name, before, now) == ("the class names", "'dog' for label 1", "'eel'")
+    assert (name, before, now) == ("the list of class names", "'dog' for label 1", "'eel'")
     ((name, *_),) = find_differences(config, config.replaced(data_signature="bb"))
     assert name == "the list of image files"
     assert list(find_differences(RunConfig(), config)) == [], "an older configuration has neither classes nor signature"

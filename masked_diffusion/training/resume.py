@@ -256,7 +256,7 @@ def find_differences(before: RunConfig, now: RunConfig) -> Iterator[tuple[str, A
     if None not in (before.global_batch, now.global_batch) and before.global_batch != now.global_batch:
         yield "the global batch (--batch_size times the number of ranks)", before.global_batch, now.global_batch
     if before.classes and before.classes != now.classes:
-        yield "the class names", *_first_difference(before.classes, now.classes)
+        yield "the list of class names", *_first_difference(before.classes, now.classes)
     elif None not in (before.data_signature, now.data_signature) and before.data_signature != now.data_signature:
         yield "the list of image files", before.data_signature[:12], now.data_signature[:12]
 
