@@ -7,9 +7,11 @@ import platform
 import resource
 import statistics
 import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
@@ -20,7 +22,8 @@ from typing_extensions import Self
 from masked_diffusion import create_diffusion, create_model, script_util
 from masked_diffusion.config import OPTIMIZERS
 from masked_diffusion.guidance import Guidance, GuidedDenoiser
-from masked_diffusion.layers.attention import Attention
+from masked_diffusion.layers.attention import Attention, RelativePositionBias
+from masked_diffusion.models import DiT
 from masked_diffusion.training.objective import TwoPassObjective
 from masked_diffusion.training.optim import create_optimizer, default_grad_clip
 from masked_diffusion.utils.errors import UserError
@@ -29,6 +32,7 @@ from masked_diffusion.utils.flops import forward_flops
 from masked_diffusion.utils.options import Config, option
 from masked_diffusion.utils.precision import PRECISIONS, autocast, check_precision, set_matmul_precision
 
+Step = Callable[[], torch.Tensor]  # one step, which returns its loss
 WARMUP_STEPS = 2
 # name: precision, whether blocks are compiled, whether attention is written out as in the published code
 VARIANTS = {
@@ -89,12 +93,12 @@ class BenchmarkConfig(Config):
 # ---------------------------------------------------------------- what is measured
 
 
-def model_options(config):
+def model_options(config: BenchmarkConfig) -> dict[str, Any]:
     options = {"input_size": config.input_size, "mask_ratio": config.mask_ratio, "decode_layer": config.decode_layer}
     return {key: value for key, value in options.items() if value is not None}
 
 
-def build_model(config):
+def build_model(config: BenchmarkConfig) -> DiT:
     """The model in training mode; what starts at zero gets small random weights, so that every gradient flows."""
     torch.manual_seed(0)
     model = create_model(config.model, **model_options(config))
@@ -106,7 +110,7 @@ def build_model(config):
     return model.to(config.device)
 
 
-def training_step(model, config, precision):
+def training_step(model: DiT, config: BenchmarkConfig, precision: str) -> tuple[Step, int | None]:
     """Both passes forward and backward, and the optimizer's step if one is named; no VAE, and no gradient scaler.
 
     Every step has the same numbers, with the mask ratio in the middle of its range and the kept length rounded as
@@ -135,7 +139,7 @@ def training_step(model, config, precision):
     return step, draws["ids_keep"].shape[1] if objective.masked else None
 
 
-def sampling_step(model, config, precision):
+def sampling_step(model: DiT, config: BenchmarkConfig, precision: str) -> tuple[Step, None]:
     """One denoising step of the batch with guidance, which is two rows of the network per image.
 
     :return: a function without arguments that returns the mean square of the result; None.
@@ -157,7 +161,7 @@ def sampling_step(model, config, precision):
     return step, None
 
 
-def naive_bias(self, ids_keep):
+def naive_bias(self: RelativePositionBias, ids_keep: torch.Tensor | None) -> torch.Tensor:
     """The relative position bias as in the published code: expanded to all samples and pairs, then gathered twice."""
     index = self.relative_position_index
     bias = self.relative_position_bias_table[index.view(-1)].view(*index.shape, -1).permute(2, 0, 1).contiguous()
@@ -168,7 +172,7 @@ def naive_bias(self, ids_keep):
     return bias.gather(3, ids_keep[:, None, None, :].expand(-1, heads, kept, -1))
 
 
-def naive_forward(self, x, pair_index=None):
+def naive_forward(self: Attention, x: torch.Tensor, pair_index: torch.Tensor | None = None) -> torch.Tensor:
     """`Attention.forward` written out: softmax(q k^T scale + bias) v. Here `pair_index` is the (N, K) kept ids."""
     n, tokens, dim = x.shape
     q, k, v = self.qkv(x).reshape(n, tokens, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
@@ -179,7 +183,7 @@ def naive_forward(self, x, pair_index=None):
 
 
 @contextmanager
-def naive_attention():
+def naive_attention() -> Iterator[None]:
     """Attention as the published code has it, for comparison."""
     with (
         mock.patch.object(Attention, "forward", naive_forward),
@@ -191,7 +195,7 @@ def naive_attention():
 # ---------------------------------------------------------------- measuring
 
 
-def counted_flops(config, num_kept=None):
+def counted_flops(config: BenchmarkConfig, num_kept: int | None = None) -> int:
     """FLOP of one image's forward pass from PyTorch's counter, which reads shapes: nothing is computed.
 
     The counter knows no fused attention of the CPU, so attention goes through its matrix products.
@@ -205,7 +209,7 @@ def counted_flops(config, num_kept=None):
     return counter.get_total_flops()
 
 
-def flops_per_image(config, model, num_kept):
+def flops_per_image(config: BenchmarkConfig, model: DiT, num_kept: int | None) -> int:
     """FLOP that one image needs in a step, in closed form; activations computed twice count once.
 
     :raises UserError: when PyTorch's counter finds another number for a forward pass.
@@ -220,12 +224,12 @@ def flops_per_image(config, model, num_kept):
     return forward * (3 if config.mode == "train" else 2)
 
 
-def synchronize(device):
+def synchronize(device: str) -> None:
     if device == "cuda":
         torch.cuda.synchronize()
 
 
-def timed(step, device):
+def timed(step: Step, device: str) -> float:
     """Seconds of one call, to the end of its work on the device."""
     synchronize(device)
     start = time.perf_counter()
@@ -234,7 +238,7 @@ def timed(step, device):
     return time.perf_counter() - start
 
 
-def matmul_peak(device, precision):
+def matmul_peak(device: str, precision: str) -> float:
     """FLOP/s of the fastest of ten large square matrix products in `precision`."""
     set_matmul_precision(precision)
     size = 8192 if device == "cuda" else 2048
@@ -242,7 +246,7 @@ def matmul_peak(device, precision):
     return 2 * size**3 / min(timed(lambda: a @ b, device) for _ in range(10))
 
 
-def peak_memory(config):
+def peak_memory(config: BenchmarkConfig) -> float | None:
     """MiB: of the allocator on a GPU; on a CPU the process's largest resident size so far, Python included.
 
     None under `--compare`, where the models of all variants are in memory.
@@ -268,7 +272,7 @@ class Variant:
         make_step = training_step if config.mode == "train" else sampling_step
         self.step, self.num_kept = make_step(model, config, precision)
 
-    def run(self, record=True):
+    def run(self, record: bool = True) -> None:
         """One step in this variant's settings."""
         set_matmul_precision(self.precision)
         if self.config.device == "cuda":
@@ -279,7 +283,7 @@ class Variant:
             self.seconds.append(seconds)
         self.memory = peak_memory(self.config)
 
-    def row(self, peak):
+    def row(self, peak: float) -> dict[str, Any]:
         # The fastest step is the program's own: whatever else runs on the machine can only make a step slower.
         seconds, flops = min(self.seconds), flops_per_image(self.config, self.model, self.num_kept)
         with naive_attention() if self.naive else nullcontext():
@@ -297,14 +301,14 @@ class Variant:
         }
 
 
-def make_variants(config):
+def make_variants(config: BenchmarkConfig) -> list[Variant]:
     model = build_model(config)
     if not config.compare:
         return [Variant(config, config.mode, model, config.precision, config.compile, False)]
     return [Variant(config, name, copy.deepcopy(model), *how) for name, how in VARIANTS.items()]
 
 
-def measure(config):
+def measure(config: BenchmarkConfig) -> tuple[list[dict[str, Any]], dict[str, float]]:
     """A row for each variant; their steps take turns, so that what else the machine does hits all alike."""
     variants = make_variants(config)
     for variant in variants:
@@ -323,7 +327,7 @@ def measure(config):
 # ---------------------------------------------------------------- reporting
 
 
-def device_name(device):
+def device_name(device: str) -> str:
     if device == "cuda":
         return torch.cuda.get_device_name()
     cpuinfo = Path("/proc/cpuinfo")
@@ -332,7 +336,7 @@ def device_name(device):
     return f"{os.cpu_count()} cores of {names[0] if names else platform.processor()}"
 
 
-def format_table(rows):
+def format_table(rows: list[dict[str, Any]]) -> str:
     """Aligned text with one line per row and the columns that some row has."""
     columns = {key: form for key, form in COLUMNS.items() if any(row.get(key) is not None for row in rows)}
     cells = [list(columns)] + [[form.format(row[key]) for key, form in columns.items()] for row in rows]
@@ -340,7 +344,7 @@ def format_table(rows):
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in cells)
 
 
-def main():
+def main() -> None:
     config = script_util.parse_flags(BenchmarkConfig, __doc__).resolved()
     torch.set_num_threads(config.threads)
     rows, peaks = measure(config)

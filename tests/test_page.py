@@ -388,7 +388,11 @@ class Window:
         search = self.find("#class input")
         search.click()
         search.send_keys(Keys.CONTROL, "a")
-        search.send_keys(text, Keys.ENTER)
+        search.send_keys(text)
+        # Only once the list is filtered does Enter choose from it.
+        wait(lambda: len(self.driver.find_elements("css selector", "[role='option']")) == 1)
+        search.send_keys(Keys.ENTER)
+        wait(lambda: search.get_attribute("value") != text)
         return search.get_attribute("value")
 
     def press(self, button, line):

@@ -11,9 +11,11 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import gradio as gr
 import web_requests
@@ -82,7 +84,7 @@ class Page(gr.Blocks):
         return await super().preprocess_data(block_fn, inputs, *args, **kwargs)
 
 
-def named_files(value):
+def named_files(value: Any) -> Iterator[Any]:
     """What gradio could take for the path of a file, anywhere in a JSON value."""
     if isinstance(value, dict):
         if "path" in value:
@@ -93,7 +95,7 @@ def named_files(value):
             yield from named_files(part)
 
 
-def is_upload(path):
+def is_upload(path: Any) -> bool:
     folder = Path(get_upload_folder()).resolve()
     return isinstance(path, str) and folder in Path(path).resolve().parents
 
@@ -117,7 +119,7 @@ class BodyLimit:
 
 
 @contextmanager
-def errors_shown():
+def errors_shown() -> Iterator[None]:
     """What is wrong with a request is shown in the browser."""
     try:
         yield
@@ -143,25 +145,25 @@ class Studio:
             guidance.cfg_scale, guidance.scale_pow,
         )  # fmt: skip
 
-    def check(self, *values):
+    def check(self, *values: Any) -> web_requests.Request:
         return web_requests.check_request(self.limits, self.weights.model.num_classes, *values)
 
-    def class_choices(self):
+    def class_choices(self) -> list[tuple[str, int]]:
         """Pairs of what is shown and its label."""
         labels = range(max(self.weights.model.num_classes, 1))
         return [(self.name_of(label), label) for label in labels]
 
-    def name_of(self, label):
+    def name_of(self, label: int) -> str:
         name = self.weights.class_names[label] if self.weights.class_names else str(label)
         return name if name == str(label) else f"{label}  {name}"
 
-    def draw(self, *values):
+    def draw(self, *values: Any) -> Iterator[tuple]:
         """The values of `Request`, in its order -> what `show` yields."""
         with errors_shown():
             request = self.check(*values)
             yield from self.show(request, web_requests.draw(self.config, self.weights, request))
 
-    def fill(self, painting, resamplings, *values):
+    def fill(self, painting: Any, resamplings: Any, *values: Any) -> Iterator[tuple]:
         """What the editor holds, resamplings, and the values of `Request` -> what `show` yields."""
         with errors_shown():
             request = self.check(*values)
@@ -169,7 +171,7 @@ class Studio:
             job = web_requests.fill(self.config, self.weights, request, image, hole, resamplings)
             yield from self.show(request, job)
 
-    def show(self, request, job):
+    def show(self, request: web_requests.Request, job: Iterator[web_requests.Progress]) -> Iterator[tuple]:
         """The view, a line of text, the download and the images, as a job goes on."""
         start = time.perf_counter()
         yield gr.skip(), "Starting ...", gr.DownloadButton(interactive=False), gr.skip()
@@ -183,7 +185,7 @@ class Studio:
         line += f"{progress.total} steps in {seconds:.1f} s"
         yield view, line, gr.DownloadButton(value=path, interactive=True), progress.images
 
-    def take(self, images, event: gr.SelectData):
+    def take(self, images: Any, event: gr.SelectData) -> Any:
         """The image that was clicked goes into the editor."""
         with errors_shown():
             image = web_requests.clicked(images, event.index)
@@ -193,7 +195,7 @@ class Studio:
 # ---------------------------------------------------------------- the page
 
 
-def build_page(studio):
+def build_page(studio: Studio) -> gr.Blocks:
     """The widgets, and which of them do what."""
     with Page(title="Masked diffusion", analytics_enabled=False, delete_cache=(CACHE_SECONDS, CACHE_SECONDS)) as page:
         gr.Markdown(f"# Masked diffusion\n{describe(studio.weights.model)}, images of {studio.size}x{studio.size}")
@@ -232,7 +234,7 @@ def build_page(studio):
     return page.queue(max_size=MAX_WAITING, api_open=False)
 
 
-def add_settings(studio):
+def add_settings(studio: Studio) -> list:
     """The widgets of a `Request`'s values, in its order."""
     initial, limits = studio.initial, studio.limits
     with gr.Row(equal_height=True):
@@ -258,7 +260,7 @@ def add_settings(studio):
     return [label, count, seed, solver, steps, scale, power]
 
 
-def add_editor(size):
+def add_editor(size: int) -> gr.ImageEditor:
     editor = gr.ImageEditor(
         show_label=False, placeholder="Click one of the images, or upload one", sources=("upload",), transforms=(),
         layers=False, format="png", height=PANE, canvas_size=(web_requests.VIEW, web_requests.VIEW),
@@ -269,7 +271,7 @@ def add_editor(size):
     return editor
 
 
-def serve(page, host, port):
+def serve(page: gr.Blocks, host: str, port: int) -> None:
     """Serve a page until it is interrupted.
 
     :raises OSError: when the address cannot be had.
@@ -289,7 +291,7 @@ def serve(page, host, port):
     page.block_thread()
 
 
-def main():
+def main() -> None:
     flags = parse_flags()
     page, limits = flags.page, web_requests.Limits(flags.page.max_images, flags.page.max_steps)
     Image.MAX_IMAGE_PIXELS = web_requests.LONGEST_SIDE**2  # twice as many are refused before they are decoded

@@ -1,17 +1,19 @@
 """The web page without its widgets: what a browser asks for is checked, then drawn step by step."""
 
 import math
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 
-from masked_diffusion.config import SOLVERS
+from masked_diffusion.config import SOLVERS, SampleConfig
 from masked_diffusion.image_datasets import center_crop_arr
 from masked_diffusion.sampling import editing
-from masked_diffusion.sampling.build import make_image_sampler
+from masked_diffusion.sampling.build import LoadedWeights, make_image_sampler
+from masked_diffusion.sampling.image_sampler import ImageSampler
 from masked_diffusion.utils.errors import UserError
 from masked_diffusion.utils.pictures import make_grid
 
@@ -51,7 +53,7 @@ class Request:
     scale_pow: float
 
 
-def whole_number(name, value, first, last):
+def whole_number(name: str, value: Any, first: int, last: int) -> int:
     """An int in [first, last]; browsers send 3 and 3.0 alike.
 
     :raises UserError: for anything else.
@@ -61,7 +63,7 @@ def whole_number(name, value, first, last):
     return int(value)
 
 
-def number(name, value, first, last):
+def number(name: str, value: Any, first: float, last: float) -> float:
     """A float in [first, last].
 
     :raises UserError: for anything else.
@@ -71,13 +73,23 @@ def number(name, value, first, last):
     return float(value)
 
 
-def shorten(value):
+def shorten(value: Any) -> str:
     """A value for a message, which a browser may have made long."""
     text = repr(value)
     return text if len(text) <= 40 else text[:40] + "..."
 
 
-def check_request(limits, num_classes, label, count, seed, solver, steps, cfg_scale, scale_pow):
+def check_request(
+    limits: Limits,
+    num_classes: int,
+    label: Any,
+    count: Any,
+    seed: Any,
+    solver: Any,
+    steps: Any,
+    cfg_scale: Any,
+    scale_pow: Any,
+) -> Request:
     """A `Request` of values as they came, of any type.
 
     :raises UserError: for the first value that is of another type or out of its range.
@@ -95,7 +107,7 @@ def check_request(limits, num_classes, label, count, seed, solver, steps, cfg_sc
     )
 
 
-def check_painting(painting, size):
+def check_painting(painting: dict[str, Any] | None, size: int) -> tuple[np.ndarray, np.ndarray]:
     """An image and the part of it that was painted over, both cropped as training crops.
 
     :param painting: None, or a dict of `background`, an (H, W, 3 or 4) uint8 array or None, and `layers`, a list of
@@ -132,7 +144,7 @@ class Progress(NamedTuple):
     images: np.ndarray  # (n, H, W, 3) uint8: the prediction, and at the end the result
 
 
-def image_sampler_of(config, weights, request):
+def image_sampler_of(config: SampleConfig, weights: LoadedWeights, request: Request) -> ImageSampler:
     """The image sampler of a request.
 
     :param config: a `SampleConfig`, of which the request's values replace some. :param weights: from `load_weights`.
@@ -142,14 +154,21 @@ def image_sampler_of(config, weights, request):
     return make_image_sampler(config.replaced(**asked), weights)
 
 
-def draw(config, weights, request):
+def draw(config: SampleConfig, weights: LoadedWeights, request: Request) -> Iterator[Progress]:
     """Draw images, step by step: a generator of `Progress`."""
     image_sampler = image_sampler_of(config, weights, request)
     steps = image_sampler.progressive(range(request.count), labels_of(request))
     yield from watch(steps, image_sampler.solver.num_evaluations, image_sampler.decode)
 
 
-def fill(config, weights, request, image, hole, resamplings):
+def fill(
+    config: SampleConfig,
+    weights: LoadedWeights,
+    request: Request,
+    image: np.ndarray,
+    hole: np.ndarray,
+    resamplings: Any,
+) -> Iterator[Progress]:
     """Fill the hole of an image `request.count` times, step by step: a generator of `Progress`.
 
     :param image, hole: from `check_painting`. :param resamplings: as it came, see `editing.inpaint_progressive`.
@@ -164,11 +183,13 @@ def fill(config, weights, request, image, hole, resamplings):
     yield from watch(steps, total, lambda latents: editing.paste(image, hole, image_sampler.decode(latents)))
 
 
-def labels_of(request):
+def labels_of(request: Request) -> torch.Tensor:
     return torch.full((request.count,), request.label)
 
 
-def watch(steps, total, finish):
+def watch(
+    steps: Iterable[dict[str, torch.Tensor]], total: int, finish: Callable[[torch.Tensor], np.ndarray]
+) -> Iterator[Progress]:
     """`Progress` every few steps: predictions on the way, the sample at the end.
 
     :param steps: dicts of `sample` and `pred_xstart`. :param total: how many. :param finish: makes images of latents.
@@ -183,12 +204,12 @@ def watch(steps, total, finish):
 # ---------------------------------------------------------------- pictures
 
 
-def columns_of(num_images):
+def columns_of(num_images: int) -> int:
     """Columns of the squarest sheet."""
     return math.ceil(math.sqrt(num_images))
 
 
-def view_of(images):
+def view_of(images: np.ndarray) -> np.ndarray:
     """(N, H, W, 3) uint8 -> (H', W', 3) uint8: their sheet for the screen, with gaps, enlarged without smoothing."""
     columns = columns_of(len(images))
     scale = max(1, VIEW // (columns * images.shape[2]))
@@ -197,7 +218,7 @@ def view_of(images):
     return make_grid(np.pad(enlarged, ((0, 0), border, border, (0, 0)), constant_values=255), columns)
 
 
-def clicked(images, place):
+def clicked(images: np.ndarray | None, place: Any) -> np.ndarray:
     """The image of a sheet that a click meant.
 
     :param images: (N, H, W, 3) uint8, as `view_of` shows them, or None. :param place: x and y in that view, as they
