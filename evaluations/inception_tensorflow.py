@@ -34,6 +34,14 @@ def import_tensorflow():
         os.close(terminal)
 
 
+def create_session(graph, gpu=None):
+    """A session of a graph. :param gpu: number of the one GPU to take; None is all that TensorFlow sees."""
+    tf = import_tensorflow()
+    visible = "" if gpu is None or not tf.config.list_physical_devices("GPU") else str(gpu)
+    options = tf.compat.v1.GPUOptions(allow_growth=True, visible_device_list=visible)
+    return tf.compat.v1.Session(graph=graph, config=tf.compat.v1.ConfigProto(gpu_options=options))
+
+
 class TensorFlowInception:
     """Features of images from a frozen graph with ADM's names, on the GPU where TensorFlow sees one.
 
@@ -61,10 +69,7 @@ class TensorFlowInception:
             raise
         except Exception as error:  # protobuf's DecodeError is no ValueError
             raise UserError(f"{path} is not the Inception graph of 2015 ({error}): fetch it anew") from error
-        visible = "" if gpu is None or not tf.config.list_physical_devices("GPU") else str(gpu)
-        options = tf.compat.v1.GPUOptions(allow_growth=True, visible_device_list=visible)
-        config = tf.compat.v1.ConfigProto(gpu_options=options)
-        self._session = tf.compat.v1.Session(graph=graph, config=config)
+        self._session = create_session(graph, gpu)
         self.logit_weights = self._session.run(weights)
 
     def __call__(self, images):
