@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from . import ranks
 from .errors import UserError
 
 SPATIAL_CHANNELS, IMAGE_SIZE = 7, 299
@@ -136,7 +137,6 @@ class TorchInception:
     """
 
     name = "torch"
-    sizes = {"pool": 2048, "spatial": 17 * 17 * SPATIAL_CHANNELS}  # numbers of an image
 
     def __init__(self, path, device="cpu"):
         try:
@@ -156,6 +156,12 @@ class TorchInception:
         self.device = torch.device(device)
         self.network = torch.nn.Sequential(*layers).to(self.device, memory_format=torch.channels_last)
         self.logit_weights = extractor.fc.weight.T.to(self.device)
+        self.sizes = {"pool": 2048, "spatial": 17 * 17 * SPATIAL_CHANNELS}
+
+    @property
+    def device_name(self):
+        """What the network runs on."""
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else ranks.processor()
 
     def _keep_spatial(self, module, inputs, output):
         self._spatial = output[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
