@@ -60,6 +60,8 @@ def parse_args():
             raise UserError(f"--metrics names {metric!r}: choose of {', '.join(DEFAULT_METRICS)}")
     if args.bootstrap < 0 or args.bootstrap == 1:
         raise UserError(f"--bootstrap is {args.bootstrap}: a deviation needs at least 2 resamples, and 0 is none")
+    if args.dinov2 not in (None, "hub") and not Path(args.dinov2).is_file():
+        raise UserError(f"--dinov2 names {args.dinov2}, which is no file: name the weights' file, or hub")
     check_output_flags(args)
     return args
 

@@ -90,6 +90,8 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
         raise UserError(f"the statistics have shapes {shapes}: they must be (d,), (d, d), (d,), (d, d)")
     if not all(array.isfinite().all() for array in arrays):
         raise UserError("the statistics hold NaN or infinite numbers: compute them anew")
+    check_covariance(sigma1)
+    check_covariance(sigma2)
     root1, root2 = _root(sigma1), _root(sigma2)
     if root1.shape == root2.shape == sigma1.shape:
         values = torch.linalg.eigvalsh(root1.T @ sigma2 @ root1).clamp_min(0).sqrt()
@@ -104,26 +106,30 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
 
 
 def check_covariance(sigma):
-    """Refuse a (d, d) float64 array that is no covariance.
+    """Refuse a (d, d) float64 array or tensor that is no covariance.
 
     :raises UserError: when it is not symmetric, or has a negative eigenvalue.
     """
-    _root(torch.as_tensor(sigma))
+    sigma = torch.as_tensor(sigma)
+    tolerance = ROUNDING * sigma.diagonal().abs().sum()
+    asymmetry = (sigma - sigma.T).abs().max()
+    if asymmetry > tolerance:
+        raise UserError(f"a covariance is symmetric, but two halves differ by {asymmetry:.3g}: compute it anew")
+    shifted = sigma + tolerance * torch.eye(len(sigma), dtype=sigma.dtype)
+    if torch.linalg.cholesky_ex(shifted).info:  # a Cholesky factor costs a hundredth of the eigenvalues
+        smallest = torch.linalg.eigvalsh(sigma).min()
+        if smallest < -tolerance:
+            raise UserError(f"a covariance has no eigenvalue below 0, but one is {smallest:.3g}: compute it anew")
 
 
 def _root(sigma):
     """(d, r) factor R with sigma = R R', r the numerical rank: Cholesky's where it is safe, else of eigenvectors."""
-    asymmetry = (sigma - sigma.T).abs().max()
-    if asymmetry > ROUNDING * sigma.diagonal().abs().sum():
-        raise UserError(f"a covariance is symmetric, but two halves differ by {asymmetry:.3g}: compute it anew")
     tolerance = len(sigma) * torch.finfo(torch.float64).eps
     lower, failed = torch.linalg.cholesky_ex(sigma)
     pivots = lower.diagonal().square()
     if not failed and pivots.min() > tolerance * pivots.max():
         return lower
     values, vectors = torch.linalg.eigh(sigma)
-    if values.min() < -ROUNDING * values.abs().sum():
-        raise UserError(f"a covariance has no eigenvalue below 0, but one is {values.min():.3g}: compute it anew")
     kept = values > tolerance * values.max().clamp_min(0)
     return vectors[:, kept] * values[kept].sqrt()
 
