@@ -176,7 +176,7 @@ def pack(folder, out, **options):
 
 def contents(out):
     """Every file that packing makes, by name."""
-    return {path.name: path.read_bytes() for path in Path(out).iterdir() if path.name != "log.txt"}
+    return {path.name: path.read_bytes() for path in Path(out).iterdir() if path.is_file() and path.name != "log.txt"}
 
 
 # ---------------------------------------------------------------- sampling
