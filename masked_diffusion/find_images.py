@@ -73,15 +73,16 @@ def _find(data_dir: str, folder: Path, reindex: bool, inspect: bool) -> ImageSha
         return open_packed(data_dir)
     index, reason = open_index(folder, data_dir, inspect)
     if index and reindex:
-        index, reason = None, "--reindex True"
+        index, reason = None, "--reindex is True"
     if index is None:
         lock = _wait_for_lock(folder)
         try:
             if not reindex:  # another run may have made it meanwhile
                 index, reason = open_index(folder, data_dir, inspect)
             if index is None:
+                what = "is listed and its images are opened" if inspect else "is listed"
                 again = f" again, since {reason}" if (folder / HEADER_NAME).exists() else ""
-                logger.log(f"{data_dir} is listed and its images are opened{again}: {folder} keeps what is found")
+                logger.log(f"{data_dir} {what}{again}: {folder} keeps what is found")
                 index = make_index(folder, data_dir, inspect)
         finally:
             lock.release()

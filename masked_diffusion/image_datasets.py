@@ -18,7 +18,6 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from . import dist_util
 from .image_index import no_class_message
-from .image_listing import EXTENSIONS as EXTENSIONS
 from .image_listing import Listing, check_listed, check_name, list_names, log_other_formats
 from .image_sequence import ImageFiles, ImageSequence, image_errors, signature_of
 from .image_shards import DamagedShard, is_packed, open_packed
@@ -122,11 +121,17 @@ def list_image_files(data_dir: str) -> Sequence[str]:
     check_name(data_dir)
     if is_packed(data_dir):
         return open_packed(data_dir)
-    listing, prefix = Listing(), bf.join(data_dir, "")
-    paths = [prefix + subfolder + name for subfolder, names in list_names(data_dir, listing) for name in names]
+    listing = Listing()
+    paths = _list_image_files_recursively(data_dir, listing)
     check_listed(data_dir, len(paths), listing)
     log_other_formats(data_dir, listing.other_formats)
     return paths
+
+
+def _list_image_files_recursively(data_dir: str, listing: Listing | None = None) -> list[str]:
+    prefix = bf.join(data_dir, "")
+    found = list_names(data_dir, listing or Listing())
+    return [prefix + subfolder + name for subfolder, names in found for name in names]
 
 
 def relative_names(paths: Sequence[str], data_dir: str) -> Sequence[str]:
