@@ -324,7 +324,7 @@ def _finish(task: Task, settings: dict[str, Any], packed: list[int], bad: list[t
         _check_repaired(out, packed)
     else:
         _write_index(task, settings)
-    shutil.rmtree(out / UNFINISHED)
+    shutil.rmtree(out / UNFINISHED, ignore_errors=True)  # NFS keeps files that are mapped until this process ends
 
 
 def _check_repaired(out: Path, packed: list[int]) -> None:

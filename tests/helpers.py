@@ -19,7 +19,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from evaluations import console, evaluator
-from masked_diffusion import create_diffusion, create_model, image_packing, logger, script_util
+from masked_diffusion import create_diffusion, create_model, find_images, image_packing, logger, script_util
 from masked_diffusion.config import RunConfig, SampleConfig
 from masked_diffusion.guidance import Guidance
 from masked_diffusion.latents.autoencoder import IdentityFirstStage
@@ -157,6 +157,11 @@ def fork(script, flags, ranks=1, kills=0, kill_seed=0, first=0.2, last=2.0, chec
     result = subprocess.run([*command, *flags], capture_output=True, text=True, timeout=280)
     assert not check or result.returncode == 0, result.stdout + result.stderr
     return result
+
+
+def find(folder, index, **options):
+    """The images of a folder, by an index."""
+    return find_images.find_images(str(folder), index, **options)
 
 
 # ---------------------------------------------------------------- packed images

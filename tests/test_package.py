@@ -87,7 +87,10 @@ FLOORS = [
         "config", "diffusion_utils", "dist_util", "forward_process", "guidance", "layers", "logger", "published",
         "reverse_process", "utils",
     },
-    {"gaussian_diffusion", "image_datasets", "image_packing", "image_shards", "models", "resample"},
+    {
+        "find_images", "gaussian_diffusion", "image_datasets", "image_index", "image_listing", "image_packing",
+        "image_sequence", "image_shards", "models", "resample",
+    },
     {"respace", "weights"},
     {"latents", "training"},
     {"nn", "script_util", "train_util"},
