@@ -25,7 +25,7 @@ from .image_index import (
     open_index,
     other_formats,
 )
-from .image_listing import check_name, log_other_formats
+from .image_listing import check_folder, check_name, log_other_formats
 from .image_sequence import ImageSequence
 from .image_shards import ImageShards, is_packed, open_packed
 from .utils.errors import UserError
@@ -71,6 +71,7 @@ def _find(data_dir: str, folder: Path, reindex: bool, inspect: bool) -> ImageSha
     check_name(data_dir)
     if is_packed(data_dir):
         return open_packed(data_dir)
+    check_folder(data_dir)  # before anything is written or said
     index, reason = open_index(folder, data_dir, inspect)
     if index and reindex:
         index, reason = None, "--reindex is True"

@@ -42,6 +42,15 @@ def check_name(data_dir: str) -> None:
     check_scheme(data_dir, "--data_dir")
 
 
+def check_folder(data_dir: str) -> None:
+    """Refuse what is not a folder.
+
+    :raises UserError: for it.
+    """
+    if not (bf.isdir(data_dir) if is_remote(data_dir) else os.path.isdir(data_dir)):
+        raise UserError(f"--data_dir {data_dir} is not a folder: name a folder of images")
+
+
 def list_names(
     data_dir: str, listing: Listing, found: Callable[[int], object] = lambda count: None
 ) -> Iterator[tuple[str, list[str]]]:
@@ -51,8 +60,7 @@ def list_names(
     :param found: called with numbers of files that have been seen, for a display of the progress.
     :raises UserError: when `data_dir` is not a folder, or a folder in it cannot be listed.
     """
-    if not (bf.isdir(data_dir) if is_remote(data_dir) else os.path.isdir(data_dir)):
-        raise UserError(f"--data_dir {data_dir} is not a folder: name a folder of images")
+    check_folder(data_dir)
     return _list(data_dir, "", listing, found)
 
 

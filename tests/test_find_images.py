@@ -43,6 +43,8 @@ def test_unknown_schemes_are_refused_by_name(tmp_path):
             read("s3://a/b")
         with pytest.raises(UserError, match="https:// cannot be read"):
             read("https://example.org/images")
+    with pytest.raises(UserError, match="nowhere is not a folder"):
+        find(tmp_path / "nowhere", tmp_path / "index")
     assert not (tmp_path / "index").exists()
 
 
