@@ -117,12 +117,13 @@ def _open_on_all_ranks(folder: Path, sha256: str, prefix: str) -> ImageIndex:
     index = _open(folder, sha256, prefix)
     # The first rank of each node that does not see the index writes a copy. Where ranks of one node do not even share
     # their temporary folder, as containers do, each writes its own.
-    for writes in (dist_util.get_local_rank() == 0, True):
+    for each_its_own in (False, True):
         if not dist_util.any_rank(index is None):
             return index
         name = COPIES + dist_util.broadcast_object(secrets.token_hex(8))
-        copy = Path(tempfile.gettempdir(), name)
-        failure = _copy(folder, copy if index is None and writes else None)
+        copy = Path(tempfile.gettempdir(), f"{name}_{dist_util.get_rank()}" if each_its_own else name)
+        writes = index is None and (each_its_own or dist_util.get_local_rank() == 0)
+        failure = _copy(folder, copy if writes else None)
         for message in filter(None, dist_util.gather_objects(failure)):
             raise UserError(message)
         index = index or _open(copy, sha256, prefix)

@@ -189,6 +189,12 @@ def _stat(path: str) -> tuple[int, int]:
         return NOT_THERE, NOT_THERE
 
 
+def checksum(header: dict[str, Any]) -> str:
+    """SHA-256, in hexadecimal, of the rest of a header."""
+    rest = {key: value for key, value in header.items() if key != "checksum"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
 def _stat_all(paths: Sequence[str]) -> list[tuple[int, int]]:
     tasks = [paths[start : start + FILES_PER_TASK] for start in range(0, len(paths), FILES_PER_TASK)]
     with ThreadPoolExecutor(THREADS) as pool:
@@ -209,6 +215,8 @@ def _read_header(path: Path) -> tuple[dict[str, Any], str]:
                 raise ValueError(f"its {key!r} is {header.get(key)!r}")
         if not isinstance(header["classes"], list | None):
             raise ValueError(f"its 'classes' is {header['classes']!r}")
+        if header.get("checksum") != checksum(header):
+            raise ValueError("its checksum is another")
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{path} cannot be read ({error})") from error
     return header, hashlib.sha256(data).hexdigest()
@@ -267,7 +275,7 @@ def make_index(folder: Path, data_dir: str, inspect: bool) -> ImageIndex:
             np.save(file, values, allow_pickle=False)
         path = folder / name
         header["arrays"][name] = {"size": path.stat().st_size, "sha256": file_hash(path)}
-    write_json(folder / HEADER_NAME, header)
+    write_json(folder / HEADER_NAME, header | {"checksum": checksum(header)})
     return ImageIndex(folder, None, None, prefix)
 
 
