@@ -100,12 +100,17 @@ def _fetch(repository: str, names: tuple[str, ...]) -> Path:
 # ---------------------------------------------------------------- reading
 
 
-def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
+def read_weights(path: str | Path, mmap: bool = False) -> dict[str, torch.Tensor]:
     """The state dict in a file. In checkpoints of other codebases it is the entry `ema`, `model` or `state_dict`.
+
+    :param mmap: see `dist_util.load_state_dict`; only for files that this code wrote.
 
     :raises UserError: for a file that cannot be read or holds no state dict of these models; see `check_state_dict`.
     """
-    state = read_safetensors(path) if Path(path).suffix == ".safetensors" else dist_util.load_state_dict(str(path))
+    if Path(path).suffix == ".safetensors":
+        state = read_safetensors(path)
+    else:
+        state = dist_util.load_state_dict(str(path), mmap=mmap)
     for key in ("ema", "model", "state_dict"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
