@@ -92,6 +92,15 @@ def accumulating(module: torch.nn.Module, last: bool) -> Iterator[None]:
     yield
 
 
+def drop_gathered(model: torch.nn.Module) -> None:
+    """With `fsdp` and `hsdp`, forget the full parameters that a forward pass without a backward pass has left.
+
+    They are those outside of the blocks. The next pass would take them, although the shards may have changed since.
+    """
+    if hasattr(model, "reshard"):
+        model.reshard()
+
+
 def make_optimizer(
     name: str, params: Sequence[torch.nn.Parameter], lr: float, weight_decay: float, shard: str
 ) -> torch.optim.Optimizer:
