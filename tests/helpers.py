@@ -27,7 +27,7 @@ from masked_diffusion import (
     image_packing,
     logger,
     script_util,
-)  # fmt: skip
+)
 from masked_diffusion.config import RunConfig, SampleConfig
 from masked_diffusion.guidance import Guidance
 from masked_diffusion.latents.autoencoder import IdentityFirstStage
