@@ -12,6 +12,7 @@ from huggingface_hub import PyTorchModelHubMixin
 from ..utils.errors import UserError
 from ..utils.model_card import MODEL_CARD
 from .blocks import DiTBlock
+from .relative_attention import check_implementation
 
 
 class BlockModel(
@@ -81,6 +82,16 @@ class BlockModel(
         """Turn on activation checkpointing: the backward pass recomputes the activations of a block, to save memory."""
         for block in self.all_blocks():
             block.grad_checkpoint = True
+
+    def set_attention(self, implementation: str) -> None:
+        """Choose what computes attention with a relative position bias, on the device where the model is.
+
+        :param implementation: one of `relative_attention.IMPLEMENTATIONS`.
+        :raises UserError: for one that this machine does not have.
+        """
+        check_implementation(implementation, next(self.parameters()).device)
+        for block in self.all_blocks():
+            block.attn.implementation = implementation
 
     def compile_blocks(self, dynamic: bool = False) -> None:
         """Compile every block with torch.compile. The blocks do nearly all of the model's computation.
