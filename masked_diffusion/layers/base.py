@@ -12,7 +12,7 @@ from huggingface_hub import PyTorchModelHubMixin
 from ..utils.errors import UserError
 from ..utils.model_card import MODEL_CARD
 from .blocks import DiTBlock
-from .relative_attention import check_implementation
+from .relative_attention import check_implementation, runs_kernel
 
 
 class BlockModel(
@@ -26,11 +26,12 @@ class BlockModel(
 ):
     """A model of transformer blocks.
 
-    Subclasses set `in_channels` and `input_size`, the shape of their inputs.
+    Subclasses set `in_channels` and `input_size`, the shape of their inputs, and `hidden_size`, the width D.
     """
 
     in_channels: int
     input_size: int
+    hidden_size: int
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> "BlockModel":
@@ -92,6 +93,16 @@ class BlockModel(
         check_implementation(implementation, next(self.parameters()).device)
         for block in self.all_blocks():
             block.attn.implementation = implementation
+
+    def attention_in_use(self, dtype: torch.dtype | None) -> str:
+        """What computes attention, `sdpa` or `triton`, for a log.
+
+        :param dtype: of the matrix products; None: that of the weights.
+        """
+        attention, param = self.all_blocks()[0].attn, next(self.parameters())
+        width = self.hidden_size // attention.num_heads
+        kernel = runs_kernel(attention.implementation, param.device, dtype or param.dtype, width)
+        return "triton" if kernel and attention.rel_pos_bias is not None else "sdpa"
 
     def compile_blocks(self, dynamic: bool = False) -> None:
         """Compile every block with torch.compile. The blocks do nearly all of the model's computation.

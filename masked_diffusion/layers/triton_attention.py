@@ -424,7 +424,9 @@ def check(q: torch.Tensor) -> None:
     if q.device.type != "cuda" and not INTERPRETED:
         raise UserError(f"--attention triton needs a GPU: on a {q.device.type.upper()} choose sdpa or auto")
     if q.shape[-1] > LARGEST_HEAD:
-        raise UserError(f"--attention triton works heads of up to {LARGEST_HEAD} features, not {q.shape[-1]}: choose sdpa")
+        raise UserError(
+            f"--attention triton works heads of up to {LARGEST_HEAD} features, not {q.shape[-1]}: choose sdpa"
+        )
     if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise UserError(f"--attention triton computes in fp32, bf16 or fp16, not in {q.dtype}: choose sdpa")
 
