@@ -131,4 +131,5 @@ class Attention(nn.Module):
 def compute_dtype(x: torch.Tensor) -> torch.dtype:
     """The number format that a matrix product of x has, with or without autocast."""
     kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if autocast else x.dtype
