@@ -9,9 +9,8 @@ from unittest import mock
 
 import pytest
 import torch
-import torch.nn.functional as F
 from fill import fill, tensor
-from helpers import small_model
+from helpers import ATTENTION_LENGTHS, DEVICE, attend, check_attention, draw_attention, small_model
 
 from masked_diffusion import create_model
 from masked_diffusion.layers import relative_attention as ra
@@ -29,58 +28,12 @@ from masked_diffusion.layers.relative_attention import (
     sum_samples,
     table_gradient,
 )
+from masked_diffusion.training.parallel import gather_full
 
 pytest.importorskip("triton")
 from masked_diffusion.layers import triton_attention
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
 T, Y = torch.tensor([730, 10]), torch.tensor([3, 9])
-
-
-def draw(length, width, kept, dtype=torch.float32, samples=2, heads=2, grid=None):
-    """Inputs of attention, packed as the qkv layer leaves them, with a gradient of the output."""
-    torch.manual_seed(0)
-    if grid is None:
-        side = max(side for side in range(1, 17) if length % side == 0)
-        grid = (16, 16) if kept else (side, length // side)
-    tokens = grid[0] * grid[1]
-    positions = torch.rand(samples, tokens).argsort(1)[:, :length].sort(1).values.to(DEVICE) if kept else None
-    qkv = torch.randn(samples, length, 3, heads, width).to(DEVICE, dtype)
-    table = torch.randn((2 * grid[0] - 1) * (2 * grid[1] - 1) + 3, heads).to(DEVICE)
-    return qkv, table, positions, grid, torch.randn(samples, heads, length, width).to(DEVICE, dtype)
-
-
-def attend(kind, qkv, table, positions, grid, grad_out):
-    """Output and the gradients of q, k, v and table, in float64: of an implementation, or written out."""
-    dtype = torch.float64 if kind == "exact" else qkv.dtype
-    qkv = qkv.to(dtype, copy=True).requires_grad_()
-    table = table.to(torch.float64 if kind == "exact" else torch.float32, copy=True).requires_grad_()
-    q, k, v = qkv.permute(2, 0, 3, 1, 4)
-    if kind in ("sdpa", "triton"):
-        out = relative_attention(q, k, v, table, positions, grid, kind)
-    else:
-        index = relative_position_index(*grid).to(DEVICE)
-        rows = index[None] if positions is None else gather_pairs(index, positions)
-        bias = F.embedding(rows, table).permute(0, 3, 1, 2).to(dtype)
-        out = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5 + bias).softmax(-1) @ v
-    out.backward(grad_out.to(dtype))
-    return [value.double() for value in (out.detach(), *qkv.grad.unbind(2), table.grad)]
-
-
-def check_against_float64(length, width, kept, dtype, **options):
-    inputs = draw(length, width, kept, dtype, **options)
-    exact = attend("exact", *inputs)
-    # In single precision both err by roundings only, and which of the two rounds better is chance.
-    floor = 1e-5 if dtype != torch.float32 else 2e-5
-    for kind in ("triton", "sdpa"):
-        values = zip(attend(kind, *inputs), attend("eager", *inputs), exact, strict=True)
-        for name, (ours, eager, true) in zip(("out", "q", "k", "v", "table"), values, strict=True):
-            error, allowed = (ours - true).abs().max().item(), 2 * (eager - true).abs().max().item() + floor
-            assert error <= allowed, f"{kind}, {name}: an error of {error:.2e}, allowed {allowed:.2e}"
-
-
-LENGTHS, WIDTHS = (1, 17, 128, 144, 160, 176, 256), (32, 64, 72)
 
 
 @pytest.mark.parametrize(
@@ -94,20 +47,20 @@ LENGTHS, WIDTHS = (1, 17, 128, 144, 160, 176, 256), (32, 64, 72)
     ],
 )
 def test_errors_are_those_of_eager_attention(length, width, kept, dtype):
-    check_against_float64(length, width, kept, dtype, samples=1, heads=1 if kept else 2)
+    check_attention(length, width, kept, dtype, samples=1, heads=1 if kept else 2)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize("kept", [False, True])
-@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("width", [32, 64, 72])
 def test_errors_are_those_of_eager_attention_at_every_length(width, kept, dtype):
-    for length in LENGTHS:
-        check_against_float64(length, width, kept, dtype, samples=2 if length < 128 else 1, heads=1)
+    for length in ATTENTION_LENGTHS:
+        check_attention(length, width, kept, dtype, samples=2 if length < 128 else 1, heads=1)
 
 
 def test_the_kernel_reads_any_grid_any_order_and_any_strides():
-    qkv, table, positions, grid, grad_out = draw(11, 24, True, grid=(3, 5), samples=5)
+    qkv, table, positions, grid, grad_out = draw_attention(11, 24, True, grid=(3, 5), samples=5)
     positions = positions.flip(1)
     q, k, v = qkv.permute(2, 0, 3, 1, 4)
     whole = relative_attention(q, k, v, table, positions, grid, "triton")
@@ -122,13 +75,13 @@ def test_the_kernel_reads_any_grid_any_order_and_any_strides():
 
 
 def test_the_kernels_gradients_are_the_same_in_every_run():
-    inputs = draw(9, 16, True, torch.float16, grid=(4, 4), samples=3)
+    inputs = draw_attention(9, 16, True, torch.float16, grid=(4, 4), samples=3)
     for ours, again in zip(attend("triton", *inputs), attend("triton", *inputs), strict=True):
         assert torch.equal(ours, again)
 
 
 def test_a_frozen_table_costs_no_gradient():
-    qkv, table, positions, grid, grad_out = draw(5, 16, True, grid=(3, 3))
+    qkv, table, positions, grid, grad_out = draw_attention(5, 16, True, grid=(3, 3))
     q, k, v = (part.detach().requires_grad_() for part in qkv.permute(2, 0, 3, 1, 4))
     with mock.patch.object(triton_attention, "_sum_samples_kernel", None):
         relative_attention(q, k, v, table, positions, grid, "triton").backward(grad_out)
@@ -225,6 +178,29 @@ def test_calls_with_a_pair_index_compute_the_same():
         assert all(torch.equal(mine, theirs) for mine, theirs in zip(ours, results[0], strict=True))
 
 
+@pytest.mark.skipif(DEVICE != "cpu", reason="the process group is one of CPUs")
+@pytest.mark.parametrize("kind", ["sdpa", "triton"])
+def test_sharded_weights_compute_the_same(kind, tmp_path):
+    block, x, c = fill(DiTBlock(32, 2, num_patches=16)), torch.randn(2, 7, 32), torch.randn(2, 32)
+    places = look_up_kept(torch.rand(2, 16).argsort(1)[:, :7], block.attn.rel_pos_bias.relative_position_index)
+    sharded = copy.deepcopy(block)
+    sharded.attn.implementation = kind
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        from torch.distributed.fsdp import fully_shard
+
+        fully_shard(sharded, mesh=torch.distributed.init_device_mesh("cpu", (1,)))
+        for each in (block, sharded):
+            each(x, c, pair_index=places).square().mean().backward()
+        for ours, theirs in zip(sharded.parameters(), block.parameters(), strict=True):
+            torch.testing.assert_close(gather_full(ours.grad), theirs.grad, rtol=1e-4, atol=1e-6)
+        with torch.no_grad():
+            whole = torch.randn(2, 16, 32)
+            torch.testing.assert_close(sharded.eval()(whole, c), block.eval()(whole, c))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 # ---------------------------------------------------------------- torch.compile
 
 
@@ -252,7 +228,7 @@ def test_a_compiled_block_is_one_graph(kind, kept):
 
 
 def test_the_operators_keep_the_rules_of_torch_library():
-    qkv, table, positions, grid, grad_out = draw(5, 16, True, grid=(3, 3), samples=1, heads=1)
+    qkv, table, positions, grid, grad_out = draw_attention(5, 16, True, grid=(3, 3), samples=1, heads=1)
     q, k, v = (part.detach().requires_grad_() for part in qkv.permute(2, 0, 3, 1, 4))
     index = relative_position_index(*grid).to(DEVICE)
     places = look_up_kept(positions, index)
