@@ -118,7 +118,8 @@ def main() -> None:
     for row in rows:
         print(
             f"{row['length']:4d} tokens  {row['implementation']:6s}  forward {row['forward_ms']:8.3f} ms, "
-            f"with backward {row['forward_backward_ms']:8.3f} ms  {row['tflops']:7.2f} TFLOP/s  difference {row['difference']:.1e}"
+            f"with backward {row['forward_backward_ms']:8.3f} ms  {row['tflops']:7.2f} TFLOP/s, "
+            f"difference {row['difference']:.1e}"
         )
     if config.json:
         write_json(config.json, report)

@@ -60,6 +60,13 @@ def _head_offset(n, h, stride_n, stride_h, ALIGN: tl.constexpr):
 
 
 @triton.jit
+def _program(length, BLOCK: tl.constexpr):
+    """This program's block of tokens, and which head of which sample it works for. Blocks of a head are neighbours."""
+    blocks = tl.cdiv(length, BLOCK)
+    return tl.program_id(0) % blocks, tl.program_id(0) // blocks
+
+
+@triton.jit
 def _forward_kernel(
     q, k, v, bias, positions, out, lse, scale, length, heads, grid_width, bias_rows, center,
     q_n, q_h, q_t, k_n, k_h, k_t, v_n, v_h, v_t, o_n, o_h, o_t,
@@ -67,12 +74,13 @@ def _forward_kernel(
     KEPT: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A block of BLOCK_M queries of one head of one sample, against all keys."""
-    n, h = tl.program_id(1) // heads, tl.program_id(1) % heads
+    block, sequence = _program(length, BLOCK_M)
+    n, h = sequence // heads, sequence % heads
     q += _head_offset(n, h, q_n, q_h, ALIGN)
     k += _head_offset(n, h, k_n, k_h, ALIGN)
     v += _head_offset(n, h, v_n, v_h, ALIGN)
     out += _head_offset(n, h, o_n, o_h, ALIGN)
-    i = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    i = block * BLOCK_M + tl.arange(0, BLOCK_M)
     q1 = _load(q, q_t, i, length, 0, D1, WIDTH)
     if D2 > 0:
         q2 = _load(q, q_t, i, length, D1, D2, WIDTH)
@@ -104,7 +112,7 @@ def _forward_kernel(
     _store(out, o_t, i, length, out1 / total[:, None], 0, D1, WIDTH)
     if D2 > 0:
         _store(out, o_t, i, length, out2 / total[:, None], D1, D2, WIDTH)
-    tl.store(lse + tl.program_id(1) * length + i, top + tl.log2(total), mask=i < length)
+    tl.store(lse + sequence * length + i, top + tl.log2(total), mask=i < length)
 
 
 @triton.jit
@@ -116,14 +124,15 @@ def _backward_queries_kernel(
     KEPT: tl.constexpr, PAIRS: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a block of queries, of their pairs' logits (with PAIRS), and `delta` for the keys' kernel."""
-    n, h = tl.program_id(1) // heads, tl.program_id(1) % heads
+    block, sequence = _program(length, BLOCK_M)
+    n, h = sequence // heads, sequence % heads
     q += _head_offset(n, h, q_n, q_h, ALIGN)
     k += _head_offset(n, h, k_n, k_h, ALIGN)
     v += _head_offset(n, h, v_n, v_h, ALIGN)
     out += _head_offset(n, h, o_n, o_h, ALIGN)
     grad_out += _head_offset(n, h, go_n, go_h, ALIGN)
     grad_q += _head_offset(n, h, gq_n, gq_h, ALIGN)
-    i = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    i = block * BLOCK_M + tl.arange(0, BLOCK_M)
     q1 = _load(q, q_t, i, length, 0, D1, WIDTH)
     go1 = _load(grad_out, go_t, i, length, 0, D1, WIDTH)
     delta_i = tl.sum(go1.to(tl.float32) * _load(out, o_t, i, length, 0, D1, WIDTH).to(tl.float32), 1)
@@ -133,7 +142,7 @@ def _backward_queries_kernel(
         go2 = _load(grad_out, go_t, i, length, D1, D2, WIDTH)
         delta_i += tl.sum(go2.to(tl.float32) * _load(out, o_t, i, length, D1, D2, WIDTH).to(tl.float32), 1)
         grad2 = tl.zeros([BLOCK_M, D2], tl.float32)
-    row = tl.program_id(1) * length + i
+    row = sequence * length + i
     tl.store(delta + row, delta_i, mask=i < length)
     lse_i = tl.load(lse + row, mask=i < length, other=float("inf"))
     bias_i = bias + h * bias_rows + center + _address(positions, n, i, length, grid_width, KEPT)
@@ -170,14 +179,15 @@ def _backward_keys_kernel(
     KEPT: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a block of BLOCK_N keys and values, from all queries."""
-    n, h = tl.program_id(1) // heads, tl.program_id(1) % heads
+    block, sequence = _program(length, BLOCK_N)
+    n, h = sequence // heads, sequence % heads
     q += _head_offset(n, h, q_n, q_h, ALIGN)
     k += _head_offset(n, h, k_n, k_h, ALIGN)
     v += _head_offset(n, h, v_n, v_h, ALIGN)
     grad_out += _head_offset(n, h, go_n, go_h, ALIGN)
     grad_k += _head_offset(n, h, gk_n, gk_h, ALIGN)
     grad_v += _head_offset(n, h, gk_n, gk_h, ALIGN)
-    j = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    j = block * BLOCK_N + tl.arange(0, BLOCK_N)
     k1 = _load(k, k_t, j, length, 0, D1, WIDTH)
     v1 = _load(v, v_t, j, length, 0, D1, WIDTH)
     grad_k1 = tl.zeros([BLOCK_N, D1], tl.float32)
@@ -199,7 +209,7 @@ def _backward_keys_kernel(
             go2 = _load(grad_out, go_t, i, length, D1, D2, WIDTH)
             logits = tl.dot(k2, tl.trans(q2), logits, input_precision=PRECISION)
             grad = tl.dot(v2, tl.trans(go2), grad, input_precision=PRECISION)
-        row = tl.program_id(1) * length + i
+        row = sequence * length + i
         # Infinity gives the queries beyond the length the weight 0.
         lse_i = tl.load(lse + row, mask=i < length, other=float("inf"))
         delta_i = tl.load(delta + row, mask=i < length, other=0.0)
@@ -321,10 +331,11 @@ def _forward(
     q, k, v = _unit_stride(q), _unit_stride(k), _unit_stride(v)
     n, heads, length, width = q.shape
     out, lse, bias = _empty_like(q), q.new_empty(n, heads, length, dtype=torch.float32), _columns(table)
+    place = q if positions is None else positions.contiguous()  # q: not read
     d1, d2 = split_width(width)
     block_m, block_n = block_size(length), min(64, block_size(length))
-    _forward_kernel[(triton.cdiv(length, block_m), n * heads)](
-        q, k, v, bias, q if positions is None else positions, out, lse, width**-0.5, length, heads, grid_width,
+    _forward_kernel[(triton.cdiv(length, block_m) * n * heads,)](
+        q, k, v, bias, place, out, lse, width**-0.5, length, heads, grid_width,
         bias.shape[1], _center(grid_height, grid_width),
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
         WIDTH=width, D1=d1, D2=d2, BLOCK_M=block_m, BLOCK_N=block_n, KEPT=positions is not None,
@@ -361,14 +372,14 @@ def _backward(
     block = min(64, block_size(length))
     pairs_stride = triton.cdiv(length, 16) * 16  # aligned rows
     grad_pairs = q.new_empty(n, heads, length, pairs_stride) if table_too else q
-    place = q if positions is None else positions
+    place, slots = (q, q) if positions is None else (positions.contiguous(), slots.contiguous())
     sizes = (length, heads, grid_width, bias.shape[1], _center(grid_height, grid_width))
     options = {
         "WIDTH": width, "D1": d1, "D2": d2, "BLOCK_M": block, "BLOCK_N": block, "KEPT": positions is not None,
         "ALIGN": _alignment(q, k, v, out, grad_out, grad_q), "PRECISION": _precision(q.dtype),
         "num_warps": 4, "num_stages": 2,
     }  # fmt: skip
-    launch = (triton.cdiv(length, block), n * heads)
+    launch = (triton.cdiv(length, block) * n * heads,)
     strides = *q.stride()[:3], *k.stride()[:3], *v.stride()[:3]
     _backward_queries_kernel[launch](
         q, k, v, bias, place, out, lse, grad_out, delta, grad_q, grad_pairs, width**-0.5, *sizes, pairs_stride,
@@ -383,7 +394,7 @@ def _backward(
     tokens = grid_height * grid_width
     dense = lse.new_empty(heads, tokens, tokens)
     _sum_samples_kernel[(triton.cdiv(tokens * tokens, 1024), heads)](
-        grad_pairs, place if slots is None else slots, dense, n, length, heads, tokens, pairs_stride,
+        grad_pairs, slots, dense, n, length, heads, tokens, pairs_stride,
         SAMPLES=4, BLOCK=1024, KEPT=positions is not None, num_warps=8,
     )  # fmt: skip
     grad_table = torch.zeros_like(table, dtype=torch.float32, memory_format=torch.contiguous_format)
