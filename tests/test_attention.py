@@ -403,7 +403,7 @@ def test_widths_are_split_into_powers_of_two_without_much_padding():
     splits = {width: triton_attention.split_width(width) for width in (8, 16, 24, 32, 48, 64, 72, 80, 96, 128)}
     assert splits[72] == (64, 16) and splits[64] == (64, 0) and splits[8] == (16, 0) and splits[96] == (64, 32)
     assert all(width <= sum(parts) <= width + 8 for width, parts in splits.items())
-    assert [triton_attention.block_size(length) for length in (1, 17, 64, 128, 144, 176, 256)] == [
+    assert [triton_attention.block_size(length, 72) for length in (1, 17, 64, 128, 144, 176, 256)] == [
         16,
         32,
         64,

@@ -280,11 +280,20 @@ def split_width(width: int) -> tuple[int, int]:
     return first, 0 if width <= first else max(16, triton.next_power_of_2(width - first))
 
 
-def block_size(length: int) -> int:
-    """Rows of a tile: 128 where that pads the length no further than 64 does; 32 and 16 for the shortest lengths."""
+def block_size(length: int, width: int) -> int:
+    """Rows of a tile: 128 where that pads the length no further than 64 does; 32 and 16 for the shortest lengths.
+
+    Heads of more than 80 features do not fit into registers in tiles of 128.
+    """
     if length <= 32:
         return max(16, triton.next_power_of_2(length))
-    return 128 if triton.cdiv(length, 128) * 2 <= triton.cdiv(length, 64) else 64
+    return 128 if width <= 80 and triton.cdiv(length, 128) * 2 <= triton.cdiv(length, 64) else 64
+
+
+def tile_options(width: int, block: int) -> dict[str, int]:
+    """Warps and stages with which the compiler keeps a tile in registers and in the shared memory of small GPUs."""
+    wide = width > 80
+    return {"num_warps": 8 if block == 128 or wide else 4, "num_stages": 1 if wide else 2}
 
 
 def _precision(dtype: torch.dtype) -> str:
@@ -333,14 +342,14 @@ def _forward(
     out, lse, bias = _empty_like(q), q.new_empty(n, heads, length, dtype=torch.float32), _columns(table)
     place = q if positions is None else positions.contiguous()  # q: not read
     d1, d2 = split_width(width)
-    block_m, block_n = block_size(length), min(64, block_size(length))
+    block_m, block_n = block_size(length, width), min(64, block_size(length, width))
     _forward_kernel[(triton.cdiv(length, block_m) * n * heads,)](
         q, k, v, bias, place, out, lse, width**-0.5, length, heads, grid_width,
         bias.shape[1], _center(grid_height, grid_width),
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
         WIDTH=width, D1=d1, D2=d2, BLOCK_M=block_m, BLOCK_N=block_n, KEPT=positions is not None,
         ALIGN=_alignment(q, k, v, out), PRECISION=_precision(q.dtype),
-        num_warps=8 if block_m == 128 else 4, num_stages=2,
+        **tile_options(width, block_m),
     )  # fmt: skip
     return out, lse
 
@@ -369,7 +378,7 @@ def _backward(
     n, heads, length, width = q.shape
     grad_q, grad_k, grad_v, delta, bias = *(_empty_like(q) for _ in range(3)), torch.empty_like(lse), _columns(table)
     d1, d2 = split_width(width)
-    block = min(64, block_size(length))
+    block = min(64, block_size(length, width))
     pairs_stride = triton.cdiv(length, 16) * 16  # aligned rows
     grad_pairs = q.new_empty(n, heads, length, pairs_stride) if table_too else q
     place, slots = (q, q) if positions is None else (positions.contiguous(), slots.contiguous())
@@ -377,7 +386,7 @@ def _backward(
     options = {
         "WIDTH": width, "D1": d1, "D2": d2, "BLOCK_M": block, "BLOCK_N": block, "KEPT": positions is not None,
         "ALIGN": _alignment(q, k, v, out, grad_out, grad_q), "PRECISION": _precision(q.dtype),
-        "num_warps": 4, "num_stages": 2,
+        **tile_options(width, block),
     }  # fmt: skip
     launch = (triton.cdiv(length, block) * n * heads,)
     strides = *q.stride()[:3], *k.stride()[:3], *v.stride()[:3]
