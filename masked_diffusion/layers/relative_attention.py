@@ -182,6 +182,21 @@ def check_implementation(implementation: str, device: torch.device) -> None:
         raise UserError(f"--attention triton needs a GPU: on a {device.type.upper()} choose sdpa or auto")
 
 
+def check_inputs(q: torch.Tensor) -> None:
+    """Refuse what the kernel cannot compute.
+
+    :param q: (N, heads, K, d).
+    :raises UserError: as `check_implementation`, and for a wide head and a dtype that the kernel does not have.
+    """
+    check_implementation("triton", q.device)
+    if q.shape[-1] > LARGEST_HEAD:
+        raise UserError(
+            f"--attention triton has heads of up to {LARGEST_HEAD} features, not {q.shape[-1]}: choose sdpa"
+        )
+    if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise UserError(f"--attention triton computes in fp32, bf16 or fp16, not in {q.dtype}: choose sdpa")
+
+
 # ---------------------------------------------------------------- attention
 
 
@@ -205,7 +220,7 @@ def relative_attention(
     :param implementation: one of `IMPLEMENTATIONS`.
     :param index: `relative_position_index` of the grid, if it is there already.
     :return: (N, heads, K, d).
-    :raises UserError: as `check_implementation`, and for a head that is too wide for the kernel.
+    :raises UserError: as `check_inputs`, where the kernel runs.
     """
     kernel = runs_kernel(implementation, q.device, q.dtype, q.shape[-1])
     if index is None and not (kernel and positions is None):
@@ -215,7 +230,7 @@ def relative_attention(
     if kernel:
         from . import triton_attention
 
-        triton_attention.check(q)
+        check_inputs(q)
         places = (None, None) if positions is None else positions[:2]
         return triton_attention.attention(q, k, v, table, *places, grid)
     if positions is None:

@@ -14,9 +14,6 @@ import torch
 import triton
 import triton.language as tl
 
-from ..utils.errors import UserError
-from .relative_attention import LARGEST_HEAD
-
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # decides what `triton.jit` returns below
 LOG2E = tl.constexpr(1.4426950408889634)  # the kernels take powers of 2, which the hardware has an instruction for
 
@@ -433,22 +430,6 @@ def _gradients(ctx: Any, grad_out: torch.Tensor, _: torch.Tensor) -> tuple:
 
 
 _forward.register_autograd(_gradients, setup_context=_setup_context)
-
-
-def check(q: torch.Tensor) -> None:
-    """Refuse what the kernels cannot compute.
-
-    :param q: (N, heads, K, d).
-    :raises UserError: for a device without Triton, a wide head, and a dtype that `tl.dot` does not have.
-    """
-    if q.device.type != "cuda" and not INTERPRETED:
-        raise UserError(f"--attention triton needs a GPU: on a {q.device.type.upper()} choose sdpa or auto")
-    if q.shape[-1] > LARGEST_HEAD:
-        raise UserError(
-            f"--attention triton works heads of up to {LARGEST_HEAD} features, not {q.shape[-1]}: choose sdpa"
-        )
-    if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise UserError(f"--attention triton computes in fp32, bf16 or fp16, not in {q.dtype}: choose sdpa")
 
 
 def attention(
