@@ -318,6 +318,26 @@ def half_distances(u, v):
     return np.maximum(norms[0][:, None] - np.float16(2) * products + norms[1], np.float16(0)).astype(np.float32)
 
 
+def adm_distances(u, v, tile=10_000):
+    """ADM's formula and rule in eager TensorFlow, each tile by itself: in half precision where it is finite in it."""
+    from evaluations.inception_tensorflow import import_tensorflow
+
+    tf = import_tensorflow()
+
+    def formula(u, v):
+        norm_u = tf.reshape(tf.reduce_sum(tf.square(u), 1), [-1, 1])
+        norm_v = tf.reshape(tf.reduce_sum(tf.square(v), 1), [1, -1])
+        return tf.maximum(norm_u - 2 * tf.matmul(u, v, False, True) + norm_v, 0.0)
+
+    def of_tile(u, v):
+        half = formula(tf.cast(u, tf.float16), tf.cast(v, tf.float16)).numpy()
+        return half.astype(np.float32) if np.isfinite(half).all() else formula(u, v).numpy()
+
+    with tf.device("CPU"):
+        rows, columns = range(0, len(u), tile), range(0, len(v), tile)
+        return np.block([[of_tile(u[i : i + tile], v[j : j + tile]) for j in columns] for i in rows])
+
+
 def exact_distances(u, v):
     return ((u[:, None].astype(np.float64) - v[None]) ** 2).sum(-1)
 
