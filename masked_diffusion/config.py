@@ -11,6 +11,7 @@ from typing import Any
 from typing_extensions import Self
 
 from .guidance import RULES
+from .layers.relative_attention import IMPLEMENTATIONS
 from .utils import flag_values
 from .utils.config_json import check_config_json
 from .utils.errors import UserError
@@ -23,6 +24,10 @@ SCHEDULE_SAMPLERS = ("uniform", "loss-second-moment")
 NOISE_SCHEDULES = ("linear", "squaredcos_cap_v2")
 SNAPSHOT_DTYPES = ("fp32", "fp16")
 SOLVERS = ("ddpm", "ddim", "dpm++", "sde-dpm++", "unipc", "heun", "euler")
+ATTENTION_HELP = (
+    "attention with a relative position bias: sdpa, of PyTorch; triton, the kernel for GPUs; auto: the kernel on a GPU "
+    "in bf16 or fp16"
+)
 CLASS_RULES = ("random", "balanced", "list")
 QUANTIZERS = ("truncate", "round")
 CFG_SCALE, SCALE_POW = 3.8, 4.0  # of MDTv2's published results
@@ -156,6 +161,7 @@ class TrainConfig(Config):
     fp16_scale_growth: float = option(
         1e-3, "fp16: growth of the loss scale per step, as a log2", above=0, at_most=16, changes_run=True
     )
+    attention: str = option("auto", ATTENTION_HELP, choices=IMPLEMENTATIONS)
     compile: bool = option(False, "compile the transformer blocks with torch.compile")
     exact_lengths: bool = option(
         False, "with --compile: do not round the number of kept tokens, and compile once with a dynamic length"
@@ -325,6 +331,7 @@ class WeightsConfig(Config):
         "fp32", "number format of the network; bf16 and fp16 are mixed precision", choices=tuple(PRECISIONS)
     )
     use_fp16: bool = option(False, "the same as --precision fp16")
+    attention: str = option("auto", ATTENTION_HELP, choices=IMPLEMENTATIONS)
     compile: bool = option(False, "compile the transformer blocks with torch.compile")
     model: str | None = option(None, "not needed, the checkpoint tells it; if given, it must agree")
     image_size: int | None = option(None, "not needed, the checkpoint tells it; if given, it must agree", at_least=1)
