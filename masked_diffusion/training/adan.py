@@ -123,15 +123,18 @@ def _update(
     :param rows: parameter, gradient, state and averages of each parameter.
     """
     device = rows[0][0].device
+    rows = [row for row in rows if row[0].numel()]  # with FSDP, a rank can have nothing of a small parameter
     if all(tensor.is_contiguous() and tensor.dtype == torch.float32 for row in rows for tensor in row):
-        if device.type == "cuda" and (kernel := _kernel()) is not None:
+        if device.type == "cuda" and (kernel := _kernel(device)) is not None:
             kernel(rows, settings, grad_factor, weights)
             return
         if device.type == "cpu" and compiled and (one_pass := _compiled(len(weights))) is not None:
             factor = torch.ones(()) if grad_factor is None else grad_factor
             numbers = torch.tensor([settings[name] for name in CHANGING] + weights)
             for row in rows:
-                one_pass([tensor.view(-1) for tensor in row], factor, numbers, *(settings[name] for name in FIXED))
+                one_pass(
+                    [tensor.detach().view(-1) for tensor in row], factor, numbers, *(settings[name] for name in FIXED)
+                )
             return
     for params, grads, *state_and_averages in _pieces(rows, PIECE.get(device.type, PIECE["cuda"])):
         state, averages = state_and_averages[: len(STATE)], state_and_averages[len(STATE) :]
@@ -234,26 +237,36 @@ def _one_pass(
         average.add_((param - average) * weight)
 
 
+def _trial(num_averages: int, device: torch.device) -> list[Tensor]:
+    return [torch.zeros(64, device=device) for _ in range(6 + num_averages)]
+
+
 @cache
 def _compiled(num_averages: int) -> Any:
     """`_one_pass` compiled for tensors of any length, or None where that fails."""
     one_pass = torch.compile(_one_pass, dynamic=True, fullgraph=True)
-    trial = [torch.zeros(64) for _ in range(6 + num_averages)]
+    numbers = torch.ones(len(CHANGING) + num_averages)
     try:
-        one_pass(trial, torch.ones(()), torch.ones(len(CHANGING) + num_averages), 0.98, 0.92, 0.99, 1e-8)
+        one_pass(_trial(num_averages, torch.device("cpu")), torch.ones(()), numbers, 0.98, 0.92, 0.99, 1e-8)
     except Exception as error:  # PyTorch has no one class for a compiler that is missing or fails
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        logger.log(f"the optimizer is not compiled and runs in many small operations: {reason[:200]}")
+        _log_fallback("the optimizer is not compiled", error)
         return None
     return one_pass
 
 
 @cache
-def _kernel() -> Any:
-    """The Triton kernel that updates all parameters at once, or None where Triton is missing."""
+def _kernel(device: torch.device) -> Any:
+    """The Triton kernel that updates all parameters in one launch, or None where it cannot run."""
     try:
         from .adan_kernel import update_all
-    except ImportError:
-        logger.log("Triton is not installed: the optimizer runs in several passes over memory")
+
+        update_all([_trial(1, device)], dict.fromkeys((*FIXED, *CHANGING), 1.0), None, [0.1])
+    except Exception as error:  # Triton is missing, or the compiler that it needs: no one class either
+        _log_fallback("the optimizer runs without its Triton kernel", error)
         return None
     return update_all
+
+
+def _log_fallback(what: str, error: Exception) -> None:
+    reason = next(iter(str(error).splitlines()), type(error).__name__)
+    logger.log(f"{what} and takes several passes over memory: {reason[:200]}")

@@ -62,9 +62,7 @@ class TrainState:
         averages += [(average, float(rate)) for rate, average in self.ema.items() if finite]
         if finite or self.scaler.is_enabled():  # the scaler itself skips a bad step, and then lowers the loss scale
             options = clip_gradients(self.opt, self.params, norm, self.config.train.grad_clip)
-            if finite and isinstance(
-                self.opt, Adan
-            ):  # inside ZeRO-1 weights of other ranks come later
+            if finite and isinstance(self.opt, Adan):  # inside ZeRO-1 weights of other ranks come later
                 options["averages"], averages = averages, []
             self.scaler.step(self.opt, **options)
             self.scaler.update()
