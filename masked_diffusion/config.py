@@ -146,7 +146,7 @@ class TrainConfig(Config):
     fp16_scale_growth: float = option(
         1e-3, "fp16: growth of the loss scale per step, as a log2", above=0, at_most=16, changes_run=True
     )
-    compile: bool = option(False, "compile the transformer blocks with torch.compile")
+    compile: bool = option(False, "compile the transformer blocks with torch.compile, and on a CPU the step of Adan")
     exact_lengths: bool = option(
         False, "with --compile: do not round the number of kept tokens, and compile once with a dynamic length"
     )
@@ -309,7 +309,9 @@ class WeightsConfig(Config):
         "fp32", "number format of the network; bf16 and fp16 are mixed precision", choices=tuple(PRECISIONS)
     )
     use_fp16: bool = option(False, "the same as --precision fp16")
-    compile: bool = option(False, "compile the transformer blocks with torch.compile")
+    compile: bool = option(
+        False, "compile the transformer blocks with torch.compile; on a GPU, a step of the network is one CUDA graph"
+    )
     model: str | None = option(None, "not needed, the checkpoint tells it; if given, it must agree")
     image_size: int | None = option(None, "not needed, the checkpoint tells it; if given, it must agree", at_least=1)
     decode_layer: int | None = option(None, "not needed, the checkpoint tells it; if given, it must agree", at_least=0)

@@ -161,3 +161,10 @@ def test_a_weight_without_gradient_stays_and_its_average_follows():
     torch.testing.assert_close(average[1], 0.25 * before)
     torch.testing.assert_close(average[0], 0.25 * params[0].detach())
     assert create_optimizer("adan", params, lr=1e-3).step(lambda: 7) == 7
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_kernel_computes_the_same_on_a_gpu():
+    assert adan._kernel(torch.device("cuda")) is not None
+    check_kernel("cuda")

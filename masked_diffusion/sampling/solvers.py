@@ -143,7 +143,7 @@ class SchedulerSolver:
             scheduler.set_timesteps(timesteps=timesteps)
         scheduler.set_begin_index(0)  # or it searches the timesteps for its place
         if self.name == "unipc":  # copies single numbers to the device in every step, unless they are there
-            scheduler.sigmas = scheduler.sigmas.to(device)
+            scheduler.sigmas = scheduler.sigmas.to(device, non_blocking=True)
         return scheduler
 
     @torch.no_grad()
