@@ -78,7 +78,7 @@ def test_classes_guidance_and_steps_compile_nothing_again(monkeypatch):
     backend = lambda graph, inputs: graphs.append(graph) or graph.forward  # noqa: E731
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **kw: compile_module(self, backend=backend, **kw))
     torch._dynamo.reset()
-    model = small_model()
+    model = small_model(depth=2, decode_layer=0)
     model.compile_blocks()
     first, second = torch.tensor([1, 2]), torch.tensor([7, 7])
     make_image_sampler(model, guidance=Guidance("interval", 2.0, interval=(0, 500)))([0, 1], first)

@@ -28,9 +28,9 @@ class GraphedForward:
         self.network, self.forward = network, network.forward
         self.graphs, self.failed, self.pool = {}, False, None
 
-    def __call__(self, x: Tensor, t: Tensor, y: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def __call__(self, x: Tensor, t: Tensor, y: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
         """The output of the network; a tensor of its own, which the next call does not overwrite."""
-        if args or kwargs or not self._can_graph(x):
+        if y is None or args or kwargs or not self._can_graph(x):
             return self.forward(x, t, y, *args, **kwargs)
         number_format = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
         key = number_format, *((value.shape, value.dtype) for value in (x, t, y))
