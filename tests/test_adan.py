@@ -134,6 +134,7 @@ def check_kernel(device):
             factor, weights, **adan._settings(group),
         )  # fmt: skip
         for row, expected in zip(mine, rows, strict=True):
+            del row[1], expected[1]  # the gradients
             for ours, theirs in zip(row, expected, strict=True):
                 torch.testing.assert_close(ours.cpu(), theirs, rtol=1e-6, atol=2e-7)
 

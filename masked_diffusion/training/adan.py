@@ -51,7 +51,7 @@ class Adan(torch.optim.Optimizer):
 
         :param closure: computes the loss again, as in every optimizer of PyTorch.
         :param grad_factor: () float32; multiplies the gradients first, which is how they are clipped. The `.grad` of
-            the parameters is left as it is.
+            the parameters is undefined after the step.
         :param averages: moves each average towards the new weights: average <- rate * average + (1 - rate) * weight.
             It has one tensor per parameter of all groups, in their order.
         :return: what `closure` returned.
@@ -182,7 +182,7 @@ def adan_update(
     bias_correction3_sqrt: float,
     decay: float,
 ) -> None:
-    """One step of Adan on lists of tensors, in place, but for `grads`.
+    """One step of Adan on lists of tensors, in place.
 
     The order of the operations is the authors', so that the results are theirs to the last bit.
 
@@ -192,7 +192,7 @@ def adan_update(
     :param decay: 1 + lr * weight_decay.
     """
     if grad_factor is not None:
-        grads = torch._foreach_mul(grads, grad_factor)
+        torch._foreach_mul_(grads, grad_factor)
     torch._foreach_add_(neg_pre_grads, grads)  # g_k - g_{k-1}
     torch._foreach_lerp_(exp_avgs, grads, 1 - beta1)  # m_k
     torch._foreach_mul_(exp_avg_diffs, beta2)
