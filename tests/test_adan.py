@@ -4,6 +4,7 @@ import pytest
 import torch
 from fill import tensor
 from timm.optim import Adan as TimmAdan
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from masked_diffusion.training import adan
 from masked_diffusion.training.adan import STATE, Adan
@@ -169,3 +170,25 @@ def test_a_weight_without_gradient_stays_and_its_average_follows():
 def test_the_kernel_computes_the_same_on_a_gpu():
     assert adan._kernel(torch.device("cuda")) is not None
     check_kernel("cuda")
+
+
+def test_shards_of_fsdp_are_updated_in_place():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = torch.distributed.init_device_mesh("cpu", (1,))
+        (params, average, _), _ = run_both(Adan, steps=3)
+        full = parameters()
+        sharded = [torch.nn.Parameter(distribute_tensor(p.detach(), mesh, [Shard(0)])) for p in full]
+        our_average = [p.detach().clone() for p in sharded]
+        optimizer = Adan(sharded, **OPTIONS)
+        for step in range(3):
+            give_gradients(full, step)
+            for param, whole in zip(sharded, full, strict=True):
+                param.grad = distribute_tensor(whole.grad, mesh, [Shard(0)])
+            norm = torch.nn.utils.get_total_norm([p.grad for p in sharded]).full_tensor()
+            optimizer.step(**clip_gradients(optimizer, sharded, norm, 1.0), averages=[(our_average, 0.9)])
+        assert all(isinstance(value, DTensor) for value in states(sharded, optimizer))
+        for ours, theirs in zip(sharded + our_average, params + average, strict=True):
+            torch.testing.assert_close(ours.full_tensor(), theirs, rtol=1e-6, atol=1e-7)
+    finally:
+        torch.distributed.destroy_process_group()

@@ -93,7 +93,7 @@ class Adan(torch.optim.Optimizer):
 
 def local_shard(tensor: Tensor) -> Tensor:
     """This rank's shard of a tensor, or the tensor itself."""
-    return tensor.tolocal_shard() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _settings(group: dict[str, Any]) -> dict[str, float]:
