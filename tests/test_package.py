@@ -87,7 +87,9 @@ FLOORS = [
         "config", "diffusion_utils", "dist_util", "forward_process", "guidance", "layers", "logger", "published",
         "reverse_process", "utils",
     },
-    {"gaussian_diffusion", "image_datasets", "image_packing", "image_shards", "models", "resample"},
+    {
+        "gaussian_diffusion", "image_datasets", "image_decoding", "image_packing", "image_shards", "models", "resample",
+    },
     {"respace", "weights"},
     {"latents", "training"},
     {"nn", "script_util", "train_util"},

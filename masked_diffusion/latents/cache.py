@@ -62,6 +62,7 @@ class LatentCache:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self.header = _read_json(self.folder / HEADER_NAME, {"shards": list} | dict.fromkeys(HEADER_NUMBERS, int))
+        self.header.setdefault("fast_decode", False)  # unknown to older versions
         self.check(version=VERSION)
 
     def check(self, **wanted: Any) -> None:
@@ -171,6 +172,7 @@ def encode_latents(
     class_cond: bool,
     num_workers: int,
     verify: bool,
+    fast_decode: bool = False,
     paths: Sequence[str] | None = None,
 ) -> None:
     """Encode all images of a folder, centre-cropped, original and mirrored. Complete shards are not encoded again.
@@ -183,6 +185,7 @@ def encode_latents(
     :param class_cond: take labels from the file names; see `image_classes`.
     :param num_workers: data loading processes per rank; 0: load in this process.
     :param verify: compare complete shards with their checksums, and encode damaged ones again.
+    :param fast_decode: see `load_data`.
     :param paths: the images of `data_dir`, if they have been listed already.
     :raises UserError: for a cache that was made with other settings or files, for an image size that is not a multiple
         of the first stage's downsampling, for bad image folders as in `load_data`, and when files cannot be written.
@@ -199,6 +202,7 @@ def encode_latents(
         "version": VERSION,
         "image_size": image_size,
         "crop": "center",
+        "fast_decode": fast_decode,
         "vae_fingerprint": fingerprint(first_stage),
         "channels": first_stage.channels,
         "latent_size": image_size // first_stage.downsample,
@@ -213,7 +217,8 @@ def encode_latents(
     missing = _find_incomplete(cache, verify)
     own = missing[dist_util.get_rank() :: dist_util.get_world_size()]
     batches = [rows[i : i + batch_size] for rows in map(cache.rows, own) for i in range(0, len(rows), batch_size)]
-    dataset, pin = ImageDataset(image_size, paths, random_flip=False), dist_util.dev().type == "cuda"
+    dataset = ImageDataset(image_size, paths, random_flip=False, fast_decode=fast_decode)
+    pin = dist_util.dev().type == "cuda"
     loader = DataLoader(
         dataset, batch_sampler=batches, num_workers=num_workers, pin_memory=pin, worker_init_fn=init_loader_process
     )
@@ -287,6 +292,7 @@ def load_latents(
     class_cond: bool = False,
     random_crop: bool = False,
     random_flip: bool = True,
+    fast_decode: bool = False,
     num_workers: int = 1,
     seed: int = 0,
     start_step: int = 0,
@@ -298,12 +304,16 @@ def load_latents(
 
     :param latent_dir: a folder made by `encode_latents`; the images themselves are not needed.
     :param random_crop: must be False, since a cache holds centre crops.
-    :raises UserError: for a cache of another first stage, size or crop, without labels although `class_cond` is True,
-        with fewer images than a global batch, or with a shard that is missing or truncated.
+    :param fast_decode: must be that of `encode_latents`.
+    :raises UserError: for a cache of another first stage, size, crop or decoding, without labels although `class_cond`
+        is True, with fewer images than a global batch, or with a shard that is missing or truncated.
     """
     dataset = LatentDataset(latent_dir, class_cond=class_cond, random_flip=random_flip, seed=seed)
     dataset.cache.check(
-        image_size=image_size, crop="random" if random_crop else "center", vae_fingerprint=fingerprint(first_stage)
+        image_size=image_size,
+        crop="random" if random_crop else "center",
+        fast_decode=fast_decode,
+        vae_fingerprint=fingerprint(first_stage),
     )
     return stream(dataset, latent_dir, batch_size, num_workers, seed, start_step)
 
