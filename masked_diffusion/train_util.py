@@ -24,6 +24,7 @@ from .published import (  # noqa: F401  (ADM's and MDT's users import them from 
 )
 from .resample import create_named_schedule_sampler
 from .training.data import TrainingData
+from .training.data_wait import DataWait
 from .training.finetune import load_pretrained
 from .training.guardian import Guardian
 from .training.metrics import TrainMetrics
@@ -122,7 +123,8 @@ class TrainLoop:
         )
         global_batch = self.config.train.batch_size * dist_util.get_world_size()
         num_timesteps = self.objective.diffusion.num_timesteps
-        self.metrics = TrainMetrics(self.device, num_timesteps, global_batch, self.last_step)
+        data_wait = DataWait(self.config, self.source.names)
+        self.metrics = TrainMetrics(self.device, num_timesteps, global_batch, self.last_step, data_wait)
         self._start_data()
 
     def _load_weights(self, path: Path) -> None:
@@ -195,7 +197,8 @@ class TrainLoop:
         while not self.last_step or self.step < self.last_step:
             self.watchdog.phase(f"loading the data of step {self.step}")
             try:
-                batch, cond = next(self.data)
+                with self.metrics.data_wait.waiting():
+                    batch, cond = next(self.data)
             except LoaderWorkerDied as error:
                 failure = error
             self.watchdog.phase(f"waiting for the other ranks before step {self.step}")
