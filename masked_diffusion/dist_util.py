@@ -239,7 +239,14 @@ def _describe_failure(error: BaseException) -> tuple[bool, str]:
 def _raise_main_failure(failure: tuple[bool, str] | None) -> None:
     if failure is not None:
         is_user_error, message = failure
-        raise UserError(message) if is_user_error else RuntimeError(f"rank 0 failed: {message}")
+        error = UserError(message) if is_user_error else RuntimeError(f"rank 0 failed: {message}")
+        error.is_of_main = True
+        raise error
+
+
+def is_of_main(error: BaseException) -> bool:
+    """Whether rank 0 has raised the error first, and this rank only repeats it."""
+    return getattr(error, "is_of_main", False)
 
 
 def is_first(key: str) -> bool:

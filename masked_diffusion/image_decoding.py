@@ -2,6 +2,7 @@
 
 import io
 import math
+import os
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,6 +28,9 @@ def image_errors(name: str) -> Iterator[None]:
     except MemoryError:
         raise
     except Exception as error:  # on damaged files Pillow's readers raise nearly anything
+        folder = os.path.dirname(name)
+        if isinstance(error, FileNotFoundError) and not os.path.isdir(folder):
+            raise UserError(f"{name} cannot be read, its folder is gone: put or mount {folder} again") from error
         raise UserError(f"{name} cannot be read as an image ({error}): repair or remove it") from error
 
 
