@@ -39,6 +39,8 @@ EXTENSIONS = ("jpg", "jpeg", "png", "gif")
 # Not read, as ADM does not read them either: otherwise the list of files would not be ADM's.
 OTHER_EXTENSIONS = ("webp", "bmp", "tif", "tiff", "avif", "heic", "heif", "jfif", "jp2", "jxl", "ppm", "pgm", "tga")
 
+MOST_SKIPPED = 100  # images in a row: then the disk is gone, and going on would only skip all the others
+
 
 def load_data(
     *,
@@ -321,7 +323,8 @@ class ImageDataset(Dataset):
     def _read(self, index: int) -> tuple[int, Image.Image, Box | None]:
         """The index, the image, and the `box` of `decode_reduced`; with `skip`, those of the first readable image from
         this index on."""
-        for _ in range(len(self)):
+        first = index
+        for _ in range(min(len(self), MOST_SKIPPED)):
             try:
                 data, name = self.images.read(index), self.images.name(index)
                 if self.fast_decode:
@@ -332,7 +335,11 @@ class ImageDataset(Dataset):
                     raise
                 print(f"skipped: {error}", file=sys.stderr, flush=True)
                 index = (index + 1) % len(self)
-        raise UserError(f"none of the {len(self)} images can be read, for example {self.image_paths[index]}")
+        others = min(len(self), MOST_SKIPPED) - 1
+        raise UserError(
+            f"{self.images.name(first)} and the {others} images after it cannot be read: check that their folder is "
+            "still there"
+        )
 
 
 class ImageFiles:

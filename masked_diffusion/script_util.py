@@ -120,7 +120,8 @@ def run(main: Callable[[], None]) -> None:
 
     A `UserError`, which the user can fix, is printed as one sentence, once for all ranks, with exit code 2; torchrun
     does not restart the job after it. Ctrl-C ends with exit code 130 and without a traceback. Any other exception is a
-    bug of the program, and its traceback is printed. All but Ctrl-C are written down; see `utils.last_words`.
+    bug of the program, and its traceback is printed; but a rank that ends only because another one has died says so in
+    one sentence. All but Ctrl-C are written down with tracebacks; see `utils.last_words`.
     """
     try:
         main()
@@ -138,7 +139,16 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(INTERRUPTED)
     except Exception as error:
         _write_down(error)
-        raise
+        if not (logger.get_dir() and dist_util.is_lost_peer(error)):
+            raise
+        if dist_util.is_first("lost"):
+            print(
+                f"error: {last_words.describe_rank()} ends, because another rank has ended; what it said last is in "
+                f"log.txt (rank 0) or rank*.txt of {logger.get_dir()}",
+                file=sys.stderr,
+                flush=True,
+            )
+        sys.exit(1)
     finally:
         dist_util.cleanup()
 
