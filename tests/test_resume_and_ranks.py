@@ -114,6 +114,24 @@ def test_sharding_changes_nothing(images, tmp_path, shard, atol, optimizer):
     assert_same(tensors(tmp_path / "none", 6), ours, rtol=0, atol=atol)
 
 
+@pytest.mark.slow
+def test_16_ranks_train_save_resume_and_sample(images, tmp_path):
+    kinds = {"16": {"ranks": 16}, "1": {}}
+    for kind, launch in kinds.items():
+        options = {"optimizer": "adan", "batch_size": 16 // launch.get("ranks", 1), "num_workers": 0}
+        for steps, shard in ((3, "none"), (6, "fsdp" if launch else "none")):
+            flags = train_flags(images, tmp_path / kind, max_steps=steps, shard=shard, **options)
+            fork("image_train.py", flags, **launch)
+        flags = {"model_path": tmp_path / kind, "log_dir": tmp_path / f"samples{kind}", "num_samples": 32}
+        flags |= {"num_sampling_steps": 3, "batch_size": 2}
+        fork("image_sample.py", [f"--{key}={value}" for key, value in flags.items()], **launch)
+    assert "starting at step 3" in (tmp_path / "16" / "log.txt").read_text()
+    np.testing.assert_allclose(losses(tmp_path / "16"), losses(tmp_path / "1"), atol=1e-5)
+    assert_same(tensors(tmp_path / "16", 6), tensors(tmp_path / "1", 6), rtol=0, atol=1e-5)
+    drawn = [np.load(next((tmp_path / f"samples{kind}").glob("*.npz")))["arr_0"].astype(int) for kind in kinds]
+    assert drawn[0].shape == (32, 8, 8, 3) and np.abs(drawn[0] - drawn[1]).max() <= 1
+
+
 def test_fsdp_needs_a_process_group(images, tmp_path):
     result = fork("image_train.py", train_flags(images, tmp_path, shard="fsdp"), check=False)
     assert result.returncode == 2 and "error: --shard fsdp needs a process group" in result.stderr
