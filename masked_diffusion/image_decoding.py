@@ -66,7 +66,7 @@ def decode_reduced(data: bytes, name: str, short_side: int) -> tuple[Image.Image
         scale = next((s for s in (8, 4, 2) if min(width, height) // s >= short_side), 1)
         # Pillow takes the largest scale that leaves this size or more.
         drafted = image.draft("RGB", (width // scale, height // scale)) if scale > 1 else None
-        return _to_rgb(image), drafted and drafted[1]
+        return _to_rgb(image), drafted[1] if drafted else None
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
