@@ -109,5 +109,21 @@ def _end_by_sigterm(receiver: int, log_dir: str | Path) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-# A forked process must not tell its parent to end.
-os.register_at_fork(after_in_child=lambda: faulthandler.unregister(signal.SIGTERM))
+# A forked process must not tell its parent to end, not even by a signal that comes while it begins.
+_before_fork = threading.local()
+
+
+def _hold_sigterm() -> None:
+    _before_fork.mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+
+def _release_sigterm() -> None:
+    signal.pthread_sigmask(signal.SIG_SETMASK, _before_fork.mask)
+
+
+def _release_sigterm_in_child() -> None:
+    faulthandler.unregister(signal.SIGTERM)
+    _release_sigterm()
+
+
+os.register_at_fork(before=_hold_sigterm, after_in_parent=_release_sigterm, after_in_child=_release_sigterm_in_child)
