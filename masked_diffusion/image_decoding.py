@@ -2,36 +2,16 @@
 
 import io
 import math
-import os
 import random
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
-import blobfile as bf
 import numpy as np
 from PIL import Image
 
-from .utils.errors import UserError
+from .image_sequence import image_errors, read_image_file
 
 Box = tuple[float, float, float, float]  # left, upper, right, lower
 SEPARABLE = ("L", "RGB")  # modes whose rows and columns may be resized in two calls, with the same bytes as in one
-
-
-@contextmanager
-def image_errors(name: str) -> Iterator[None]:
-    """Within the block, whatever is raised means that an image cannot be read; all but a lack of memory.
-
-    :raises UserError: names the image.
-    """
-    try:
-        yield
-    except MemoryError:
-        raise
-    except Exception as error:  # on damaged files Pillow's readers raise nearly anything
-        folder = os.path.dirname(name)
-        if isinstance(error, FileNotFoundError) and not os.path.isdir(folder):
-            raise UserError(f"{name} cannot be read, its folder is gone: put or mount {folder} again") from error
-        raise UserError(f"{name} cannot be read as an image ({error}): repair or remove it") from error
 
 
 def read_image(path: str) -> Image.Image:
@@ -40,9 +20,7 @@ def read_image(path: str) -> Image.Image:
     :raises UserError: for a file that does not exist, is not an image, is truncated or is a decompression bomb; the
         message names it.
     """
-    with image_errors(path), bf.BlobFile(path, "rb") as file:
-        data = file.read()
-    return decode_image(data, path)
+    return decode_image(read_image_file(path), path)
 
 
 def decode_image(data: bytes, name: str) -> Image.Image:
