@@ -154,5 +154,5 @@ def run(main: Callable[[], None]) -> None:
 
 
 def _write_down(error: Exception) -> None:
-    if not dist_util.is_of_main(error):  # rank 0 has written it already
+    if not dist_util.is_repeated(error):  # the rank that raised it first has written it
         last_words.write(logger.get_dir(), "".join(traceback.format_exception(error)))

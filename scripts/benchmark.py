@@ -20,9 +20,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from typing_extensions import Self
 
 from masked_diffusion import create_diffusion, create_model, script_util
-from masked_diffusion.config import OPTIMIZERS
+from masked_diffusion.config import ATTENTION_HELP, OPTIMIZERS
 from masked_diffusion.guidance import Guidance, GuidedDenoiser
 from masked_diffusion.layers.attention import Attention, RelativePositionBias
+from masked_diffusion.layers.relative_attention import IMPLEMENTATIONS, KeptTokens
 from masked_diffusion.models import DiT
 from masked_diffusion.training.objective import TwoPassObjective
 from masked_diffusion.training.optim import create_optimizer, default_grad_clip
@@ -73,6 +74,7 @@ class BenchmarkConfig(Config):
     device: str = option("cuda" if torch.cuda.is_available() else "cpu", "where to run", choices=("cpu", "cuda"))
     threads: int = option(min(4, os.cpu_count()), "threads of the CPU", at_least=1)
     precision: str = option("fp32", "number format of the network's arithmetic", choices=tuple(PRECISIONS))
+    attention: str = option("auto", ATTENTION_HELP, choices=IMPLEMENTATIONS)
     compile: bool = option(False, "compile the transformer blocks with torch.compile")
     grad_checkpoint: bool = option(False, "gradient checkpointing: less memory, activations computed twice")
     json: str | None = option(None, "file for the table and all settings")
@@ -107,7 +109,8 @@ def build_model(config: BenchmarkConfig) -> DiT:
             torch.nn.init.normal_(param, std=0.02)
     if config.grad_checkpoint:
         model.enable_grad_checkpoint()
-    return model.to(config.device)
+    model.to(config.device).set_attention(config.attention, torch.device(config.device))
+    return model
 
 
 def training_step(model: DiT, config: BenchmarkConfig, precision: str) -> tuple[Step, int | None]:
@@ -172,13 +175,15 @@ def naive_bias(self: RelativePositionBias, ids_keep: torch.Tensor | None) -> tor
     return bias.gather(3, ids_keep[:, None, None, :].expand(-1, heads, kept, -1))
 
 
-def naive_forward(self: Attention, x: torch.Tensor, pair_index: torch.Tensor | None = None) -> torch.Tensor:
-    """`Attention.forward` written out: softmax(q k^T scale + bias) v. Here `pair_index` is the (N, K) kept ids."""
+def naive_forward(
+    self: Attention, x: torch.Tensor, pair_index: KeptTokens | None = None, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """`Attention.forward` written out: softmax(q k^T scale + bias) v. The published code makes `bias` in every call."""
     n, tokens, dim = x.shape
     q, k, v = self.qkv(x).reshape(n, tokens, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
     logits = (q @ k.transpose(-2, -1)) * q.shape[-1] ** -0.5
     if self.rel_pos_bias is not None:
-        logits = logits + naive_bias(self.rel_pos_bias, pair_index)
+        logits = logits + naive_bias(self.rel_pos_bias, None if pair_index is None else pair_index.positions)
     return self.proj((logits.softmax(dim=-1) @ v).transpose(1, 2).reshape(n, tokens, dim))
 
 
@@ -187,7 +192,7 @@ def naive_attention() -> Iterator[None]:
     """Attention as the published code has it, for comparison."""
     with (
         mock.patch.object(Attention, "forward", naive_forward),
-        mock.patch("masked_diffusion.models.gather_pairs", lambda index, ids_keep: ids_keep),
+        mock.patch("masked_diffusion.models.look_up_kept", lambda ids, *_, **__: KeptTokens(ids, None, None)),
     ):
         yield
 

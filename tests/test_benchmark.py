@@ -4,7 +4,9 @@ import argparse
 import json
 import shutil
 import sys
+from unittest import mock
 
+import attention_benchmark
 import benchmark
 import loading_benchmark
 import pytest
@@ -169,3 +171,18 @@ def test_loading_is_measured_from_everything_that_is_loaded(tmp_path, monkeypatc
     printed = capsys.readouterr().out
     assert all(name in printed for name in names)
     assert {path.name for path in tmp_path.iterdir()} == {"images", "out.json"}, "the scratch folder is empty again"
+
+
+def test_attention_alone_is_measured_for_both_implementations():
+    pytest.importorskip("triton")
+    config = attention_benchmark.AttentionConfig(
+        batch_size=1, heads=1, head_width=16, lengths=(9, 16), implementations=("sdpa", "triton"), steps=1
+    ).check()
+    with mock.patch.object(attention_benchmark, "GRID", (4, 4)):
+        rows = attention_benchmark.attention_rows(config)
+    assert [(row["length"], row["implementation"]) for row in rows] == [
+        (9, "sdpa"), (9, "triton"), (16, "sdpa"), (16, "triton")
+    ]  # fmt: skip
+    assert all(row["difference"] < 1e-5 and row["forward_backward_ms"] > 0 for row in rows)
+    with pytest.raises(ValueError, match="--lengths has 300, but the grid has 256 tokens"):
+        config.replaced(lengths=(300,)).check()

@@ -53,10 +53,10 @@ def test_every_rank_writes_its_error_down(error, code, rank, name, tmp_path, mon
     assert str(error) in files[name].splitlines()[-1]
 
 
-def test_what_rank_0_has_said_is_not_repeated(tmp_path, monkeypatch):
+def test_what_another_rank_has_said_is_not_repeated(tmp_path, monkeypatch):
     for failure in ((True, "wrong"), (False, "a bug")):
         with pytest.raises((UserError, RuntimeError)) as caught:
-            dist_util._raise_main_failure(failure)
+            dist_util._raise_failure(failure)
         assert die(caught.value, 3, tmp_path, monkeypatch)[1] == {}
 
 
