@@ -187,6 +187,11 @@ def _hosts() -> dist.ProcessGroup:
     return _host_group
 
 
+def new_host_group() -> dist.ProcessGroup | None:
+    """Another gloo group of all ranks, for a thread of its own. All ranks call it together; None without a group."""
+    return dist.new_group(backend="gloo", timeout=HOST_TIMEOUT) if dist.is_initialized() else None
+
+
 def add_to_count(key: str, amount: int) -> int:
     """Add to a counter that all ranks share and that starts at 0, and return the sum. No rank waits for another."""
     if dist.is_initialized():
@@ -203,7 +208,7 @@ def main_first() -> Iterator[None]:
     :raises RuntimeError: on the other ranks, if rank 0 raised another error.
     """
     if not is_main():
-        _raise_main_failure(broadcast_object(None))
+        _raise_failure(broadcast_object(None))
     try:
         yield
     except BaseException as error:
@@ -228,18 +233,37 @@ def run_on_main(function: Callable[..., T], *args: Any) -> T:
             broadcast_object((_describe_failure(error), None))
             raise
     failure, result = broadcast_object((failure, result))
-    _raise_main_failure(failure)
+    _raise_failure(failure)
     return result
+
+
+@contextmanager
+def failing_together() -> Iterator[None]:
+    """A block that fails on all ranks when it fails on one. All ranks enter it together.
+
+    :raises UserError: on all ranks, if one raised it.
+    :raises RuntimeError: on the other ranks, if one raised another error.
+    """
+    error = None
+    try:
+        yield
+    except Exception as raised:
+        error = raised
+    failures = gather_objects(error and _describe_failure(error))
+    if error is not None:
+        raise error
+    for rank, failure in enumerate(failures):
+        _raise_failure(failure, rank)
 
 
 def _describe_failure(error: BaseException) -> tuple[bool, str]:
     return isinstance(error, UserError), str(error) or type(error).__name__
 
 
-def _raise_main_failure(failure: tuple[bool, str] | None) -> None:
+def _raise_failure(failure: tuple[bool, str] | None, rank: int = 0) -> None:
     if failure is not None:
         is_user_error, message = failure
-        raise UserError(message) if is_user_error else RuntimeError(f"rank 0 failed: {message}")
+        raise UserError(message) if is_user_error else RuntimeError(f"rank {rank} failed: {message}")
 
 
 def is_first(key: str) -> bool:

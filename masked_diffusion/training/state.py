@@ -86,12 +86,14 @@ class TrainState:
         dist_util.run_on_main(self._write, folder, weights, emas, self._train_state())
 
     def _train_state(self) -> dict[str, Any]:
+        return {"optimizer": optimizer_state(self.opt), "phema": self.phema.state_dict()} | self.counters()
+
+    def counters(self) -> dict[str, Any]:
+        """All of a checkpoint that is small: neither weights nor averages nor the optimizer's state."""
         return {
-            "optimizer": optimizer_state(self.opt),
             "scaler": self.scaler.state_dict(),
             "schedule_sampler": self.schedule_sampler.state_dict(),
             "guardian": self.guardian.state_dict(),
-            "phema": self.phema.state_dict(),
             "step": self.step,
             "seed": self.config.train.seed,
             "rollbacks": self.rollbacks,
@@ -131,11 +133,15 @@ class TrainState:
         if not isinstance(state, dict) or not state.keys() >= keys or "state" not in state["optimizer"]:
             raise UserError(f"{model_path.with_name(opt_name(step))} is no training state of this code: restore it")
         load_optimizer_state(self.opt, state["optimizer"], self.params)
+        self.phema.load_state_dict(state["phema"])
+        self.load_counters(state | {"step": step})
+
+    def load_counters(self, state: dict[str, Any]) -> None:
+        """Load what `counters` gave."""
         self.scaler.load_state_dict(state["scaler"])
         self.schedule_sampler.load_state_dict(state["schedule_sampler"])
         self.guardian.load_state_dict(state["guardian"])
-        self.phema.load_state_dict(state["phema"])
-        self.step, self.rollbacks, self.train_seconds = step, state["rollbacks"], state["train_seconds"]
+        self.step, self.rollbacks, self.train_seconds = state["step"], state["rollbacks"], state["train_seconds"]
 
     def model_path(self, folder: Path) -> Path:
         """The file of the weights at the current step."""
