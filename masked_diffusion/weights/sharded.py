@@ -389,3 +389,21 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     """
     check_parts(checkpoint, section_parts(checkpoint, {""}))
     return dist_util.load_state_dict(str(checkpoint / STATE_NAME))
+
+
+def whole_train_state(small: dict[str, Any], optimizer: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """What `opt{step}.pt` of a whole checkpoint holds.
+
+    :param small: of `read_state`. :param optimizer: the tensors of that section.
+    """
+    entries = {index: dict(entry) for index, entry in small["optimizer"]["state"].items()}
+    averages = {width: {} for width in small["phema"]}
+    for name, value in optimizer.items():
+        kind, first, *rest = name.split(".")
+        if kind == "state":
+            entries.setdefault(int(first), {})[rest[0]] = value
+        else:
+            averages[f"{first}.{rest[0]}"][int(rest[1])] = value
+    optimizer = small["optimizer"] | {"state": {index: entries[index] for index in sorted(entries) if entries[index]}}
+    phema = {width: [found[i] for i in range(len(found))] for width, found in averages.items()}
+    return small | {"optimizer": optimizer, "phema": phema}
