@@ -18,7 +18,7 @@ from .utils.options import Config, option
 from .utils.precision import PRECISIONS
 
 OPTIMIZERS = ("adan", "adan-pytorch", "adamw")
-SHARDS = ("none", "zero1", "fsdp")
+SHARDS = ("none", "zero1", "fsdp", "hsdp")
 SCHEDULE_SAMPLERS = ("uniform", "loss-second-moment")
 NOISE_SCHEDULES = ("linear", "squaredcos_cap_v2")
 SNAPSHOT_DTYPES = ("fp32", "fp16")
@@ -156,7 +156,8 @@ class TrainConfig(Config):
         False, "run a backward pass after each of the two forward passes: less memory, the same gradients"
     )
     shard: str = option(
-        "none", "zero1: shard the optimizer state over the ranks; fsdp: shard weights, gradients, EMA and optimizer",
+        "none", "zero1: shard the optimizer state over the ranks; fsdp: shard weights, gradients, EMA and optimizer; "
+        "hsdp: as fsdp over the ranks of each node, with a copy on every node",
         choices=SHARDS,
     )  # fmt: skip
     seed: int = option(

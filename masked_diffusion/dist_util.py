@@ -9,12 +9,12 @@ import signal
 import socket
 import sys
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import blobfile as bf
 import torch
@@ -33,6 +33,7 @@ GPUS_PER_NODE = 8  # ADM's constant, for its users; nothing here uses it, since 
 HOST_TIMEOUT = timedelta(days=1)  # the gloo group of the hosts waits as long; it notices a dead rank at once
 
 _host_group: dist.ProcessGroup | None = None  # see `_hosts`
+_node_group: "RankGroup | None" = None  # see `node_group`
 _counts: Counter[str] = Counter()  # of `add_to_count` without a process group
 
 
@@ -117,10 +118,10 @@ def _describe_mpi_job() -> None:
 
 def cleanup() -> None:
     """Leave the process group."""
-    global _host_group
+    global _host_group, _node_group
     if dist.is_initialized():
         dist.destroy_process_group()
-        _host_group = None
+        _host_group = _node_group = None
 
 
 def dev() -> torch.device:
@@ -190,6 +191,46 @@ def _hosts() -> dist.ProcessGroup:
 def new_host_group() -> dist.ProcessGroup | None:
     """Another gloo group of all ranks, for a thread of its own. All ranks call it together; None without a group."""
     return dist.new_group(backend="gloo", timeout=HOST_TIMEOUT) if dist.is_initialized() else None
+
+
+class RankGroup(NamedTuple):
+    """Some ranks of the job, and how they communicate. Without a process group: rank 0 alone.
+
+    :param ranks: in ascending order.
+    :param hosts: process group of gloo, without a GPU collective's time-out.
+    :param devices: process group of the backend of the devices; None: the default group.
+    """
+
+    ranks: list[int]
+    hosts: dist.ProcessGroup | None
+    devices: dist.ProcessGroup | None
+
+
+def all_ranks() -> RankGroup:
+    """All ranks of the job."""
+    return RankGroup(list(range(get_world_size())), _hosts() if dist.is_initialized() else None, None)
+
+
+def ranks_by_node() -> list[list[int]]:
+    """The ranks of each node. All ranks call it together."""
+    nodes = defaultdict(list)
+    for rank, node in enumerate(gather_objects(os.environ.get("GROUP_RANK", socket.gethostname()))):
+        nodes[node].append(rank)
+    return list(nodes.values())
+
+
+def node_group() -> RankGroup:
+    """The ranks of this process's node. The first call must be on all ranks."""
+    global _node_group
+    if _node_group is None:
+        nodes = ranks_by_node()
+        if len(nodes) == 1:
+            _node_group = all_ranks()
+        else:
+            hosts, _ = dist.new_subgroups_by_enumeration(nodes, backend="gloo", timeout=HOST_TIMEOUT)
+            devices, _ = dist.new_subgroups_by_enumeration(nodes)
+            _node_group = RankGroup(next(ranks for ranks in nodes if get_rank() in ranks), hosts, devices)
+    return _node_group
 
 
 def add_to_count(key: str, amount: int) -> int:
@@ -335,7 +376,7 @@ def gather_objects(value: Any) -> list[Any]:
     if not dist.is_initialized():
         return [value]
     gathered = [None] * get_world_size()
-    dist.all_gather_object(gathered, value)
+    dist.all_gather_object(gathered, value, group=_hosts())  # a rank may be late: a slow disk
     return gathered
 
 
@@ -351,14 +392,17 @@ def any_rank(flag: bool) -> bool:
     return bool(value)
 
 
-def load_state_dict(path: str, map_location: torch.device | str = "cpu") -> Any:
+def load_state_dict(path: str, map_location: torch.device | str = "cpu", mmap: bool = False) -> Any:
     """Read a file of tensors that `torch.save` wrote. Code in the file is never run.
 
     :param path: a local path, or a remote one that blobfile can read.
+    :param mmap: map a local file into memory instead of reading it: its tensors are read when they are used.
     :raises FileNotFoundError: if there is no such file.
     :raises UserError: for a file that is truncated, is no checkpoint, or holds objects other than tensors.
     """
     try:
+        if mmap and Path(path).is_file():
+            return torch.load(path, map_location=map_location, weights_only=True, mmap=True)
         with bf.BlobFile(path, "rb") as file:
             return torch.load(file, map_location=map_location, weights_only=True)
     except FileNotFoundError:

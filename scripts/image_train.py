@@ -1,6 +1,7 @@
 """Train MDTv2, MDT or DiT on a folder of images. Run the same command again to resume where it stopped."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -28,10 +29,16 @@ from masked_diffusion.utils.precision import check_precision, set_matmul_precisi
 from masked_diffusion.weights.checkpoint import run_folder
 
 
-def build_model(config: RunConfig) -> torch.nn.Module:
-    """The model that a configuration describes, on this rank's device."""
+def make_model(config: RunConfig) -> torch.nn.Module:
+    """The model that a configuration describes, with the initial weights of its seed."""
     torch.manual_seed(config.train.seed)
-    model = create_model(config.architecture["name"], **config.architecture["options"]).to(dist_util.dev())
+    return create_model(config.architecture["name"], **config.architecture["options"])
+
+
+def build_model(config: RunConfig) -> torch.nn.Module:
+    """The model to train, on the meta device: the training loop gives each rank its weights, or its part of them."""
+    with torch.device("meta"):
+        model = make_model(config)
     if config.train.grad_checkpoint:
         model.enable_grad_checkpoint()
     if config.train.compile:
@@ -88,6 +95,7 @@ def train(config: RunConfig, log_dir: str) -> None:
         first_stage=first_stage,
         log_dir=log_dir,
         hooks=create_hooks(config, model, first_stage, create_comparison),
+        make_model=partial(make_model, config),
     )
     start = agree_on_start(log_dir, config, before)
     dist_util.run_on_main(write_run_config, log_dir, config, before, start.begins)

@@ -9,7 +9,7 @@ import blobfile as bf
 import numpy as np
 import torch.nn as nn
 
-from .. import logger
+from .. import dist_util, logger
 from ..config import RunConfig, TrainConfig
 from ..image_shards import ImageShards
 from ..utils.errors import UserError
@@ -153,11 +153,14 @@ def check_classes(data_dir: str, names: Sequence[str], num_classes: int) -> None
 # ---------------------------------------------------------------- the run
 
 
-def memory_estimate(num_params: int, num_emas: int, optimizer: str, world_size: int, shard: str) -> float:
-    """Bytes per rank for weights, gradients, optimizer state and EMAs, all float32, without activations."""
+def memory_estimate(num_params: int, num_emas: int, optimizer: str, num_shards: int, shard: str) -> float:
+    """Bytes per rank for weights, gradients, optimizer state and EMAs, all float32, without activations.
+
+    :param num_shards: number of ranks over which one copy is spread: those of a node for `hsdp`, else all.
+    """
     states = {"adan": 4, "adan-pytorch": 4, "adamw": 2}[optimizer]
-    sharded = {"none": 0, "zero1": states, "fsdp": 2 + states + num_emas}[shard]
-    return 4 * num_params * (2 + states + num_emas - sharded + sharded / world_size)
+    sharded = {"none": 0, "zero1": states, "fsdp": 2 + states + num_emas, "hsdp": 2 + states + num_emas}[shard]
+    return 4 * num_params * (2 + states + num_emas - sharded + sharded / num_shards)
 
 
 def report(
@@ -187,8 +190,9 @@ def report(
         f"batch: {train.batch_size} images x {world_size} ranks = global batch {config.global_batch} per step, in "
         f"microbatches of {micro}; {num_images / config.global_batch:.1f} steps per epoch"
     )
+    num_shards = len(dist_util.node_group().ranks) if train.shard == "hsdp" else world_size
     num_emas = len(train.ema_rate.split(",")) + len(split_numbers(train.phema))
-    memory = memory_estimate(num_params, num_emas, train.optimizer, world_size, train.shard)
+    memory = memory_estimate(num_params, num_emas, train.optimizer, num_shards, train.shard)
     logger.log(
         f"memory: about {memory / 2**30:.2f} GiB per rank for weights, gradients, optimizer state and EMA, plus "
         "activations"

@@ -12,7 +12,6 @@ from .. import dist_util, logger
 from ..config import LogConfig
 from ..weights.checkpoint import prune_checkpoints, sharded_name
 from ..weights.sharded import Part, Section, write_sharded
-from .guardian import TrainingFault
 from .sharded import small_state, state_sections
 from .state import TrainState
 
@@ -77,13 +76,8 @@ class ShardedSaver(Saver):
 
     def save(self, state: TrainState, keep: int) -> None:
         began = time.perf_counter()
+        state.check_finite()
         sections = state_sections(state)
-        finite = all(bool(part.local.isfinite().all()) for part in sections["model"].values())
-        if dist_util.any_rank(not finite):  # with --keep the good ones would go for it
-            raise TrainingFault(
-                f"the weights of step {state.step} are NaN or infinite and are not saved: lower --lr; the last "
-                "checkpoint is intact"
-            )
         small, step, path = small_state(state), state.step, self.folder / sharded_name(state.step)
         if self.copies is None:
             write_sharded(self.folder, step, sections, small, self.group, keep)

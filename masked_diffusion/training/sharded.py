@@ -1,6 +1,7 @@
 """The state of a run in sharded checkpoints: what each rank writes, and how it finds its part again."""
 
 import io
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +71,8 @@ def small_state(state: TrainState) -> bytes:
 def load_sharded(state: TrainState, path: Path) -> None:
     """Load a sharded checkpoint into a run with any number of ranks and kind of sharding. All ranks call it together.
 
-    Each rank reads what it needs of each part. Before anything is overwritten, every file is compared with the
-    manifest, which the ranks share among themselves.
+    Each rank reads its own part. Before anything is overwritten, all files are compared with the manifest, each by one
+    of the ranks.
 
     :param path: the folder of the checkpoint.
     :raises UserError: on all ranks, for files that are missing or damaged and for a checkpoint of another model.
@@ -102,11 +103,28 @@ def load_sharded(state: TrainState, path: Path) -> None:
         sections = {name: {key: Part.of(value) for key, value in found.items()} for name, found in targets.items()}
         for name, section in sections.items():
             _check_fit(path / name, metadata[name], section)
-    with dist_util.failing_together():
-        for name, section in sections.items():
-            read_parts(path / name, metadata[name], section)
+    for name, section in sections.items():
+        own_part = {key for key, value in targets[name].items() if isinstance(value, DTensor)}
+        if name == "optimizer" and isinstance(state.opt, ZeroRedundancyOptimizer):
+            own_part = section.keys()
+        _read(path / name, metadata[name], section, own_part)
     state.opt.load_state_dict({"state": entries, "param_groups": small["optimizer"]["param_groups"]})
     state.load_counters(small)
+
+
+def _read(path: Path, metadata: Any, section: Section, own_part: Collection[str]) -> None:
+    """Read a section. What every rank holds whole is read by the first rank of each node, which gives it to the others.
+
+    :param own_part: names of the tensors of which each rank reads what it holds.
+    """
+    node = dist_util.node_group()
+    first = dist_util.get_rank() == node.ranks[0]
+    with dist_util.failing_together():
+        read_parts(path, metadata, {key: part for key, part in section.items() if first or key in own_part})
+    for key, part in section.items():
+        if key not in own_part and len(node.ranks) > 1:
+            group = node.hosts if part.local.device.type == "cpu" else node.devices
+            torch.distributed.broadcast(part.local, node.ranks[0], group=group)
 
 
 def _new_entries(state: TrainState, metadata: Any, numbers: dict[int, dict[str, Any]]) -> dict[int, dict[str, Any]]:

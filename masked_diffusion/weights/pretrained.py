@@ -104,12 +104,14 @@ def _fetch(repository: str, names: tuple[str, ...]) -> Path:
 # ---------------------------------------------------------------- reading
 
 
-def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
+def read_weights(path: str | Path, mmap: bool = False) -> dict[str, torch.Tensor]:
     """The state dict in a file. In checkpoints of other codebases it is the entry `ema`, `model` or `state_dict`.
+
+    :param mmap: see `dist_util.load_state_dict`; only for files that this code wrote.
 
     :raises UserError: for a file that cannot be read or holds no state dict of these models; see `check_state_dict`.
     """
-    state = read_tensors(path)
+    state = read_tensors(path, mmap)
     for key in ("ema", "model", "state_dict"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
@@ -125,13 +127,18 @@ def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
     return state
 
 
-def read_tensors(path: str | Path) -> Any:
-    """What a file of tensors holds, or a subfolder of a sharded checkpoint."""
+def read_tensors(path: str | Path, mmap: bool = False) -> Any:
+    """What a file of tensors holds, or a subfolder of a sharded checkpoint.
+
+    :param mmap: see `dist_util.load_state_dict`.
+    """
     if is_sharded(Path(path).parent):
         from .sharded import read_section
 
         return read_section(Path(path))
-    return read_safetensors(path) if Path(path).suffix == ".safetensors" else dist_util.load_state_dict(str(path))
+    if Path(path).suffix == ".safetensors":
+        return read_safetensors(path)
+    return dist_util.load_state_dict(str(path), mmap=mmap)
 
 
 def read_safetensors(path: str | Path) -> dict[str, torch.Tensor]:
