@@ -1,6 +1,7 @@
 """The state of a run in sharded checkpoints: what each rank writes, and how it finds its part again."""
 
 import io
+import re
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from .. import dist_util
 from ..utils.errors import UserError
 from ..weights.checkpoint import STATE_NAME
-from ..weights.sharded import Part, Section, check_parts, read_metadata, read_parts, section_parts
+from ..weights.sharded import Contents, Part, Section, check_parts, read_contents, read_parts, section_parts
 from .ema import DTYPES
 from .state import TrainState
 
@@ -83,13 +84,13 @@ def load_sharded(state: TrainState, path: Path) -> None:
         files = section_parts(path, {"", *names})
         shared = list(files)[dist_util.get_rank() :: dist_util.get_world_size()]
         check_parts(path, {name: files[name] for name in shared})
-        metadata = {name: read_metadata(path / name) for name in names}
+        contents = {name: read_contents(path / name) for name in names}
         small = dist_util.load_state_dict(str(path / STATE_NAME))
         keys = {"optimizer", "scaler", "schedule_sampler", "guardian", "phema", "step", "rollbacks", "train_seconds"}
         if not isinstance(small, dict) or not small.keys() >= keys or "state" not in small["optimizer"]:
             raise UserError(f"{path / STATE_NAME} is no training state of this code: restore it")
         state.phema.check_widths(small["phema"])
-        entries = _new_entries(state, metadata["optimizer"], small["optimizer"]["state"])
+        entries = _new_entries(state, contents["optimizer"], small["optimizer"]["state"])
         targets = {"model": state.model.state_dict()}
         targets |= {name: dict(zip(state.names, average, strict=True)) for name, average in emas.items()}
         targets["optimizer"] = {
@@ -102,17 +103,17 @@ def load_sharded(state: TrainState, path: Path) -> None:
             targets["optimizer"] |= {f"phema.{width}.{i}": value for i, value in enumerate(average)}
         sections = {name: {key: Part.of(value) for key, value in found.items()} for name, found in targets.items()}
         for name, section in sections.items():
-            _check_fit(path / name, metadata[name], section)
+            _check_fit(path / name, contents[name], section)
     for name, section in sections.items():
         own_part = {key for key, value in targets[name].items() if isinstance(value, DTensor)}
         if name == "optimizer" and isinstance(state.opt, ZeroRedundancyOptimizer):
             own_part = section.keys()
-        _read(path / name, metadata[name], section, own_part)
+        _read(path / name, contents[name], section, own_part)
     state.opt.load_state_dict({"state": entries, "param_groups": small["optimizer"]["param_groups"]})
     state.load_counters(small)
 
 
-def _read(path: Path, metadata: Any, section: Section, own_part: Collection[str]) -> None:
+def _read(path: Path, contents: Contents, section: Section, own_part: Collection[str]) -> None:
     """Read a section. What every rank holds whole is read by the first rank of each node, which gives it to the others.
 
     :param own_part: names of the tensors of which each rank reads what it holds.
@@ -120,32 +121,35 @@ def _read(path: Path, metadata: Any, section: Section, own_part: Collection[str]
     node = dist_util.node_group()
     first = dist_util.get_rank() == node.ranks[0]
     with dist_util.failing_together():
-        read_parts(path, metadata, {key: part for key, part in section.items() if first or key in own_part})
+        read_parts(path, contents, {key: part for key, part in section.items() if first or key in own_part})
     for key, part in section.items():
         if key not in own_part and len(node.ranks) > 1:
             group = node.hosts if part.local.device.type == "cpu" else node.devices
             torch.distributed.broadcast(part.local, node.ranks[0], group=group)
 
 
-def _new_entries(state: TrainState, metadata: Any, numbers: dict[int, dict[str, Any]]) -> dict[int, dict[str, Any]]:
+def _new_entries(state: TrainState, contents: Contents, numbers: dict[int, dict[str, Any]]) -> dict[int, dict]:
     """Memory for the optimizer's state of the parameters that this rank updates, sharded like them, and its numbers."""
     entries = {i: dict(numbers.get(i, {})) for i in _entries(state)}
-    for name, saved in metadata.state_dict_metadata.items():
-        kind, index, *key = name.split(".", 2)
-        if kind != "state" or int(index) not in entries:
+    for name, saved in contents.tensors.items():
+        found = re.fullmatch(r"state\.(\d+)\.(\w+)", name)
+        if not found or int(found[1]) not in entries:
             continue
-        param, dtype = state.params[int(index)].detach(), saved.properties.dtype
-        if isinstance(param, DTensor) and saved.size == param.shape:
-            entries[int(index)][key[0]] = torch.empty_like(param, dtype=dtype)
+        param, dtype = state.params[int(found[1])].detach(), saved.properties.dtype
+        if saved.size == param.shape:
+            entries[int(found[1])][found[2]] = torch.empty_like(param, dtype=dtype)
+        elif not saved.size:
+            entries[int(found[1])][found[2]] = torch.empty((), dtype=dtype)  # optimizers count their steps on the CPU
         else:
-            device = param.device if len(saved.size) else None  # optimizers count their steps on the CPU
-            entries[int(index)][key[0]] = torch.empty(saved.size, dtype=dtype, device=device)
+            raise UserError(
+                f"the optimizer's {name} has the shape {tuple(saved.size)}, but must have {tuple(param.shape)}"
+            )
     return {i: entry for i, entry in entries.items() if entry}
 
 
-def _check_fit(path: Path, metadata: Any, section: Section) -> None:
+def _check_fit(path: Path, contents: Contents, section: Section) -> None:
     for name, part in section.items():
-        saved = metadata.state_dict_metadata.get(name)
+        saved = contents.tensors.get(name)
         if saved is None or saved.size != part.size:
             found = "is not there" if saved is None else f"has the shape {tuple(saved.size)} there"
             raise UserError(

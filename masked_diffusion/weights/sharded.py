@@ -4,36 +4,34 @@ A checkpoint is `sharded{step:06d}` with one subfolder, here called a section, f
 `ema_{rate}`, `phema_{width}` and `optimizer`; with `state.pt`, the small rest; and with `manifest.json`, which has size
 and CRC-32 of each file. It is written beside, under another name, and gets its own when the last part is on the disk.
 
-`torch.distributed.checkpoint` describes a section in a pickle, `.metadata`. It is read here with an unpickler that
-makes nothing but these descriptions, and parts are read with `weights_only=True`: code in a checkpoint is never run.
+`torch.distributed.checkpoint` describes a section in a pickle, `.metadata`. It is read here without its classes, and
+parts are read with `weights_only=True`: code in a checkpoint is never run.
 """
 
 import io
 import json
-import math
 import os
 import pickle
 import re
 import secrets
 import shutil
 import zlib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemReader, FileSystemWriter, LoadPlanner
+from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter
 from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
-    Metadata,
     MetadataIndex,
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import LoadPlan, ReadItem, SavePlan, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.planner import ReadItem, SavePlan, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.tensor import DTensor
 
@@ -44,13 +42,12 @@ from .checkpoint import MANIFEST_NAME, SAVE_ADVICE, STATE_NAME, prune_checkpoint
 
 METADATA_NAME = ".metadata"
 DAMAGE_ADVICE = "restore it, or go back to an older checkpoint with --resume_checkpoint"
-# All that a description of tensors is made of.
+DTYPES = {"float16", "float32", "float64", "bfloat16", "int8", "uint8", "int16", "int32", "int64", "bool"}
 DESCRIPTIONS = {
-    "torch": {"Size", "float16", "float32", "float64", "bfloat16", "int8", "uint8", "int16", "int32", "int64", "bool"},
     "torch.serialization": {"_get_layout"},
     "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
     "torch.distributed.checkpoint.metadata": {
-        "ChunkStorageMetadata", "Metadata", "MetadataIndex", "TensorProperties", "TensorStorageMetadata",
+        "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties", "TensorStorageMetadata",
         "_MEM_FORMAT_ENCODING",
     },
 }  # fmt: skip
@@ -201,11 +198,10 @@ def write_sharded(
                 # Tensors in the order of the model, whichever ranks write them.
                 metadata[name].state_dict_metadata = {key: found[key] for key in sections[name] if key in found} | found
                 writer.finish(metadata[name], [found[name] for _, found, _ in outcomes if name in found])
-            everything = {f"{name}/{file}": facts for name, writer in writers.items()
-                          for file, facts in writer.fs.written.items()}  # fmt: skip
+                written |= {f"{name}/{file}": facts for file, facts in writer.fs.written.items()}
             for _, _, theirs in outcomes:
-                everything |= theirs
-            _finish(folder, partial, step, everything, state)
+                written |= theirs
+            _finish(folder, partial, step, written, state)
             prune_checkpoints(folder, keep)
         except Exception as error:
             failure, failures = error, [(0, isinstance(error, UserError), str(error))]
@@ -234,6 +230,7 @@ def _finish(folder: Path, partial: Path, step: int, written: dict[str, Any], sta
             sync_folder(section.parent)
         sync_folder(partial)
         if path.exists():
+            shutil.rmtree(old, ignore_errors=True)
             path.rename(old)
         partial.rename(path)
         sync_folder(folder)
@@ -243,46 +240,86 @@ def _finish(folder: Path, partial: Path, step: int, written: dict[str, Any], sta
 # ---------------------------------------------------------------- reading
 
 
-class _Descriptions(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if name not in DESCRIPTIONS.get(module, ()):
-            raise UserError(f"it asks for {module}.{name}, which no description of tensors needs")
-        return super().find_class(module, name)
+class Place(NamedTuple):
+    """Where a part is: the bytes from `offset` on of a file."""
+
+    file: str
+    offset: int
+    length: int
 
 
-def read_metadata(section: Path) -> Metadata:
+class Contents(NamedTuple):
     """What a section holds.
 
-    :raises UserError: for a description that is damaged, asks for other classes than it needs, or names other files
-        than parts beside it.
+    :param tensors: format, size and division of each tensor. :param places: where each part of it is.
+    """
+
+    tensors: dict[str, TensorStorageMetadata]
+    places: dict[MetadataIndex, Place]
+
+
+class _Described:
+    """Stands for any class of `torch.distributed.checkpoint.metadata`, and keeps what it would be made of."""
+
+    def __init__(self, *values: Any) -> None:
+        self.values = values
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+
+class _Descriptions(pickle.Unpickler):
+    """Makes nothing but tuples, formats of numbers and `_Described`."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("torch", "Size"):
+            return tuple
+        if module == "torch" and name in DTYPES:
+            return getattr(torch, name)
+        if name in DESCRIPTIONS.get(module, ()):
+            return type(name, (_Described,), {})  # a new one each time: the pickle may change it
+        raise UserError(f"it asks for {module}.{name}, which no description of tensors needs")
+
+
+def read_contents(section: Path) -> Contents:
+    """What a section holds.
+
+    :raises UserError: for a description that is missing or damaged, asks for other classes than it needs, or names
+        other files than parts beside it.
     """
     path = section / METADATA_NAME
     try:
         with path.open("rb") as file:
-            found = _Descriptions(file).load()
-        _check_metadata(found)
+            found = _Descriptions(file).load().state
+        return Contents(
+            dict(_tensor(name, each.state) for name, each in found["state_dict_metadata"].items()),
+            dict(_place(index.state, info.state) for index, info in found["storage_data"].items()),
+        )
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist: {DAMAGE_ADVICE}") from error
-    except Exception as error:  # unpickling and comparing what it gave raise anything
+    except Exception as error:  # unpickling, and looking at what it gave, raises anything
         raise UserError(
             f"{path} cannot be read as the description of a checkpoint ({error}): {DAMAGE_ADVICE}"
         ) from error
-    return found
 
 
-def _check_metadata(found: Any) -> None:
-    """Refuse a description of anything else than tensors that are wholly in parts beside it."""
-    if not isinstance(found, Metadata):
-        raise UserError("it describes no tensors")
-    for name, each in found.state_dict_metadata.items():
-        if not isinstance(name, str) or not isinstance(each, TensorStorageMetadata):
-            raise UserError(f"{name} is no tensor")
-        held = sum(math.prod(torch.Size(chunk.sizes)) for chunk in each.chunks)
-        if held != math.prod(torch.Size(each.size)):
-            raise UserError(f"{name} of shape {tuple(each.size)} has {held} numbers")
-    for info in found.storage_data.values():
-        if not re.fullmatch(r"__\d+_\d+\.distcp", info.relative_path) or getattr(info, "transform_descriptors", None):
-            raise UserError(f"{info.relative_path} is no part of it")
+def _tensor(name: str, described: dict[str, Any]) -> tuple[str, TensorStorageMetadata]:
+    dtype, size = described["properties"].state[0], torch.Size(described["size"])
+    chunks = [
+        ChunkStorageMetadata(torch.Size(chunk.state["offsets"]), torch.Size(chunk.state["sizes"]))
+        for chunk in described["chunks"]
+    ]
+    held = sum(chunk.sizes.numel() for chunk in chunks)
+    if not isinstance(name, str) or not isinstance(dtype, torch.dtype) or held != size.numel():
+        raise UserError(f"{name} of shape {tuple(size)} and format {dtype} has {held} numbers")
+    return name, TensorStorageMetadata(TensorProperties(dtype=dtype), size, chunks)
+
+
+def _place(index: dict[str, Any], info: dict[str, Any]) -> tuple[MetadataIndex, Place]:
+    place = Place(info["relative_path"], info["offset"], info["length"])
+    if not re.fullmatch(r"__\d+_\d+\.distcp", place.file) or info.get("transform_descriptors"):
+        raise UserError(f"{place.file} is no part of it")
+    return MetadataIndex(index["fqn"], index["offset"]), place
 
 
 def section_parts(checkpoint: Path, sections: set[str] | None = None) -> dict[str, dict[str, int]]:
@@ -323,45 +360,42 @@ def check_parts(checkpoint: Path, parts: Mapping[str, Mapping[str, int]]) -> Non
             raise UserError(f"{path} is damaged (its checksum is not that of the manifest): {DAMAGE_ADVICE}")
 
 
-class _LoadPlanner(LoadPlanner):
-    """Copies what is read into parts."""
-
-    def __init__(self, section: Section):
-        self.section = section
-
-    def resolve_tensor(self, item: ReadItem) -> torch.Tensor:
-        target = self.section[item.dest_index.fqn].local
-        for dim, (start, length) in enumerate(zip(item.dest_offsets, item.lengths, strict=True)):
-            target = target.narrow(dim, start, length)
-        return target
-
-    def commit_tensor(self, item: ReadItem, tensor: torch.Tensor) -> None:
-        pass  # it was copied into the part itself
-
-    def set_up_planner(self, *args: Any, **kwargs: Any) -> None: ...
-    def create_local_plan(self) -> LoadPlan: ...
-    def create_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]: ...
-    def finish_plan(self, plan: LoadPlan) -> LoadPlan: ...
-    def load_bytes(self, item: ReadItem, value: io.BytesIO) -> None: ...
-
-
-def read_parts(path: Path, metadata: Metadata, section: Section) -> None:
+def read_parts(path: Path, contents: Contents, section: Section) -> None:
     """Overwrite parts with what a section holds of them, however it was divided when it was written.
 
-    :param path: of the section. :param metadata: of `read_metadata`; has every name with the same size.
+    :param path: of the section.
+    :param contents: has every name with the same size.
+    :raises UserError: for files that are missing, or hold other things than described.
     """
-    items = []
-    for name, part in section.items():
-        chunk = ChunkStorageMetadata(part.offset, part.local.shape)
-        if part.local.numel():
-            items += create_read_items_for_chunk_list(name, metadata.state_dict_metadata[name], [chunk])
-    reader = FileSystemReader(path)
-    reader.set_up_storage_reader(metadata, True)
     try:
-        with torch.no_grad():
-            reader.read_data(LoadPlan(items), _LoadPlanner(section)).wait()
+        with ExitStack() as stack, torch.no_grad():
+            files = {name: stack.enter_context((path / name).open("rb")) for name in _files(contents, section)}
+            for name, part in section.items():
+                for item in _read_items(contents, name, part):
+                    place = contents.places[item.storage_index]
+                    files[place.file].seek(place.offset)
+                    data = io.BytesIO(files[place.file].read(place.length))
+                    saved = torch.load(data, map_location="cpu", weights_only=True)
+                    source = _narrow(saved, item.storage_offsets, item.lengths)
+                    _narrow(part.local, item.dest_offsets, item.lengths).copy_(source)
     except Exception as error:  # of the disk, of unpickling, or of sizes that contradict each other
         raise UserError(f"{path} cannot be read ({str(error).splitlines()[0]}): {DAMAGE_ADVICE}") from error
+
+
+def _read_items(contents: Contents, name: str, part: Part) -> list[ReadItem]:
+    chunk = ChunkStorageMetadata(part.offset, part.local.shape)
+    return create_read_items_for_chunk_list(name, contents.tensors[name], [chunk]) if part.local.numel() else []
+
+
+def _files(contents: Contents, section: Section) -> set[str]:
+    items = (item for name, part in section.items() for item in _read_items(contents, name, part))
+    return {contents.places[item.storage_index].file for item in items}
+
+
+def _narrow(tensor: torch.Tensor, offsets: Sequence[int], lengths: Sequence[int]) -> torch.Tensor:
+    for dim, (start, length) in enumerate(zip(offsets, lengths, strict=True)):
+        tensor = tensor.narrow(dim, start, length)
+    return tensor
 
 
 def read_section(path: Path) -> dict[str, torch.Tensor]:
@@ -372,13 +406,13 @@ def read_section(path: Path) -> dict[str, torch.Tensor]:
     """
     parts = section_parts(path.parent, {path.name})
     check_parts(path.parent, parts)
-    metadata = read_metadata(path)
-    found = metadata.state_dict_metadata
-    needed = sum(math.prod(each.size) * each.properties.dtype.itemsize for each in found.values())
+    contents = read_contents(path)
+    found = contents.tensors
+    needed = sum(each.size.numel() * each.properties.dtype.itemsize for each in found.values())
     if needed > sum(part["bytes"] for part in parts.values()):
         raise UserError(f"{path} cannot hold the {needed} bytes that it describes: {DAMAGE_ADVICE}")
     tensors = {name: torch.empty(each.size, dtype=each.properties.dtype) for name, each in found.items()}
-    read_parts(path, metadata, {name: Part.of(tensor) for name, tensor in tensors.items()})
+    read_parts(path, contents, {name: Part.of(tensor) for name, tensor in tensors.items()})
     return tensors
 
 

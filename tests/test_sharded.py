@@ -1,0 +1,502 @@
+"""Sharded checkpoints: the same run as with whole ones, written by all ranks, in the background, and never half."""
+
+import errno
+import json
+import os
+import pickle
+import shutil
+import signal
+import threading
+import time
+
+import export
+import numpy as np
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from helpers import (
+    Trap,
+    assert_same,
+    fork,
+    make_loop,
+    run_sample,
+    run_train,
+    sample_flags,
+    tensors,
+    train_flags,
+    trained,
+)
+
+from masked_diffusion import load_model, script_util
+from masked_diffusion.config import LogConfig, RunConfig
+from masked_diffusion.training import saving
+from masked_diffusion.training.ema import reconstruct
+from masked_diffusion.training.resume import Start, agree_on_start, find_start
+from masked_diffusion.training.sharded import load_sharded
+from masked_diffusion.utils.errors import UserError
+from masked_diffusion.weights.checkpoint import complete_steps, newest_ema, prune_checkpoints, remove_leftovers
+from masked_diffusion.weights.sharded import read_contents, read_section
+
+SHARDED = {"checkpoint_format": "sharded"}
+ASYNC = SHARDED | {"async_save": True}
+
+
+def whole(folder, step, out):
+    """The checkpoint of a step as `export.py --format whole` writes it."""
+    out.mkdir(exist_ok=True)
+    export.export_whole(folder / f"sharded{step:06d}", out)
+    return tensors(out, step)
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory):
+    """A run with whole checkpoints of steps 2 and 4."""
+    folder = tmp_path_factory.mktemp("expected")
+    trained(folder, phema="0.05")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def four_steps(tmp_path_factory):
+    """The same run with sharded checkpoints."""
+    folder = tmp_path_factory.mktemp("sharded")
+    trained(folder, phema="0.05", **SHARDED)
+    return folder
+
+
+@pytest.fixture
+def run(four_steps, tmp_path):
+    """A copy of `four_steps`."""
+    return shutil.copytree(four_steps, tmp_path / "run")
+
+
+# ---------------------------------------------------------------- the same run
+
+
+def test_its_parts_are_those_of_the_whole_files(expected, four_steps, tmp_path):
+    assert complete_steps(four_steps) == [2, 4] and not list(four_steps.glob("*.pt"))
+    ours, theirs = whole(four_steps, 4, tmp_path / "out"), tensors(expected, 4)
+    assert_same(ours, theirs)
+    assert len({key.split("/")[0] for key in ours}) == 5  # model, two EMAs, a snapshot and the optimizer
+    state, other = (torch.load(path / "opt000004.pt", weights_only=True) for path in (tmp_path / "out", expected))
+    assert state.keys() == other.keys()
+    assert state["optimizer"]["param_groups"] == other["optimizer"]["param_groups"]
+    assert all(state[key] == other[key] for key in ("step", "seed", "guardian", "scaler", "schedule_sampler"))
+    names = [list(torch.load(path / "model000004.pt")) for path in (tmp_path / "out", expected)]
+    assert names[0] == names[1]
+
+
+@pytest.mark.parametrize(
+    "kinds", [(SHARDED, SHARDED), (ASYNC, {}), ({}, ASYNC)], ids=["sync", "async-whole", "whole-async"]
+)
+@pytest.mark.parametrize("optimizer", ["adan", "adan-pytorch", "adamw"])
+def test_a_stopped_run_goes_on_bitwise_in_either_format(kinds, optimizer, tmp_path):
+    options = {"optimizer": optimizer, "schedule_sampler": "loss-second-moment", "max_steps": 4, "keep": 1}
+    trained(tmp_path / "expected", **options)
+    for steps, kind in zip((2, 4), kinds, strict=True):
+        loop = trained(tmp_path / "parts", **options | {"max_steps": steps} | kind)
+    assert loop.step == 4 and complete_steps(tmp_path / "parts") == [4]
+    ours = whole(tmp_path / "parts", 4, tmp_path / "out") if kinds[1] else tensors(tmp_path / "parts", 4)
+    assert_same(ours, tensors(tmp_path / "expected", 4))
+
+
+def test_an_exported_checkpoint_is_resumed(images, tmp_path, monkeypatch):
+    options = {"optimizer": "adan", "save_interval": 2}
+    run_train(monkeypatch, train_flags(images, tmp_path / "run", max_steps=2, **options, **SHARDED))
+    flags = ["--model_path", str(tmp_path / "run"), "--out", str(tmp_path / "out"), "--format", "whole"]
+    monkeypatch.setattr("sys.argv", ["export.py", *flags])
+    script_util.run(export.main)
+    for folder, kind in (("run", SHARDED), ("out", {})):
+        run_train(monkeypatch, train_flags(images, tmp_path / folder, max_steps=4, **options, **kind))
+    assert_same(whole(tmp_path / "run", 4, tmp_path / "whole"), tensors(tmp_path / "out", 4))
+
+
+def test_whole_files_are_made_of_sharded_checkpoints_only(expected, tmp_path, monkeypatch, capsys):
+    flags = ["--model_path", str(expected), "--out", str(tmp_path / "out"), "--format", "whole"]
+    monkeypatch.setattr("sys.argv", ["export.py", *flags])
+    with pytest.raises(SystemExit):
+        script_util.run(export.main)
+    assert "holds no sharded checkpoint" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+RANKS = [
+    ("fsdp", 2, "zero1", 3),
+    ("zero1", 3, "none", 1),
+    pytest.param("none", 1, "fsdp", 3, marks=pytest.mark.slow),
+    pytest.param("fsdp", 3, "none", 2, marks=pytest.mark.slow),
+    pytest.param("zero1", 2, "hsdp", 2, marks=pytest.mark.slow),
+    pytest.param("hsdp", 2, "zero1", 1, marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize("first, ranks, second, other_ranks", RANKS)
+def test_ranks_write_their_parts_and_any_others_go_on(images, tmp_path, first, ranks, second, other_ranks):
+    """Bitwise as with whole files, on other ranks and with another kind of sharding."""
+    options = {"phema": "0.05", "num_workers": 0, "optimizer": "adamw"}
+    for kind, format in (("whole", {}), ("sharded", ASYNC)):
+        for steps, shard, count in ((2, first, ranks), (4, second, other_ranks)):
+            flags = options | {"max_steps": steps, "shard": shard, "batch_size": 6 // count} | format
+            fork("image_train.py", train_flags(images, tmp_path / kind, **flags), ranks=count)
+    for step, count in ((2, ranks), (4, other_ranks)):
+        assert_same(whole(tmp_path / "sharded", step, tmp_path / "out"), tensors(tmp_path / "whole", step))
+        sizes = [path.stat().st_size for path in (tmp_path / "sharded").glob(f"sharded{step:06d}/*/*.distcp")]
+        assert len(sizes) == 4 * count and max(sizes) < 2.2 * sum(sizes) / len(sizes) + 1e6
+
+
+def test_torch_reads_it_too(four_steps):
+    """A section is what `torch.distributed.checkpoint` calls a checkpoint."""
+    path = four_steps / "sharded000004" / "model"
+    state = {name: torch.zeros(each.size) for name, each in read_contents(path).tensors.items()}
+    state = {name: value.long() if name.endswith("index") else value for name, value in state.items()}
+    dcp.load(state, storage_reader=dcp.FileSystemReader(path), no_dist=True)
+    assert_same(state, read_section(path))
+
+
+# ---------------------------------------------------------------- who uses it
+
+
+def test_models_are_loaded_from_it(four_steps, expected, tmp_path, monkeypatch):
+    path = four_steps / "sharded000004"
+    assert newest_ema(four_steps) == newest_ema(path) == path / "ema_0.99"
+    for source, name in (
+        (four_steps, "ema_0.99_"),
+        (path, "ema_0.99_"),
+        (path / "ema_0.9", "ema_0.9_"),
+        (path / "model", "model"),
+    ):
+        state = torch.load(expected / f"{name}000004.pt", weights_only=True)
+        assert_same(load_model(source).state_dict(), state)
+
+
+def test_images_are_drawn_from_it_and_other_weights_are_told_apart(images, tmp_path, monkeypatch, capsys):
+    run_train(monkeypatch, train_flags(images, tmp_path / "run", max_steps=2, save_interval=1, **ASYNC))
+    run_train(monkeypatch, train_flags(images, tmp_path / "whole", max_steps=2))
+    drawn = []
+    for folder in ("run", "whole"):
+        run_sample(monkeypatch, sample_flags(tmp_path / folder, tmp_path / f"samples_{folder}"))
+        with np.load(next((tmp_path / f"samples_{folder}").glob("*.npz"))) as arrays:
+            drawn.append(arrays["arr_0"])
+    assert np.array_equal(*drawn)
+    next((tmp_path / "samples_run").glob("*.npz")).touch()
+    with pytest.raises(SystemExit):
+        run_sample(monkeypatch, sample_flags(tmp_path / "run" / "sharded000001", tmp_path / "samples_run"))
+    assert "error: " in capsys.readouterr().err
+
+
+def test_an_average_of_any_length_is_made_of_its_snapshots(tmp_path):
+    options = {"phema": "0.05,0.10", "max_steps": 4, "save_interval": 1, "keep": 1}
+    for kind, format in (("whole", {}), ("sharded", SHARDED)):
+        trained(tmp_path / kind, **options, **format)
+    assert_same(reconstruct(tmp_path / "sharded", 0.08), reconstruct(tmp_path / "whole", 0.08))
+
+
+# ---------------------------------------------------------------- keep, move, find
+
+
+def test_pruning_keeps_every_ema(tmp_path, monkeypatch):
+    trained(tmp_path, max_steps=5, save_interval=1, phema="0.05", **ASYNC)
+    assert complete_steps(tmp_path) == [3, 4, 5]
+    left = {path.name for path in (tmp_path / "sharded000001").iterdir()}
+    assert left == {"ema_0.9", "ema_0.99", "phema_0.050", "manifest.json"}
+    assert load_model(tmp_path / "sharded000001").depth == 2
+    with monkeypatch.context() as patch:  # killed between the mark and the rest
+        patch.setattr(shutil, "rmtree", lambda *arguments, **options: None)
+        prune_checkpoints(tmp_path, 2)
+    assert complete_steps(tmp_path) == [4, 5] and (tmp_path / "sharded000003" / "model").exists()
+    prune_checkpoints(tmp_path, 2)
+    assert not (tmp_path / "sharded000003" / "model").exists() and (tmp_path / "sharded000003" / "ema_0.9").exists()
+
+
+def test_both_formats_are_counted_together(tmp_path):
+    for steps, kind in ((2, {}), (3, SHARDED), (4, {})):
+        trained(tmp_path, max_steps=steps, save_interval=1, keep=2, **kind)
+    assert complete_steps(tmp_path) == [3, 4]
+    assert (tmp_path / "model000004.pt").exists() and (tmp_path / "sharded000003" / "state.pt").exists()
+    assert not (tmp_path / "model000002.pt").exists() and (tmp_path / "ema_0.9_000002.pt").exists()
+
+
+def test_what_killed_processes_left_goes_at_the_next_start_alone(run):
+    partial = run / ".sharded000006.0badcafe.partial"
+    shutil.copytree(run / "sharded000004", partial)
+    (run / "sharded000004").rename(run / ".sharded000004.replaced")
+    assert complete_steps(run) == [2]
+    prune_checkpoints(run, 3)
+    assert partial.exists()
+    remove_leftovers(run)
+    assert not partial.exists() and complete_steps(run) == [2, 4] and not list(run.glob(".sharded*"))
+
+
+def test_starts(run, tmp_path):
+    newest, new = run / "sharded000004", tmp_path / "new"
+
+    def start(folder, named="auto", before=None, **log):
+        before = before and RunConfig().replaced(resume_checkpoint=str(before))
+        return find_start(folder, LogConfig(resume_checkpoint=str(named), **log), before)
+
+    assert start(run) == Start(newest, 4, False)
+    assert start(run, run / "sharded000002", "auto") == Start(run / "sharded000002", 2, True)
+    assert start(new, continue_from=str(newest)) == Start(newest, 4, True)
+    for path in (newest, newest / "model"):
+        assert start(new, path) == Start(path, 0, True)
+    (newest / "state.pt").unlink()
+    assert start(run) == Start(run / "sharded000002", 2, False)
+    with pytest.raises(UserError, match=r"sharded000004 is not a checkpoint to resume from"):
+        start(new, continue_from=str(newest))
+
+
+def test_going_back_moves_the_later_ones_aside(run):
+    log = RunConfig().replaced(resume_checkpoint=str(run / "sharded000002"), ema_rate="0.9,0.99")
+    assert agree_on_start(run, log, RunConfig()) == Start(run / "sharded000002", 2, True)
+    assert complete_steps(run) == [2] and complete_steps(run / "earlier_run_1") == [4]
+
+
+def test_weights_within_it_start_a_run_of_their_own_once(run):
+    """Its checkpoints are moved aside, and what it starts from with them."""
+    named = RunConfig().replaced(resume_checkpoint=str(run / "sharded000004" / "ema_0.9"), ema_rate="0.9,0.99")
+    moved = Start(run / "earlier_run_1" / "sharded000004" / "ema_0.9", 0, True)
+    assert agree_on_start(run, named, None) == moved
+    assert agree_on_start(run, named, None) == moved
+
+
+def test_continuing_elsewhere_takes_everything_along(four_steps, expected, tmp_path):
+    trained(tmp_path / "run", phema="0.05", continue_from=str(four_steps / "sharded000002"), **SHARDED)
+    assert_same(whole(tmp_path / "run", 4, tmp_path / "out"), tensors(expected, 4))
+
+
+# ---------------------------------------------------------------- damage
+
+
+def damage(path, kind):
+    if kind == "missing":
+        path.unlink()
+    elif kind == "truncated":
+        os.truncate(path, path.stat().st_size - 7)
+    else:
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    "kind, message",
+    [("missing", "cannot be read"), ("truncated", r"has \d+ bytes instead of \d+"), ("changed", "is damaged")],
+)
+@pytest.mark.parametrize("name", ["model/__0_0.distcp", "optimizer/__0_0.distcp", "ema_0.99/.metadata", "state.pt"])
+def test_a_damaged_part_is_named_before_anything_is_overwritten(run, kind, message, name):
+    loop = make_loop(run, phema="0.05", **SHARDED)
+    before = {key: value.clone() for key, value in loop.model.state_dict().items()}
+    loop.run_step(*next(loop.data))
+    after = {key: value.clone() for key, value in loop.model.state_dict().items()}
+    damage(run / "sharded000004" / name, kind)
+    with pytest.raises(UserError, match=rf"sharded000004/{name} {message}.*--resume_checkpoint"):
+        load_sharded(loop.state, run / "sharded000004")
+    assert_same(loop.model.state_dict(), after)
+    assert any(not torch.equal(value, before[key]) for key, value in after.items())
+
+
+def test_code_in_a_description_is_never_run(run, tmp_path):
+    path = run / "sharded000004" / "ema_0.99"
+    for hostile in (Trap(tmp_path / "trap"), getattr, torch.load):
+        (path / ".metadata").write_bytes(pickle.dumps(hostile))
+        with pytest.raises(UserError, match=r"\.metadata cannot be read as a description of tensors \(it asks for "):
+            read_contents(path)
+    assert not (tmp_path / "trap").exists()
+
+
+def elsewhere(found):
+    next(iter(found.storage_data.values())).relative_path = "../../secret"
+
+
+def incomplete(found):
+    next(iter(found.state_dict_metadata.values())).chunks.clear()
+
+
+def nothing(found):
+    found.state_dict_metadata = None
+
+
+@pytest.mark.parametrize(
+    "lie, message",
+    [(elsewhere, "secret is no part of it"), (incomplete, "has 0 numbers"), (nothing, "description of tensors")],
+)
+def test_a_description_that_lies_is_refused(run, lie, message):
+    path = run / "sharded000004" / "ema_0.99"
+    found = pickle.loads((path / ".metadata").read_bytes())
+    lie(found)
+    (path / ".metadata").write_bytes(pickle.dumps(found))
+    with pytest.raises(UserError, match=message):
+        read_contents(path)
+
+
+def test_another_model_is_named(run):
+    with pytest.raises(UserError, match=r"sharded000004/model is of another model than the flags describe \(.*--model"):
+        make_loop(run, phema="0.05", model="MDTv2_Nano_4")
+    with pytest.raises(UserError, match=r"averages of sigma_rel 0\.050, but this run tracks \(none\)"):
+        make_loop(run)
+    with pytest.raises(UserError, match=r"sharded000004/ema_0\.5 .*does not exist, but resuming from step 4 needs it"):
+        make_loop(run, phema="0.05", ema_rate="0.5")
+
+
+# ---------------------------------------------------------------- in the background
+
+
+class Gate:
+    """Lets the background write when it is opened."""
+
+    def __init__(self, monkeypatch):
+        self.open, self.begun, self.write = threading.Event(), threading.Event(), saving.write_sharded
+        monkeypatch.setattr(saving, "write_sharded", self)
+
+    def __call__(self, *arguments):
+        self.begun.set()
+        assert self.open.wait(30)
+        self.write(*arguments)
+
+
+def test_what_is_written_is_of_its_step(expected, tmp_path, monkeypatch):
+    gate = Gate(monkeypatch)
+    loop = make_loop(tmp_path / "run", phema="0.05", **ASYNC)
+    for _ in range(2):
+        loop.run_step(*next(loop.data))
+    loop.save()
+    with torch.no_grad():
+        for tensor in (*loop.state.params, *loop.state.ema["0.9"], *loop.state.phema.averages["0.050"]):
+            tensor.fill_(7)
+        for entry in loop.state.opt.state.values():
+            entry["exp_avg"].fill_(7)
+    loop.guardian.losses.clear()
+    assert gate.begun.wait(30) and complete_steps(tmp_path / "run") == []
+    gate.open.set()
+    loop.saver.finish()
+    assert_same(whole(tmp_path / "run", 2, tmp_path / "out"), tensors(expected, 2))
+
+
+def test_one_is_in_flight_and_the_log_says_who_waited(tmp_path, monkeypatch, capsys):
+    gate = Gate(monkeypatch)
+    loop = make_loop(tmp_path, **ASYNC)
+    loop.run_step(*next(loop.data))
+    loop.save()
+    assert not loop.saver.has_failed()
+    loop.run_step(*next(loop.data))
+    threading.Timer(0.7, gate.open.set).start()
+    loop.save()
+    loop.saver.finish()
+    assert complete_steps(tmp_path) == [1, 2]
+    lines = capsys.readouterr().out.splitlines()
+    waited = [float(line.split(" s of it to wait")[0].split(", ")[-1]) for line in lines if "in the background" in line]
+    assert waited[0] < 0.2 < 0.4 < waited[1]
+    assert sum("written in" in line for line in lines) == 2
+
+
+@pytest.mark.parametrize("kind", [SHARDED, ASYNC], ids=["sync", "async"])
+def test_a_full_disk_ends_the_run_and_leaves_no_half(kind, tmp_path, monkeypatch):
+    trained(tmp_path, max_steps=2, **kind)
+    whole_fsync = os.fsync
+
+    def full(descriptor):
+        if "ema_0.99" in os.readlink(f"/proc/self/fd/{descriptor}"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        whole_fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(
+        UserError, match=r"ema_0\.99.* could not be written \(No space left.*the last checkpoint is intact"
+    ):
+        trained(tmp_path, max_steps=1000, save_interval=3, **kind)
+    assert complete_steps(tmp_path) == [2] and not list(tmp_path.glob(".sharded*"))
+
+
+def test_a_full_disk_on_one_rank_ends_all_with_one_sentence(images, tmp_path):
+    """The other ranks learn it at their next step."""
+    flags = {"max_steps": 100000, "save_interval": 4, "num_workers": 0, "batch_size": 4, "log_interval": 1000} | ASYNC
+    fork("image_train.py", train_flags(images, tmp_path, **flags | {"max_steps": 2}), ranks=2)
+    result = fork("image_train.py", train_flags(images, tmp_path, **flags), ranks=2, full_disk=1, check=False)
+    assert result.returncode == 2 and result.stderr.count("error: ") == 1, result.stderr
+    assert "could not be written (File too large)" in result.stderr and "Traceback" not in result.stderr
+    assert complete_steps(tmp_path) == [2] and not list(tmp_path.glob(".sharded*"))
+
+
+def test_a_signal_waits_for_what_is_being_written(tmp_path, monkeypatch):
+    gate = Gate(monkeypatch)
+    loop = make_loop(tmp_path, max_steps=100_000, save_interval=2, **ASYNC)
+
+    def stop():
+        assert gate.begun.wait(30)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.3)
+        gate.open.set()
+
+    thread = threading.Thread(target=stop)
+    thread.start()
+    loop.run_loop()
+    thread.join()
+    assert complete_steps(tmp_path)[0] == 2 and complete_steps(tmp_path)[-1] == loop.step
+
+
+def test_a_rollback_takes_what_is_being_written(tmp_path, monkeypatch):
+    gate = Gate(monkeypatch)
+    loop = make_loop(tmp_path, rollback_on_spike=1, **ASYNC)
+    for _ in range(2):
+        loop.run_step(*next(loop.data))
+    expected = {key: value.clone() for key, value in loop.model.state_dict().items()}
+    loop.save()
+    loop.run_step(*next(loop.data))
+    threading.Timer(0.3, gate.open.set).start()
+    loop._roll_back()
+    assert loop.step == 2 and loop.state.rollbacks == 1
+    assert_same(loop.model.state_dict(), expected)
+
+
+def test_an_error_of_training_is_not_hidden_and_leaves_the_checkpoint(tmp_path, monkeypatch):
+    gate = Gate(monkeypatch)
+    gate.open.set()
+    loop = make_loop(tmp_path, save_interval=2, **ASYNC)
+    batches = loop.data
+
+    def breaks():
+        yield next(batches)
+        yield next(batches)
+        raise RuntimeError("of the data")
+
+    loop.data = breaks()
+    with pytest.raises(RuntimeError, match="of the data"):
+        loop.run_loop()
+    assert complete_steps(tmp_path) == [2]
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+    loop = make_loop(tmp_path, **ASYNC)
+    loop.run_step(*next(loop.data))
+    with torch.no_grad():
+        loop.state.params[0].view(-1)[0] = torch.nan
+    with pytest.raises(UserError, match="weights of step 1 are NaN or infinite and are not saved"):
+        loop.save()
+    loop.saver.finish()
+    assert complete_steps(tmp_path) == []
+
+
+def test_whole_files_are_not_written_in_the_background():
+    with pytest.raises(UserError, match=r"--async_save True works with --checkpoint_format sharded only"):
+        RunConfig().replaced(async_save=True).check()
+
+
+# ---------------------------------------------------------------- killed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks, shard", [(1, "none"), (2, "fsdp")])
+def test_a_killed_run_is_bitwise_the_same(images, tmp_path, ranks, shard):
+    options = {"optimizer": "adan", "max_steps": 40, "save_interval": 2, "keep": 2, "shard": shard} | ASYNC
+    options |= {"batch_size": 8 // ranks}
+    for kind, kills in (("expected", 0), ("killed", 6)):
+        flags = train_flags(images, tmp_path / kind, **options)
+        fork("image_train.py", flags, kills=kills, first=0.3, last=2.5, ranks=ranks)
+    assert (tmp_path / "killed" / "log.txt").read_text().count("starting at") > 3
+    ours, theirs = (whole(tmp_path / kind, 40, tmp_path / f"{kind}_out") for kind in ("killed", "expected"))
+    assert_same(ours, theirs)
+    rows = [
+        [json.loads(line)["loss"] for line in (tmp_path / kind / "progress.jsonl").read_text().splitlines()]
+        for kind in ("killed", "expected")
+    ]
+    assert rows[0] == rows[1] and len(rows[0]) == 40
+    assert complete_steps(tmp_path / "killed") == [38, 40] and not list((tmp_path / "killed").glob(".sharded*"))
