@@ -19,7 +19,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from evaluations import console, evaluator
-from masked_diffusion import create_diffusion, create_model, image_packing, logger, script_util
+from masked_diffusion import create_diffusion, create_model, dist_util, image_packing, logger, script_util
 from masked_diffusion.config import RunConfig, SampleConfig
 from masked_diffusion.guidance import Guidance
 from masked_diffusion.latents.autoencoder import IdentityFirstStage
@@ -81,20 +81,27 @@ class Batches:
         return [f"image_{step}_{i}.png" for i in range(8)]
 
 
-def make_loop(log_dir, device="cpu", hooks=(), data=None, **flags):
-    """A loop over `stream` that has resumed, with the flags of image_train.py."""
-    torch.manual_seed(0)
-    logger.configure(str(log_dir))
+def make_loop(log_dir, device="cpu", hooks=(), data=None, meta=False, num_classes=10, **flags):
+    """A loop over `stream` that has resumed, with the flags of image_train.py.
+
+    With `meta`, the model is on the meta device until the loop gives it its weights.
+    """
+    logger.configure(str(log_dir), quiet=not dist_util.is_main())
     small = {"model": "MDTv2_Nano_2", "image_size": 8, "vae": "identity", "mask_ratio": 0.3, "max_steps": 4}
     small |= {"batch_size": 8, "lr": 1e-3, "ema_rate": "0.9,0.99", "log_interval": 2, "save_interval": 2}
     config = resolve(RunConfig().replaced(**small | flags).check())
-    options = {"input_size": 8, "in_channels": 3, "num_classes": 10, "mask_ratio": config.model.mask_ratio, "depth": 2}
-    objective = TwoPassObjective(
-        create_model("MDTv2_Nano_2", **options).to(device), create_diffusion(), config.precision
-    )
-    loop = TrainLoop(
-        config, objective, data or Batches(), first_stage=IdentityFirstStage(), log_dir=log_dir, hooks=hooks
-    )
+    options = {"input_size": 8, "in_channels": 3, "num_classes": num_classes, "depth": 2}
+
+    def make_model():
+        torch.manual_seed(0)
+        return create_model("MDTv2_Nano_2", **options, mask_ratio=config.model.mask_ratio)
+
+    with torch.device("meta" if meta else "cpu"):
+        model = make_model()
+    model = model if meta else model.to(device)
+    parts = {"first_stage": IdentityFirstStage(), "log_dir": log_dir, "hooks": hooks}
+    objective = TwoPassObjective(model, create_diffusion(), config.precision)
+    loop = TrainLoop(config, objective, data or Batches(), make_model=make_model if meta else None, **parts)
     loop.resume()
     return loop
 

@@ -8,9 +8,11 @@ from typing import Any
 import torch
 import torch.nn as nn
 from huggingface_hub import PyTorchModelHubMixin
+from typing_extensions import Self
 
 from ..utils.errors import UserError
 from ..utils.model_card import MODEL_CARD
+from ..utils.safetensors_files import read_safetensors
 from .blocks import DiTBlock
 
 
@@ -51,14 +53,34 @@ class BlockModel(
     @classmethod
     def _from_pretrained(cls, *, model_id: str, strict: bool = True, **options: Any) -> "BlockModel":
         # strict=True: by default huggingface_hub ignores missing keys, and so takes the weights of another family.
+        # Then all weights come from the file, and none are drawn that it would overwrite.
         try:
-            return super()._from_pretrained(model_id=model_id, strict=strict, **options)
+            with torch.device("meta" if strict else "cpu"):
+                return super()._from_pretrained(model_id=model_id, strict=strict, **options)
         except (RuntimeError, TypeError, UserError) as error:
             reason = textwrap.shorten(str(error), 300, placeholder=" ...")
             raise UserError(
                 f"{model_id} does not hold the weights of a {cls.__name__} ({reason}): use the class that was saved, "
                 "or masked_diffusion.load_model, which finds the class"
             ) from error
+
+    @classmethod
+    def _load_as_safetensor(cls, model: Self, model_file: str, map_location: str, strict: bool) -> Self:
+        with torch.device("cpu"):
+            return model._take_weights(read_safetensors(model_file), map_location, strict)
+
+    @classmethod
+    def _load_as_pickle(cls, model: Self, model_file: str, map_location: str, strict: bool) -> Self:
+        with torch.device("cpu"):
+            state = torch.load(model_file, map_location="cpu", weights_only=True)
+            return model._take_weights(state, map_location, strict)
+
+    def _take_weights(self, state: dict[str, torch.Tensor], device: str, strict: bool) -> Self:
+        own = self.state_dict()
+        for name in state.keys() & own.keys():
+            state[name] = state[name].to(own[name].dtype)
+        self.load_state_dict(state, strict=strict, assign=True)
+        return self.to(device).eval()
 
     def check_input(self, x: torch.Tensor) -> None:
         """Check the shape of an input.

@@ -45,7 +45,10 @@ def shard_model(model: torch.nn.Module, shard: str) -> None:
 
     if not dist.is_initialized():
         raise UserError(f"--shard {shard} needs a process group: start the script with torchrun")
-    mesh = DeviceMesh(dist_util.dev().type, _nodes() if shard == "hsdp" else dist_util.all_ranks().ranks)
+    layout = {"mesh": dist_util.all_ranks().ranks, "mesh_dim_names": ("shard",)}
+    if shard == "hsdp":
+        layout = {"mesh": _nodes(), "mesh_dim_names": ("replicate", "shard")}
+    mesh = DeviceMesh(dist_util.dev().type, **layout)
     for block in model.all_blocks():
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
@@ -87,6 +90,15 @@ def accumulating(module: torch.nn.Module, last: bool) -> Iterator[None]:
     if hasattr(module.model, "set_requires_all_reduce"):  # of a model that `fully_shard` has changed
         module.model.set_requires_all_reduce(last)
     yield
+
+
+def drop_gathered(model: torch.nn.Module) -> None:
+    """With `fsdp` and `hsdp`, forget the full parameters that a forward pass without a backward pass has left.
+
+    They are those outside of the blocks. The next pass would take them, although the shards may have changed since.
+    """
+    if hasattr(model, "reshard"):
+        model.reshard()
 
 
 def make_optimizer(

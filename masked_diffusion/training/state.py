@@ -21,6 +21,7 @@ from .objective import TwoPassObjective
 from .optim import update_ema
 from .parallel import (
     copy_all,
+    drop_gathered,
     fill,
     gather_late,
     load_optimizer_state,
@@ -88,6 +89,7 @@ class TrainState:
             copy_all(self.params, average)
             yield
             copy_all(self.params, own)
+        drop_gathered(self.model)
         self.model.train()
 
     # ------------------------------------------------------------ files
