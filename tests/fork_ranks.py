@@ -1,6 +1,6 @@
 """Run a script of the project as several ranks, and again after each kill, paying for the imports once.
 
-    python tests/fork_ranks.py [--ranks=N] [--kills=K] [--kill_seed=S] [--full_disk=RANK] SCRIPT FLAGS...
+    python tests/fork_ranks.py [--ranks=N] [--kills=K] [--kill_seed=S] SCRIPT FLAGS...
 
 Every life forks anew from a process that has imported all and computed nothing. Killed lives end by SIGKILL at random
 moments; the last one runs to its end.
@@ -8,7 +8,6 @@ moments; the last one runs to its end.
 
 import os
 import random
-import resource
 import signal
 import socket
 import sys
@@ -19,8 +18,8 @@ from importlib import import_module
 import torch
 
 
-def start(script, flags, ranks, full_disk):
-    """Fork the ranks of one life; rank `full_disk` can write no file of more than 100 kB. Returns their process ids."""
+def start(script, flags, ranks):
+    """Fork the ranks of one life. Returns their process ids."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -34,8 +33,6 @@ def start(script, flags, ranks, full_disk):
             os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
             os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         code = 1
-        if rank == full_disk:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
         try:
             sys.argv = [script, *flags]
             SCRIPT_UTIL.run(import_module(script.removesuffix(".py")).main)
@@ -57,19 +54,19 @@ def wait(children):
 
 def main():
     arguments = sys.argv[1:]
-    options = {"ranks": 1, "kills": 0, "kill_seed": 0, "first": 0.2, "last": 2.0, "full_disk": -1}
+    options = {"ranks": 1, "kills": 0, "kill_seed": 0, "first": 0.2, "last": 2.0}
     while arguments[0].startswith("--"):
         key, value = arguments.pop(0)[2:].split("=")
         options[key] = type(options[key])(value)
     script, *flags = arguments
     rng = random.Random(options["kill_seed"])
     for _ in range(options["kills"]):
-        children = start(script, flags, options["ranks"], options["full_disk"])
+        children = start(script, flags, options["ranks"])
         time.sleep(rng.uniform(options["first"], options["last"]))
         for child in children:
             os.kill(child, signal.SIGKILL)
         wait(children)
-    sys.exit(max(wait(start(script, flags, options["ranks"], options["full_disk"])), key=abs))
+    sys.exit(max(wait(start(script, flags, options["ranks"])), key=abs))
 
 
 if __name__ == "__main__":

@@ -158,9 +158,8 @@ def run_train(monkeypatch, flags):
     script_util.run(image_train.main)
 
 
-def fork(script, flags, ranks=1, kills=0, kill_seed=0, first=0.2, last=2.0, full_disk=-1, check=True):
+def fork(script, flags, ranks=1, kills=0, kill_seed=0, first=0.2, last=2.0, check=True):
     options = {"ranks": ranks, "kills": kills, "kill_seed": kill_seed, "first": first, "last": last}
-    options["full_disk"] = full_disk
     command = [sys.executable, REPO / "tests" / "fork_ranks.py", *(f"--{k}={v}" for k, v in options.items()), script]
     result = subprocess.run([*command, *flags], capture_output=True, text=True, timeout=280)
     assert not check or result.returncode == 0, result.stdout + result.stderr

@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import sys
+import tempfile
 import traceback
 from functools import partial
 from pathlib import Path
@@ -30,9 +31,13 @@ KINDS = ("none", "zero1", "fsdp", "hsdp")
 class OwnRows(Batches):
     """Other rows on each rank."""
 
+    def __init__(self, global_batch=RANKS * ROWS):
+        self.global_batch = global_batch
+
     def stream(self, start_step, seed, first_stage):
-        for images, cond in stream(start_step, seed, RANKS * ROWS):
-            own = slice(dist_util.get_rank() * ROWS, (dist_util.get_rank() + 1) * ROWS)
+        rows = self.global_batch // dist_util.get_world_size()
+        for images, cond in stream(start_step, seed, self.global_batch):
+            own = slice(dist_util.get_rank() * rows, (dist_util.get_rank() + 1) * rows)
             yield images[own], {"y": cond["y"][own]}
 
 
@@ -102,19 +107,20 @@ def check(folder):
     return seen
 
 
-def main():
-    folder, children = Path(sys.argv[1]), []
-    for rank in range(RANKS):
+def fork_ranks(folder, ranks, function, *arguments):
+    """Run a function on ranks of pretended nodes, and write what each returns to `rank{r}.json` of a folder."""
+    children, store = [], tempfile.mktemp(dir=folder)
+    for rank in range(ranks):
         child = os.fork()
         if child:
             children.append(child)
             continue
-        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(RANKS), "LOCAL_RANK": str(rank % PER_NODE)}
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank % PER_NODE)}
         os.environ |= {"GROUP_RANK": str(rank // PER_NODE), "LOCAL_WORLD_SIZE": str(PER_NODE)}
         code = 1
         try:
-            dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
-            Path(folder, f"rank{rank}.json").write_text(json.dumps(check(folder)))
+            dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
+            Path(folder, f"rank{rank}.json").write_text(json.dumps(function(*arguments)))
             dist.barrier()
             code = 0
         except BaseException:
@@ -123,9 +129,11 @@ def main():
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(code)
-    sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children))
+    code = max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children)
+    if code:
+        sys.exit(code)
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main()
+    fork_ranks(Path(sys.argv[1]), RANKS, check, Path(sys.argv[1]))
