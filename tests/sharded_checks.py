@@ -1,8 +1,8 @@
 """Runs that are stopped and go on with other ranks and another kind of sharding, in both formats of checkpoints.
 
-    python tests/sharded_checks.py FOLDER
+    python tests/sharded_checks.py FOLDER RUN...
 
-It pays for the imports once. `test_sharded.py` compares the checkpoints.
+RUN is a name of `RUNS`, or full. It pays for the imports once. `test_sharded.py` compares the checkpoints.
 """
 
 import resource
@@ -18,19 +18,14 @@ from masked_diffusion.utils.errors import UserError
 
 GLOBAL_BATCH = 12
 # Kind of sharding and number of ranks: before the stop, and after it. Two ranks are on a node.
-RUNS = [
-    (("fsdp", 2), ("zero1", 3), "adamw"),
-    (("zero1", 3), ("none", 1), "adan-pytorch"),
-    (("none", 1), ("hsdp", 4), "adamw"),
-    (("hsdp", 4), ("fsdp", 2), "adamw"),
-    (("none", 4), ("zero1", 2), "adamw"),
-]
+RUNS = {
+    "fsdp_zero1": (("fsdp", 2), ("zero1", 3), "adamw"),
+    "zero1_none": (("zero1", 3), ("none", 1), "adan-pytorch"),
+    "none_hsdp": (("none", 1), ("hsdp", 4), "adamw"),
+    "hsdp_fsdp": (("hsdp", 4), ("fsdp", 2), "adamw"),
+    "many_few": (("none", 4), ("zero1", 2), "adamw"),
+}
 FORMATS = {"whole": {}, "sharded": {"checkpoint_format": "sharded", "async_save": True}}
-
-
-def name(first, second):
-    """Of the folder of a run."""
-    return "{}{}_{}{}".format(*first, *second)
 
 
 def train(folder, shard, steps, **flags):
@@ -48,14 +43,20 @@ def fill_disk(folder, shard, steps, **flags):
         return str(error)
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    top = Path(sys.argv[1])
-    for first, second, optimizer in RUNS:
-        for kind, flags in FORMATS.items():
-            for steps, (shard, ranks) in ((2, first), (4, second)):
-                folder = top / kind / name(first, second)
-                fork_ranks(top, ranks, partial(train, optimizer=optimizer, **flags), folder, shard, steps)
+def check_full_disk(top):
     flags = FORMATS["sharded"] | {"save_interval": 3}
     fork_ranks(top, 2, partial(train, **flags), top / "full", "fsdp", 2)
     fork_ranks(top, 2, partial(fill_disk, **flags), top / "full", "fsdp", 100_000)
+
+
+def check_run(top, name):
+    first, second, optimizer = RUNS[name]
+    for kind, flags in FORMATS.items():
+        for steps, (shard, ranks) in ((2, first), (4, second)):
+            fork_ranks(top, ranks, partial(train, optimizer=optimizer, **flags), top / kind / name, shard, steps)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for run in sys.argv[2:]:
+        check_full_disk(Path(sys.argv[1])) if run == "full" else check_run(Path(sys.argv[1]), run)

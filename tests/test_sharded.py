@@ -123,26 +123,42 @@ def test_whole_files_are_made_of_sharded_checkpoints_only(expected, tmp_path, mo
     assert "holds no sharded checkpoint" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    """The folder of the runs of sharded_checks.py."""
-    folder = tmp_path_factory.mktemp("ranks")
-    command = [sys.executable, REPO / "tests" / "sharded_checks.py", folder]
+def run_on_ranks(folder, *names):
+    """Make the runs of sharded_checks.py with these names."""
+    command = [sys.executable, REPO / "tests" / "sharded_checks.py", folder, *names]
     result = subprocess.run(command, capture_output=True, text=True, timeout=280)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-6000:]
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """Where the runs that take little time are; and the folder that the full disk was of."""
+    folder = tmp_path_factory.mktemp("ranks")
+    run_on_ranks(folder, "fsdp_zero1", "full")
     return folder
 
 
-@pytest.mark.parametrize("first, second, optimizer", sharded_checks.RUNS, ids=str)
-def test_ranks_write_their_parts_and_any_others_go_on(ranks, tmp_path, first, second, optimizer):
-    """Bitwise as with whole files, on other ranks and with another kind of sharding."""
-    name = sharded_checks.name(first, second)
+def check_same(folder, name, out):
+    """Bitwise as with whole files, before the stop and after it; and the ranks have shared the writing."""
+    first, second, _ = sharded_checks.RUNS[name]
     for step, (_, count) in ((2, first), (4, second)):
-        theirs = tensors(ranks / "whole" / name, step)
+        theirs = tensors(folder / "whole" / name, step)
         assert len(theirs) > 200
-        assert_same(whole(ranks / "sharded" / name, step, tmp_path / "out"), theirs)
-        sizes = [path.stat().st_size for path in (ranks / "sharded" / name).glob(f"sharded{step:06d}/*/*.distcp")]
+        assert_same(whole(folder / "sharded" / name, step, out), theirs)
+        sizes = [path.stat().st_size for path in (folder / "sharded" / name).glob(f"sharded{step:06d}/*/*.distcp")]
         assert len(sizes) >= 5 * min(count, 2) and max(sizes) < 0.9 * sum(sizes) / min(count, 2)
+
+
+def test_ranks_write_their_parts_and_any_others_go_on(ranks, tmp_path):
+    check_same(ranks, "fsdp_zero1", tmp_path)
+
+
+@pytest.mark.slow
+def test_every_kind_of_sharding_goes_on_as_every_other(tmp_path):
+    names = [name for name in sharded_checks.RUNS if name != "fsdp_zero1"]
+    run_on_ranks(tmp_path, *names)
+    for name in names:
+        check_same(tmp_path, name, tmp_path / f"{name}_out")
 
 
 def test_a_full_disk_on_one_rank_ends_all_and_leaves_no_half(ranks):
@@ -339,7 +355,7 @@ def test_a_description_that_lies_is_refused(run, lie, message):
 
 def test_another_model_is_named(run):
     with pytest.raises(UserError, match=r"sharded000004/model is of another model than the flags describe \(.*--model"):
-        make_loop(run, phema="0.05", model="MDTv2_Nano_4")
+        make_loop(run, phema="0.05", num_classes=4)
     with pytest.raises(UserError, match=r"averages of sigma_rel 0\.050, but this run tracks \(none\)"):
         make_loop(run)
     with pytest.raises(UserError, match=r"sharded000004/ema_0\.5 .*does not exist, but resuming from step 4 needs it"):

@@ -298,9 +298,7 @@ def read_contents(section: Path) -> Contents:
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist: {DAMAGE_ADVICE}") from error
     except Exception as error:  # unpickling, and looking at what it gave, raises anything
-        raise UserError(
-            f"{path} cannot be read as the description of a checkpoint ({error}): {DAMAGE_ADVICE}"
-        ) from error
+        raise UserError(f"{path} cannot be read as a description of tensors ({error}): {DAMAGE_ADVICE}") from error
 
 
 def _tensor(name: str, described: dict[str, Any]) -> tuple[str, TensorStorageMetadata]:
