@@ -4,7 +4,7 @@
 # Relative paths are taken from where this is called. Further flags of scripts/image_train.py may follow.
 # Run the same command again to resume from the newest checkpoint.
 set -euo pipefail
-here=$(cd "$(dirname "${BASH_SOURCE[0]}")" > /dev/null && pwd)
+here=$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")
 
 : "${DATA_DIR:?set DATA_DIR to a folder of images named CLASS_ANYTHING}"
 if ! command -v torchrun > /dev/null; then

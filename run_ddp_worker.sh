@@ -7,4 +7,4 @@ if [ "$NODE_RANK" = 0 ]; then
   echo "error: node 0 runs run_ddp_master.sh" >&2
   exit 2
 fi
-exec "$(dirname "$0")/run_ddp_master.sh" "$@"
+exec "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/run_ddp_master.sh" "$@"

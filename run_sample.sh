@@ -5,7 +5,7 @@
 # Relative paths are taken from where this is called. Further flags of scripts/image_sample.py may follow, but those of
 # guidance hold for the guided round alone. Run the same command again to go on where it stopped.
 set -euo pipefail
-here=$(cd "$(dirname "${BASH_SOURCE[0]}")" > /dev/null && pwd)
+here=$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")
 
 : "${REFERENCE?set REFERENCE to the npz to compare with, or to nothing (REFERENCE=) to sample only}"
 for program in torchrun python; do

@@ -15,7 +15,7 @@ from .utils import flag_values
 from .utils.config_json import check_config_json
 from .utils.errors import UserError
 from .utils.options import Config, option
-from .utils.precision import PRECISIONS
+from .utils.precision import PRECISIONS, check_fp16
 
 OPTIMIZERS = ("adan", "adan-pytorch", "adamw")
 SHARDS = ("none", "zero1", "fsdp", "hsdp")
@@ -117,7 +117,7 @@ class TrainConfig(Config):
     optimizer: str | None = option(
         None, "optimizer; None: adan for MDTv2, adamw for MDT and DiT", choices=OPTIMIZERS, changes_run=True
     )
-    lr: float = option(3e-4, "learning rate", above=0, changes_run=True)
+    lr: float = option(3e-4, "learning rate", above=0, at_most=1000, changes_run=True)
     weight_decay: float = option(0.0, "weight decay", at_least=0, changes_run=True)
     grad_clip: float | None = option(
         None, "clip the gradients to this global norm; 0: no clipping; None: 1 for adan, 0 for adamw", at_least=0,
@@ -129,11 +129,12 @@ class TrainConfig(Config):
     )  # fmt: skip
     max_steps: int = option(0, "end training after this step; 0: train until stopped", at_least=0)
     ema_rate: str = option(
-        "0.9999", "EMA rates, separated by commas", check=flag_values.check_ema_rates, changes_run=True
-    )
+        "0.9999", "EMA rates, separated by commas", read=flag_values.read_list, check=flag_values.check_ema_rates,
+        changes_run=True,
+    )  # fmt: skip
     phema: str = option(
         "", "post-hoc EMA: save snapshots of power-function EMAs with these relative widths, such as 0.05,0.10",
-        check=flag_values.check_phema_widths, changes_run=True,
+        read=flag_values.read_list, check=flag_values.check_phema_widths, changes_run=True,
     )  # fmt: skip
     phema_dtype: str = option("fp32", "number format of the post-hoc EMA snapshots", choices=SNAPSHOT_DTYPES)
     schedule_sampler: str = option(
@@ -164,6 +165,11 @@ class TrainConfig(Config):
         0, "random seed of the data order, initial weights and noise (determinism)", at_least=0,
         at_most=LARGEST_SEED, changes_run=True,
     )  # fmt: skip
+
+    def check(self) -> Self:
+        super().check()
+        check_fp16(self.use_fp16, self.precision)
+        return self
 
 
 @dataclass(frozen=True)
@@ -332,6 +338,11 @@ class WeightsConfig(Config):
     image_size: int | None = option(None, "not needed, the checkpoint tells it; if given, it must agree", at_least=1)
     decode_layer: int | None = option(None, "not needed, the checkpoint tells it; if given, it must agree", at_least=0)
     mask_ratio: float | None = option(None, "ignored, as sampling does not mask; accepted for the published commands")
+
+    def check(self) -> Self:
+        super().check()
+        check_fp16(self.use_fp16, self.precision)
+        return self
 
 
 @dataclass(frozen=True)

@@ -2,14 +2,15 @@
 
     python tests/rank_checks.py FOLDER
 
-`test_parallel.py` looks at what they leave: the checkpoints, and what each rank saw in `rank{r}.json`.
+On GPUs with NCCL if there are any, then at least four; else on CPUs. `test_parallel.py` looks at what they leave:
+the checkpoints, and what each rank saw in `rank{r}.json`.
 """
 
 import json
 import os
 import shutil
+import socket
 import sys
-import tempfile
 import traceback
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,8 @@ from helpers import Batches, make_loop, stream  # noqa: E402
 from masked_diffusion import dist_util  # noqa: E402
 from masked_diffusion.training.parallel import gather_full, shard_model  # noqa: E402
 from masked_diffusion.utils.errors import UserError  # noqa: E402
+from masked_diffusion.weights import checkpoint  # noqa: E402
+from masked_diffusion.weights.torch_file import late_tensors  # noqa: E402
 
 RANKS, PER_NODE, ROWS = 4, 2, 4
 KINDS = ("none", "zero1", "fsdp", "hsdp")
@@ -46,7 +49,8 @@ class Look:
 
     def after_step(self, loop):
         with loop.state.ema_weights():
-            loop.model(torch.zeros(1, 3, 8, 8), torch.zeros(1, dtype=torch.long), torch.zeros(1, dtype=torch.long))
+            zero = torch.zeros(1, dtype=torch.long, device=loop.device)
+            loop.model(torch.zeros(1, 3, 8, 8, device=loop.device), zero, zero)
         return True
 
 
@@ -71,7 +75,7 @@ def between_nodes(*arguments, group=None, **options):
 
 
 def check(folder):
-    seen = {"groups": {}, "opened": {}, "exchanges": {}}
+    seen = {"opened": {}, "exchanges": {}}
     for kind in KINDS:
         make(folder / kind, shard=kind, max_steps=3).run_loop()
     opened = counting(torch, "load", lambda *_, **__: True)
@@ -85,6 +89,27 @@ def check(folder):
         (folder / f"{kind}_copy").mkdir(exist_ok=True)
         loop.state.save(folder / f"{kind}_copy")
         loop.run_loop()
+    # A disk that is full in the midst of the second file, on rank 0 alone.
+    (folder / "full").mkdir(exist_ok=True)
+    save_tensors, calls = checkpoint.save_tensors, []
+
+    def full_disk(state, file):
+        calls.append(1)
+        if len(calls) == 2:
+            for late in late_tensors(state)[:3]:
+                late.make()
+            raise OSError(28, "No space left on device")
+        save_tensors(state, file)
+
+    checkpoint.save_tensors = full_disk
+    try:
+        loop.state.save(folder / "full")
+    except UserError as error:
+        seen["full"] = str(error)
+    checkpoint.save_tensors = save_tensors
+    seen["left"] = [path.name for path in (folder / "full").iterdir()]
+    loop.state.save(folder / "full")  # the ranks have not lost each other
+
     exchanged = counting(dist, "all_reduce", between_nodes)
     for microbatch in (ROWS, 1):
         loop = make(folder / f"micro{microbatch}", shard="hsdp", microbatch=microbatch)
@@ -109,17 +134,21 @@ def check(folder):
 
 def fork_ranks(folder, ranks, function, *arguments):
     """Run a function on ranks of pretended nodes, and write what each returns to `rank{r}.json` of a folder."""
-    children, store = [], tempfile.mktemp(dir=folder)
+    children = []
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
     for rank in range(ranks):
         child = os.fork()
         if child:
             children.append(child)
             continue
-        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank % PER_NODE)}
-        os.environ |= {"GROUP_RANK": str(rank // PER_NODE), "LOCAL_WORLD_SIZE": str(PER_NODE)}
+        # On true nodes the local ranks begin anew; here they choose the GPUs.
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+        os.environ |= {"GROUP_RANK": str(rank // PER_NODE), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         code = 1
         try:
-            dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
+            dist_util.join_process_group()
             Path(folder, f"rank{rank}.json").write_text(json.dumps(function(*arguments)))
             dist.barrier()
             code = 0

@@ -57,6 +57,8 @@ def test_no_number_may_be_nan_infinite_or_out_of_its_range(field):
         (["--snr_gamma", "much"], "--snr_gamma is much: it must be a number above 0"),
         (["--fp16_scale_growth", "0"], "--fp16_scale_growth is 0.0: it must be above 0"),
         (["--predict_v", "--predict_xstart"], "--predict_xstart and --predict_v exclude each other"),
+        (["--lr", "1e38"], r"--lr is 1e\+38: it must be above 0 and at most 1000"),
+        (["--use_fp16", "True", "--precision", "bf16"], "--use_fp16 True and --precision bf16 contradict each other"),
         (["--precision", "fp8"], "--precision is fp8: it must be one of fp32, tf32, bf16, fp16"),
         (["--eval_interval", "3"], "--eval_interval is 3, but there is no reference to compare with"),
         (["--lr", "fast"], "argument --lr: invalid float value: 'fast'"),
@@ -90,6 +92,11 @@ def test_flags_take_the_spellings_of_the_published_scripts():
     assert sample.solver.seed == 7 and parse(
         "--guided_channels", "all", config_class=SampleConfig, model_path="m"
     ).guidance == (dataclasses.replace(SampleConfig().guidance, guided_channels=None))
+
+
+def test_spaces_after_commas_do_not_reach_file_names():
+    train = parse("--ema_rate", "0.9, 0.99", "--phema", "0.05, 0.1").train
+    assert (train.ema_rate, train.phema) == ("0.9,0.99", "0.05,0.1")
 
 
 def test_every_flag_is_stated_once():

@@ -31,7 +31,8 @@ def free_port():
 
 
 def test_run_sh_trains(images, tmp_path):
-    command = [REPO / "run.sh", "--max_steps=2", "--ema_rate=0.9"]
+    (tmp_path / "start").symlink_to(REPO / "run.sh")
+    command = [tmp_path / "start", "--max_steps=2", "--ema_rate=0.9"]
     result = subprocess.run(
         command, env=environment(tmp_path, images, NUM_GPUS=2), capture_output=True, text=True, timeout=200
     )
@@ -55,7 +56,7 @@ def programs(tmp_path):
     """A folder for PATH with what the shell scripts themselves need, and torchrun and python that only repeat."""
     folder = tmp_path / "bin"
     folder.mkdir()
-    for name in ("bash", "dirname"):
+    for name in ("bash", "dirname", "readlink"):
         (folder / name).symlink_to(shutil.which(name))
     for name in ("torchrun", "python"):
         (folder / name).write_text('#!/usr/bin/env bash\necho "ran in $PWD: $*"\n')

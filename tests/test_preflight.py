@@ -51,7 +51,8 @@ def test_memory_is_that_of_the_tensors():
     num = sum(p.numel() for p in model.parameters())
     assert preflight.memory_estimate(num, 2, "adan", 1, "none") == 4 * num * 8
     assert preflight.memory_estimate(num, 1, "adamw", 4, "zero1") == 4 * num * (3 + 0.5)
-    assert preflight.memory_estimate(num, 1, "adamw", 4, "fsdp") == 4 * num * 5 / 4
+    for shard in ("fsdp", "hsdp"):
+        assert preflight.memory_estimate(num, 1, "adamw", 4, shard) == 4 * num * 5 / 4
 
 
 @pytest.mark.parametrize(

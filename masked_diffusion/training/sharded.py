@@ -2,7 +2,6 @@
 
 import io
 import re
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,15 @@ def _entries(state: TrainState) -> dict[int, dict[str, Any]]:
     return {i: own.state.get(param, {}) for i, param in enumerate(state.params) if id(param) in held}
 
 
+def _optimizer_tensors(
+    entries: dict[int, dict[str, Any]], averages: dict[str, list[torch.Tensor]]
+) -> dict[str, torch.Tensor]:
+    """The tensors of the section `optimizer` by their names in it."""
+    named = {f"state.{i}.{key}": value for i, entry in entries.items() for key, value in entry.items()}
+    named |= {f"phema.{width}.{i}": value for width, found in averages.items() for i, value in enumerate(found)}
+    return {name: value for name, value in named.items() if isinstance(value, torch.Tensor)}
+
+
 def state_sections(state: TrainState) -> dict[str, Section]:
     """This rank's parts of all tensors of a checkpoint, by section and name. No rank waits for another.
 
@@ -40,15 +48,8 @@ def state_sections(state: TrainState) -> dict[str, Section]:
         name: model | {key: Part.of(value, dtype) for key, value in zip(state.names, average, strict=True)}
         for name, (average, dtype) in averages.items()
     }
-    optimizer = {
-        f"state.{i}.{key}": Part.of(value)
-        for i, entry in _entries(state).items()
-        for key, value in entry.items()
-        if isinstance(value, torch.Tensor)
-    }
-    for width, average in state.phema.averages.items():
-        optimizer |= {f"phema.{width}.{i}": Part.of(value) for i, value in enumerate(average)}
-    return {"model": model} | sections | {"optimizer": optimizer}
+    optimizer = _optimizer_tensors(_entries(state), state.phema.averages)
+    return {"model": model} | sections | {"optimizer": {name: Part.of(value) for name, value in optimizer.items()}}
 
 
 def small_state(state: TrainState) -> bytes:
@@ -78,54 +79,46 @@ def load_sharded(state: TrainState, path: Path) -> None:
     :param path: the folder of the checkpoint.
     :raises UserError: on all ranks, for files that are missing or damaged and for a checkpoint of another model.
     """
+    emas = {f"ema_{rate}": dict(zip(state.names, average, strict=True)) for rate, average in state.ema.items()}
+    targets = {"model": state.model.state_dict()} | emas
     with dist_util.failing_together():
-        emas = {f"ema_{rate}": average for rate, average in state.ema.items()}
-        names = ["model", *emas, "optimizer"]
-        files = section_parts(path, {"", *names})
-        shared = list(files)[dist_util.get_rank() :: dist_util.get_world_size()]
-        check_parts(path, {name: files[name] for name in shared})
-        contents = {name: read_contents(path / name) for name in names}
+        files = section_parts(path, {"", "optimizer", *targets})
+        own_share = list(files)[dist_util.get_rank() :: dist_util.get_world_size()]
+        check_parts(path, {name: files[name] for name in own_share})
+        contents = {name: read_contents(path / name) for name in (*targets, "optimizer")}
         small = dist_util.load_state_dict(str(path / STATE_NAME))
         keys = {"optimizer", "scaler", "schedule_sampler", "guardian", "phema", "step", "rollbacks", "train_seconds"}
         if not isinstance(small, dict) or not small.keys() >= keys or "state" not in small["optimizer"]:
             raise UserError(f"{path / STATE_NAME} is no training state of this code: restore it")
         state.phema.check_widths(small["phema"])
+        for name, tensors in targets.items():
+            _check_fit(path / name, contents[name], tensors)
         entries = _new_entries(state, contents["optimizer"], small["optimizer"]["state"])
-        targets = {"model": state.model.state_dict()}
-        targets |= {name: dict(zip(state.names, average, strict=True)) for name, average in emas.items()}
-        targets["optimizer"] = {
-            f"state.{i}.{key}": value
-            for i, entry in entries.items()
-            for key, value in entry.items()
-            if isinstance(value, torch.Tensor)
-        }
-        for width, average in state.phema.averages.items():
-            targets["optimizer"] |= {f"phema.{width}.{i}": value for i, value in enumerate(average)}
-        sections = {name: {key: Part.of(value) for key, value in found.items()} for name, found in targets.items()}
-        for name, section in sections.items():
-            _check_fit(path / name, contents[name], section)
-    for name, section in sections.items():
-        own_part = {key for key, value in targets[name].items() if isinstance(value, DTensor)}
-        if name == "optimizer" and isinstance(state.opt, ZeroRedundancyOptimizer):
-            own_part = section.keys()
-        _read(path / name, contents[name], section, own_part)
+        targets["optimizer"] = _optimizer_tensors(entries, state.phema.averages)
+        _check_fit(path / "optimizer", contents["optimizer"], targets["optimizer"])
+    for name, tensors in targets.items():
+        differs = name == "optimizer" and isinstance(state.opt, ZeroRedundancyOptimizer)
+        _read(path / name, contents[name], tensors, differs)
     state.opt.load_state_dict({"state": entries, "param_groups": small["optimizer"]["param_groups"]})
     state.load_counters(small)
 
 
-def _read(path: Path, contents: Contents, section: Section, own_part: Collection[str]) -> None:
+def _read(path: Path, contents: Contents, tensors: dict[str, torch.Tensor], differs: bool) -> None:
     """Read a section. What every rank holds whole is read by the first rank of each node, which gives it to the others.
 
-    :param own_part: names of the tensors of which each rank reads what it holds.
+    :param differs: whether the ranks hold different tensors.
     """
     node = dist_util.node_group()
     first = dist_util.get_rank() == node.ranks[0]
+    parts = {key: Part.of(value) for key, value in tensors.items()}
+    received = {key for key, value in tensors.items() if not differs and not isinstance(value, DTensor)}
     with dist_util.failing_together():
-        read_parts(path, contents, {key: part for key, part in section.items() if first or key in own_part})
-    for key, part in section.items():
-        if key not in own_part and len(node.ranks) > 1:
-            group = node.hosts if part.local.device.type == "cpu" else node.devices
-            torch.distributed.broadcast(part.local, node.ranks[0], group=group)
+        read_parts(path, contents, {key: part for key, part in parts.items() if first or key not in received})
+    for key in tensors if len(node.ranks) > 1 else ():
+        if key in received:
+            local = parts[key].local
+            group = node.hosts if local.device.type == "cpu" else node.devices
+            torch.distributed.broadcast(local, node.ranks[0], group=group)
 
 
 def _new_entries(state: TrainState, contents: Contents, numbers: dict[int, dict[str, Any]]) -> dict[int, dict]:
@@ -147,13 +140,13 @@ def _new_entries(state: TrainState, contents: Contents, numbers: dict[int, dict[
     return {i: entry for i, entry in entries.items() if entry}
 
 
-def _check_fit(path: Path, contents: Contents, section: Section) -> None:
-    for name, part in section.items():
+def _check_fit(path: Path, contents: Contents, tensors: dict[str, torch.Tensor]) -> None:
+    for name, tensor in tensors.items():
         saved = contents.tensors.get(name)
-        if saved is None or saved.size != part.size:
+        if saved is None or saved.size != tensor.shape:
             found = "is not there" if saved is None else f"has the shape {tuple(saved.size)} there"
             raise UserError(
-                f"{path} is of another model than the flags describe ({name} of shape {tuple(part.size)} {found}): "
+                f"{path} is of another model than the flags describe ({name} of shape {tuple(tensor.shape)} {found}): "
                 "repeat --model, --num_classes and --decode_layer, or start at step 0 from its weights in another "
                 "--log_dir with --resume_checkpoint"
             )

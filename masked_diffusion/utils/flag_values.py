@@ -18,6 +18,11 @@ def split_numbers(text: str) -> tuple[float, ...]:
     return tuple(float(part) for part in text.split(",")) if text else ()
 
 
+def read_list(text: str) -> str:
+    """For numbers separated by commas, which may be followed by spaces: the text without the spaces."""
+    return ",".join(part.strip() for part in text.split(","))
+
+
 def check_list(text: str, fits: Callable[[float], bool], requirement: str) -> str | None:
     """For numbers separated by commas: all must be different and fit."""
     try:

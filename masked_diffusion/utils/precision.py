@@ -38,3 +38,12 @@ def autocast(model: Callable, precision: str) -> Callable:
         return out.to(x.dtype)
 
     return run
+
+
+def check_fp16(use_fp16: bool, precision: str) -> None:
+    """Refuse two number formats at once.
+
+    :raises UserError: for `--use_fp16 True` with a `--precision` that is neither fp16 nor the default.
+    """
+    if use_fp16 and precision not in ("fp32", "fp16"):
+        raise UserError(f"--use_fp16 True and --precision {precision} contradict each other: leave one out")
