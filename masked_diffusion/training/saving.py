@@ -83,9 +83,9 @@ class ShardedSaver(Saver):
             write_sharded(self.folder, step, sections, small, self.group, keep)
             logger.log(f"saved {path}: training stood still for {_seconds(began)}")
             return
-        waiting = time.perf_counter()
+        waiting, pending = time.perf_counter(), self._thread is not None
         self.finish()
-        waited = _seconds(waiting)
+        waited = f", {_seconds(waiting)} of it to wait for the checkpoint before" if pending else ""
         copies = self.copies.copy(sections)
 
         def write() -> None:
@@ -99,10 +99,7 @@ class ShardedSaver(Saver):
 
         self._thread = threading.Thread(target=write, name=f"writing step {step}", daemon=True)
         self._thread.start()
-        logger.log(
-            f"saving {path} in the background: training stood still for {_seconds(began)}, {waited} of it to wait for "
-            "the checkpoint before"
-        )
+        logger.log(f"saving {path} in the background: training stood still for {_seconds(began)}{waited}")
 
     def before_update(self) -> None:
         if self.copies is not None:
