@@ -20,7 +20,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from evaluations import console, evaluator
-from masked_diffusion import create_diffusion, create_model, dist_util, image_packing, logger, script_util
+from masked_diffusion import create_diffusion, create_model, dist_util, find_images, image_packing, logger, script_util
 from masked_diffusion.config import RunConfig, SampleConfig
 from masked_diffusion.guidance import Guidance
 from masked_diffusion.latents.autoencoder import IdentityFirstStage
@@ -174,6 +174,11 @@ def fork(script, flags, ranks=1, kills=0, kill_seed=0, first=0.2, last=2.0, chec
     return result
 
 
+def find(folder, index, **options):
+    """The images of a folder, by an index."""
+    return find_images.find_images(str(folder), index, **options)
+
+
 # ---------------------------------------------------------------- packed images
 
 
@@ -191,7 +196,7 @@ def pack(folder, out, **options):
 
 def contents(out):
     """Every file that packing makes, by name."""
-    return {path.name: path.read_bytes() for path in Path(out).iterdir() if path.name != "log.txt"}
+    return {path.name: path.read_bytes() for path in Path(out).iterdir() if path.is_file() and path.name != "log.txt"}
 
 
 # ---------------------------------------------------------------- sampling
@@ -276,6 +281,26 @@ def half_distances(u, v):
     norms = [(x * x).astype(np.float32).sum(1).astype(np.float16) for x in (u, v)]
     products = (u.astype(np.float32) @ v.astype(np.float32).T).astype(np.float16)
     return np.maximum(norms[0][:, None] - np.float16(2) * products + norms[1], np.float16(0)).astype(np.float32)
+
+
+def adm_distances(u, v, tile=10_000):
+    """ADM's formula and rule in eager TensorFlow, each tile by itself: in half precision where it is finite in it."""
+    from evaluations.inception_tensorflow import import_tensorflow
+
+    tf = import_tensorflow()
+
+    def formula(u, v):
+        norm_u = tf.reshape(tf.reduce_sum(tf.square(u), 1), [-1, 1])
+        norm_v = tf.reshape(tf.reduce_sum(tf.square(v), 1), [1, -1])
+        return tf.maximum(norm_u - 2 * tf.matmul(u, v, False, True) + norm_v, 0.0)
+
+    def of_tile(u, v):
+        half = formula(tf.cast(u, tf.float16), tf.cast(v, tf.float16)).numpy()
+        return half.astype(np.float32) if np.isfinite(half).all() else formula(u, v).numpy()
+
+    with tf.device("CPU"):
+        rows, columns = range(0, len(u), tile), range(0, len(v), tile)
+        return np.block([[of_tile(u[i : i + tile], v[j : j + tile]) for j in columns] for i in rows])
 
 
 def exact_distances(u, v):
