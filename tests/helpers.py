@@ -20,7 +20,15 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from evaluations import console, evaluator
-from masked_diffusion import create_diffusion, create_model, dist_util, find_images, image_packing, logger, script_util
+from masked_diffusion import (
+    create_diffusion,
+    create_model,
+    dist_util,
+    find_images,
+    image_packing,
+    logger,
+    script_util,
+)
 from masked_diffusion.config import RunConfig, SampleConfig
 from masked_diffusion.guidance import Guidance
 from masked_diffusion.latents.autoencoder import IdentityFirstStage
