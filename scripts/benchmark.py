@@ -20,12 +20,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from typing_extensions import Self
 
 from masked_diffusion import create_diffusion, create_model, script_util
-from masked_diffusion.config import OPTIMIZERS
+from masked_diffusion.config import ATTENTION_HELP, OPTIMIZERS
 from masked_diffusion.guidance import Guidance, GuidedDenoiser
 from masked_diffusion.layers.attention import Attention, RelativePositionBias
+from masked_diffusion.layers.relative_attention import IMPLEMENTATIONS, KeptTokens
 from masked_diffusion.models import DiT
 from masked_diffusion.training.objective import TwoPassObjective
-from masked_diffusion.training.optim import create_optimizer, default_grad_clip
+from masked_diffusion.training.optim import clip_gradients, create_optimizer, default_grad_clip
 from masked_diffusion.utils.errors import UserError
 from masked_diffusion.utils.files import write_json
 from masked_diffusion.utils.flops import forward_flops
@@ -73,6 +74,7 @@ class BenchmarkConfig(Config):
     device: str = option("cuda" if torch.cuda.is_available() else "cpu", "where to run", choices=("cpu", "cuda"))
     threads: int = option(min(4, os.cpu_count()), "threads of the CPU", at_least=1)
     precision: str = option("fp32", "number format of the network's arithmetic", choices=tuple(PRECISIONS))
+    attention: str = option("auto", ATTENTION_HELP, choices=IMPLEMENTATIONS)
     compile: bool = option(False, "compile the transformer blocks with torch.compile")
     grad_checkpoint: bool = option(False, "gradient checkpointing: less memory, activations computed twice")
     json: str | None = option(None, "file for the table and all settings")
@@ -107,7 +109,8 @@ def build_model(config: BenchmarkConfig) -> DiT:
             torch.nn.init.normal_(param, std=0.02)
     if config.grad_checkpoint:
         model.enable_grad_checkpoint()
-    return model.to(config.device)
+    model.to(config.device).set_attention(config.attention, torch.device(config.device))
+    return model
 
 
 def training_step(model: DiT, config: BenchmarkConfig, precision: str) -> tuple[Step, int | None]:
@@ -119,7 +122,9 @@ def training_step(model: DiT, config: BenchmarkConfig, precision: str) -> tuple[
     :return: a function without arguments that returns the loss; kept tokens of the masked pass, or None.
     """
     objective = TwoPassObjective(model, create_diffusion(snr_gamma=5.0), precision, max(1, model.num_patches // 16))
-    optimizer = create_optimizer(config.optimizer, model.parameters(), lr=1e-4) if config.optimizer else None
+    params, optimizer = list(model.parameters()), None
+    if config.optimizer:
+        optimizer = create_optimizer(config.optimizer, params, lr=1e-4, compile=config.compile)
     torch.manual_seed(1)
     latents = torch.randn(config.batch_size, model.in_channels, model.input_size, model.input_size).to(config.device)
     t = torch.randint(1000, (config.batch_size,)).to(config.device)
@@ -131,9 +136,8 @@ def training_step(model: DiT, config: BenchmarkConfig, precision: str) -> tuple[
         loss = objective(latents, t, y, **draws)["loss"].mean()
         loss.backward()
         if optimizer is not None:
-            if default_grad_clip(config.optimizer):
-                torch.nn.utils.clip_grad_norm_(model.parameters(), default_grad_clip(config.optimizer))
-            optimizer.step()
+            norm = torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
+            optimizer.step(**clip_gradients(optimizer, params, norm, default_grad_clip(config.optimizer)))
         return loss.detach()
 
     return step, draws["ids_keep"].shape[1] if objective.masked else None
@@ -172,13 +176,15 @@ def naive_bias(self: RelativePositionBias, ids_keep: torch.Tensor | None) -> tor
     return bias.gather(3, ids_keep[:, None, None, :].expand(-1, heads, kept, -1))
 
 
-def naive_forward(self: Attention, x: torch.Tensor, pair_index: torch.Tensor | None = None) -> torch.Tensor:
-    """`Attention.forward` written out: softmax(q k^T scale + bias) v. Here `pair_index` is the (N, K) kept ids."""
+def naive_forward(
+    self: Attention, x: torch.Tensor, pair_index: KeptTokens | None = None, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """`Attention.forward` written out: softmax(q k^T scale + bias) v. The published code makes `bias` in every call."""
     n, tokens, dim = x.shape
     q, k, v = self.qkv(x).reshape(n, tokens, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
     logits = (q @ k.transpose(-2, -1)) * q.shape[-1] ** -0.5
     if self.rel_pos_bias is not None:
-        logits = logits + naive_bias(self.rel_pos_bias, pair_index)
+        logits = logits + naive_bias(self.rel_pos_bias, None if pair_index is None else pair_index.positions)
     return self.proj((logits.softmax(dim=-1) @ v).transpose(1, 2).reshape(n, tokens, dim))
 
 
@@ -187,7 +193,7 @@ def naive_attention() -> Iterator[None]:
     """Attention as the published code has it, for comparison."""
     with (
         mock.patch.object(Attention, "forward", naive_forward),
-        mock.patch("masked_diffusion.models.gather_pairs", lambda index, ids_keep: ids_keep),
+        mock.patch("masked_diffusion.models.look_up_kept", lambda ids, *_, **__: KeptTokens(ids, None, None)),
     ):
         yield
 

@@ -8,6 +8,7 @@ import torch
 from masked_diffusion import create_diffusion, create_model, dist_util, logger, script_util
 from masked_diffusion.config import RunConfig
 from masked_diffusion.latents.autoencoder import create_first_stage
+from masked_diffusion.layers.relative_attention import check_implementation
 from masked_diffusion.models import model_class
 from masked_diffusion.sampling.during_training import create_hooks
 from masked_diffusion.train_util import TrainLoop
@@ -39,6 +40,7 @@ def build_model(config: RunConfig) -> torch.nn.Module:
     """The model to train, on the meta device: the training loop gives each rank its weights, or its part of them."""
     with torch.device("meta"):
         model = make_model(config)
+    model.set_attention(config.train.attention, dist_util.dev())
     if config.train.grad_checkpoint:
         model.enable_grad_checkpoint()
     if config.train.compile:
@@ -61,6 +63,7 @@ def main() -> None:
     model_class(config.model.model)
     dist_util.join_process_group()
     check_precision(config.precision, dist_util.dev())
+    check_implementation(config.train.attention, dist_util.dev())
     set_matmul_precision(config.precision)
     logger.configure(config.log.log_dir, quiet=not dist_util.is_main())
     with own_log_dir(logger.get_dir()):

@@ -32,6 +32,7 @@ from masked_diffusion import (
 from masked_diffusion.config import RunConfig, SampleConfig
 from masked_diffusion.guidance import Guidance
 from masked_diffusion.latents.autoencoder import IdentityFirstStage
+from masked_diffusion.layers.relative_attention import gather_pairs, relative_attention, relative_position_index
 from masked_diffusion.sampling.image_sampler import ImageSampler
 from masked_diffusion.sampling.solvers import create_solver
 from masked_diffusion.train_util import TrainLoop
@@ -233,6 +234,55 @@ def run_sample(monkeypatch, flags):
 def read(path):
     with np.load(path, allow_pickle=False) as arrays:
         return arrays["arr_0"].astype(int), arrays["arr_1"]
+
+
+# ---------------------------------------------------------------- attention
+
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+ATTENTION_LENGTHS = (1, 17, 128, 144, 160, 176, 256)
+
+
+def draw_attention(length, width, kept, dtype=torch.float32, samples=2, heads=2, grid=None):
+    """Inputs of attention, packed as the qkv layer leaves them, with a gradient of the output."""
+    torch.manual_seed(0)
+    if grid is None:
+        side = max(side for side in range(1, 17) if length % side == 0)
+        grid = (16, 16) if kept else (side, length // side)
+    tokens = grid[0] * grid[1]
+    positions = torch.rand(samples, tokens).argsort(1)[:, :length].sort(1).values.to(DEVICE) if kept else None
+    qkv = torch.randn(samples, length, 3, heads, width).to(DEVICE, dtype)
+    table = torch.randn((2 * grid[0] - 1) * (2 * grid[1] - 1) + 3, heads).to(DEVICE)
+    return qkv, table, positions, grid, torch.randn(samples, heads, length, width).to(DEVICE, dtype)
+
+
+def attend(kind, qkv, table, positions, grid, grad_out):
+    """Output and the gradients of q, k, v and table, in float64: of an implementation, or written out."""
+    dtype = torch.float64 if kind == "exact" else qkv.dtype
+    qkv = qkv.to(dtype, copy=True).requires_grad_()
+    table = table.to(torch.float64 if kind == "exact" else torch.float32, copy=True).requires_grad_()
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)
+    if kind in ("sdpa", "triton"):
+        out = relative_attention(q, k, v, table, positions, grid, kind)
+    else:
+        index = relative_position_index(*grid).to(DEVICE)
+        rows = index[None] if positions is None else gather_pairs(index, positions)
+        bias = F.embedding(rows, table).permute(0, 3, 1, 2).to(dtype)
+        out = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5 + bias).softmax(-1) @ v
+    out.backward(grad_out.to(dtype))
+    return [value.double() for value in (out.detach(), *qkv.grad.unbind(2), table.grad)]
+
+
+def check_attention(length, width, kept, dtype, **options):
+    inputs = draw_attention(length, width, kept, dtype, **options)
+    exact = attend("exact", *inputs)
+    # In single precision both err by roundings only, and which of the two rounds better is chance.
+    floor = 1e-5 if dtype != torch.float32 else 2e-5
+    for kind in ("triton", "sdpa"):
+        values = zip(attend(kind, *inputs), attend("eager", *inputs), exact, strict=True)
+        for name, (ours, eager, true) in zip(("out", "q", "k", "v", "table"), values, strict=True):
+            error, allowed = (ours - true).abs().max().item(), 2 * (eager - true).abs().max().item() + floor
+            assert error <= allowed, f"{kind}, {name}: an error of {error:.2e}, allowed {allowed:.2e}"
 
 
 # ---------------------------------------------------------------- editing and the web page

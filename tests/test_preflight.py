@@ -137,6 +137,7 @@ def test_the_screen_shows_what_is_trained_how(capsys):
         "960 images, no labels",
         "first stage: ema, diffusion in pixels of 4 x 8 x 8",
         "precision: fp32, not compiled",
+        "attention: sdpa (--attention auto)",
         "optimizer: adan, lr 0.0003, gradients clipped to a norm of 1",
         "batch: 32 images x 1 ranks = global batch 32 per step, in microbatches of 32; 30.0 steps per epoch",
     } <= set(show(capsys))

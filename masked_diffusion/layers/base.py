@@ -14,6 +14,7 @@ from ..utils.errors import UserError
 from ..utils.model_card import MODEL_CARD
 from ..utils.safetensors_files import read_safetensors
 from .blocks import DiTBlock
+from .relative_attention import check_implementation, runs_kernel
 
 
 class BlockModel(
@@ -27,11 +28,12 @@ class BlockModel(
 ):
     """A model of transformer blocks.
 
-    Subclasses set `in_channels` and `input_size`, the shape of their inputs.
+    Subclasses set `in_channels` and `input_size`, the shape of their inputs, and `hidden_size`, the width D.
     """
 
     in_channels: int
     input_size: int
+    hidden_size: int
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> "BlockModel":
@@ -103,6 +105,28 @@ class BlockModel(
         """Turn on activation checkpointing: the backward pass recomputes the activations of a block, to save memory."""
         for block in self.all_blocks():
             block.grad_checkpoint = True
+
+    def set_attention(self, implementation: str, device: torch.device) -> None:
+        """Choose what computes attention with a relative position bias.
+
+        :param implementation: one of `relative_attention.IMPLEMENTATIONS`.
+        :param device: where the model computes, which may still be on the meta device.
+        :raises UserError: for one that this machine does not have.
+        """
+        check_implementation(implementation, device)
+        for block in self.all_blocks():
+            block.attn.implementation = implementation
+
+    def attention_in_use(self, device: torch.device, dtype: torch.dtype | None) -> str:
+        """What computes attention, `sdpa` or `triton`, for a log.
+
+        :param device: where the model computes, which may still be on the meta device.
+        :param dtype: of the matrix products; None: that of the weights.
+        """
+        attention, own_dtype = self.all_blocks()[0].attn, next(self.parameters()).dtype
+        width = self.hidden_size // attention.num_heads
+        kernel = runs_kernel(attention.implementation, device, dtype or own_dtype, width)
+        return "triton" if kernel and attention.rel_pos_bias is not None else "sdpa"
 
     def compile_blocks(self, dynamic: bool = False) -> None:
         """Compile every block with torch.compile. The blocks do nearly all of the model's computation.

@@ -9,13 +9,15 @@ from .. import dist_util, logger
 from ..config import CFG_SCALE, SCALE_POW, GuidanceConfig, RunConfig, SampleConfig, WeightsConfig
 from ..guidance import Guidance
 from ..latents.autoencoder import create_first_stage
+from ..layers.relative_attention import check_implementation
 from ..models import MDT, create_model, model_class
 from ..utils.errors import UserError
 from ..utils.files import file_hash
-from ..utils.precision import check_precision, set_matmul_precision
+from ..utils.precision import PRECISIONS, check_precision, set_matmul_precision
 from ..weights.checkpoint import MANIFEST_NAME
 from ..weights.pretrained import OpenedWeights, build_model, configured_architecture, open_weights
 from .class_names import class_names
+from .cuda_graphs import GraphedForward
 from .image_sampler import ImageSampler
 from .solvers import create_solver
 
@@ -57,6 +59,7 @@ def load_weights(config: SampleConfig) -> LoadedWeights:
     """
     device = dist_util.dev()
     check_precision(config.precision, device)
+    check_implementation(config.weights.attention, device)
     set_matmul_precision(config.precision)
     with dist_util.main_first():
         opened = open_weights(config.weights.model_path)
@@ -67,6 +70,10 @@ def load_weights(config: SampleConfig) -> LoadedWeights:
     model = build_model(opened, device, **open_options)
     check_agreement(config.weights, model)
     guide_model = build_guide(guide, model, device) if guide else None
+    for network in filter(None, (model, guide_model)):
+        network.set_attention(config.weights.attention, device)
+    in_use = model.attention_in_use(device, PRECISIONS[config.precision])
+    logger.log(f"attention: {in_use} (--attention {config.weights.attention})")
     run = opened.run or RunConfig()
     diffusion = run.diffusion.options(model.default_snr_gamma) | {"learn_sigma": model.learn_sigma}
     names = class_names(run.classes, model.num_classes)
@@ -82,6 +89,7 @@ def load_weights(config: SampleConfig) -> LoadedWeights:
     if config.weights.compile:
         for network in filter(None, (model, guide_model)):
             network.compile_blocks()
+            network.forward = GraphedForward(network)
     files = {"weights": opened.path, "guide": guide.path if guide else None}
     return LoadedWeights(model, guide_model, first_stage, diffusion, names, files, vae)
 

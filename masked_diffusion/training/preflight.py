@@ -15,6 +15,7 @@ from ..utils.errors import UserError
 from ..utils.flag_values import split_numbers
 from ..utils.flops import forward_flops
 from ..utils.image_headers import read_headers
+from ..utils.precision import PRECISIONS
 
 SHOWN_CLASSES, SHOWN_BAD_IMAGES, BAR = 10, 20, 40
 PAPER_MASK_RATIO = 0.3
@@ -164,6 +165,8 @@ def report(
     logger.log(_describe_masking(model, config.model.model))
     logger.log(_describe_first_stage(model, first_stage, config.model.vae))
     logger.log(f"precision: {config.precision}, {'compiled blocks' if train.compile else 'not compiled'}")
+    attention = model.attention_in_use(dist_util.dev(), PRECISIONS[config.precision])
+    logger.log(f"attention: {attention} (--attention {train.attention})")
     logger.log(f"optimizer: {', '.join(_describe_optimizer(train))}")
     world_size = config.global_batch // train.batch_size
     micro = train.microbatch if 0 < train.microbatch < train.batch_size else train.batch_size
