@@ -173,17 +173,17 @@ def test_whole_files_are_not_written_in_the_background():
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks, shard", [(1, "none"), (2, "fsdp")])
 def test_a_killed_run_is_bitwise_the_same(images, tmp_path, ranks, shard):
-    options = {"optimizer": "adan", "max_steps": 40, "save_interval": 2, "keep": 2, "shard": shard} | ASYNC
+    options = {"optimizer": "adan", "max_steps": 24, "save_interval": 2, "keep": 2, "shard": shard} | ASYNC
     options |= {"batch_size": 8 // ranks}
-    for kind, kills in (("expected", 0), ("killed", 6)):
+    for kind, kills in (("expected", 0), ("killed", 4)):
         flags = train_flags(images, tmp_path / kind, **options)
         fork("image_train.py", flags, kills=kills, first=0.3, last=2.5, ranks=ranks)
-    assert (tmp_path / "killed" / "log.txt").read_text().count("starting at") > 3
-    ours, theirs = (whole_tensors(tmp_path / kind, 40, tmp_path / f"{kind}_out") for kind in ("killed", "expected"))
+    assert (tmp_path / "killed" / "log.txt").read_text().count("starting at") > 1
+    ours, theirs = (whole_tensors(tmp_path / kind, 24, tmp_path / f"{kind}_out") for kind in ("killed", "expected"))
     assert_same(ours, theirs)
     rows = [
         [json.loads(line)["loss"] for line in (tmp_path / kind / "progress.jsonl").read_text().splitlines()]
         for kind in ("killed", "expected")
     ]
-    assert rows[0] == rows[1] and len(rows[0]) == 40
-    assert complete_steps(tmp_path / "killed") == [38, 40] and not list((tmp_path / "killed").glob(".sharded*"))
+    assert rows[0] == rows[1] and len(rows[0]) == 24
+    assert complete_steps(tmp_path / "killed") == [22, 24] and not list((tmp_path / "killed").glob(".sharded*"))
