@@ -166,7 +166,7 @@ class TrainConfig(Config):
         1e-3, "fp16: growth of the loss scale per step, as a log2", above=0, at_most=16, changes_run=True
     )
     attention: str = option("auto", ATTENTION_HELP, choices=IMPLEMENTATIONS)
-    compile: bool = option(False, "compile the transformer blocks with torch.compile")
+    compile: bool = option(False, "compile the transformer blocks with torch.compile, and on a CPU the step of Adan")
     exact_lengths: bool = option(
         False, "with --compile: do not round the number of kept tokens, and compile once with a dynamic length"
     )
@@ -336,7 +336,9 @@ class WeightsConfig(Config):
     )
     use_fp16: bool = option(False, "the same as --precision fp16")
     attention: str = option("auto", ATTENTION_HELP, choices=IMPLEMENTATIONS)
-    compile: bool = option(False, "compile the transformer blocks with torch.compile")
+    compile: bool = option(
+        False, "compile the transformer blocks with torch.compile; on a GPU, a step of the network is one CUDA graph"
+    )
     model: str | None = option(None, "not needed, the checkpoint tells it; if given, it must agree")
     image_size: int | None = option(None, "not needed, the checkpoint tells it; if given, it must agree", at_least=1)
     decode_layer: int | None = option(None, "not needed, the checkpoint tells it; if given, it must agree", at_least=0)

@@ -339,15 +339,12 @@ class TrainLoop:
             group["lr"] = annealed_lr(train.lr, self.step, train.lr_anneal_steps)
         # Remove the loss scale of fp16 first: clipping needs the norm of the true gradients.
         state.scaler.unscale_(state.opt)
-        norm = gather_full(torch.nn.utils.clip_grad_norm_(state.params, train.grad_clip or float("inf")))
+        grads = [param.grad for param in state.params if param.grad is not None]
+        grad_norm = gather_full(torch.nn.utils.get_total_norm(grads))
         # The only point of a step where the host waits for the device: loss and norm decide whether to skip the step.
-        loss, norm = dist_util.mean_over_ranks(torch.stack([local_loss, norm])).tolist()
+        loss, norm = dist_util.mean_over_ranks(torch.stack([local_loss, grad_norm])).tolist()
         finite = self.guardian.is_finite(loss, norm)
-        if finite or state.scaler.is_enabled():  # the scaler itself skips a bad step, and then lowers the loss scale
-            state.scaler.step(state.opt)
-            state.scaler.update()
-        state.opt.zero_grad(set_to_none=True)
-        state.update_averages(finite)  # after the optimizer step: EMAs average the updated weights
+        state.update(grad_norm, finite)
         return (loss if finite else None), norm
 
     def _report_spike(self, zscore: float, loss: float, losses: torch.Tensor, rows: dict[str, torch.Tensor]) -> None:

@@ -26,7 +26,7 @@ from masked_diffusion.layers.attention import Attention, RelativePositionBias
 from masked_diffusion.layers.relative_attention import IMPLEMENTATIONS, KeptTokens
 from masked_diffusion.models import DiT
 from masked_diffusion.training.objective import TwoPassObjective
-from masked_diffusion.training.optim import create_optimizer, default_grad_clip
+from masked_diffusion.training.optim import clip_gradients, create_optimizer, default_grad_clip
 from masked_diffusion.utils.errors import UserError
 from masked_diffusion.utils.files import write_json
 from masked_diffusion.utils.flops import forward_flops
@@ -122,7 +122,9 @@ def training_step(model: DiT, config: BenchmarkConfig, precision: str) -> tuple[
     :return: a function without arguments that returns the loss; kept tokens of the masked pass, or None.
     """
     objective = TwoPassObjective(model, create_diffusion(snr_gamma=5.0), precision, max(1, model.num_patches // 16))
-    optimizer = create_optimizer(config.optimizer, model.parameters(), lr=1e-4) if config.optimizer else None
+    params, optimizer = list(model.parameters()), None
+    if config.optimizer:
+        optimizer = create_optimizer(config.optimizer, params, lr=1e-4, compile=config.compile)
     torch.manual_seed(1)
     latents = torch.randn(config.batch_size, model.in_channels, model.input_size, model.input_size).to(config.device)
     t = torch.randint(1000, (config.batch_size,)).to(config.device)
@@ -134,9 +136,8 @@ def training_step(model: DiT, config: BenchmarkConfig, precision: str) -> tuple[
         loss = objective(latents, t, y, **draws)["loss"].mean()
         loss.backward()
         if optimizer is not None:
-            if default_grad_clip(config.optimizer):
-                torch.nn.utils.clip_grad_norm_(model.parameters(), default_grad_clip(config.optimizer))
-            optimizer.step()
+            norm = torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
+            optimizer.step(**clip_gradients(optimizer, params, norm, default_grad_clip(config.optimizer)))
         return loss.detach()
 
     return step, draws["ids_keep"].shape[1] if objective.masked else None

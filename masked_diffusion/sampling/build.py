@@ -16,6 +16,7 @@ from ..utils.files import file_hash
 from ..utils.precision import PRECISIONS, check_precision, set_matmul_precision
 from ..weights.pretrained import OpenedWeights, build_model, configured_architecture, open_weights
 from .class_names import class_names
+from .cuda_graphs import GraphedForward
 from .image_sampler import ImageSampler
 from .solvers import create_solver
 
@@ -87,6 +88,7 @@ def load_weights(config: SampleConfig) -> LoadedWeights:
     if config.weights.compile:
         for network in filter(None, (model, guide_model)):
             network.compile_blocks()
+            network.forward = GraphedForward(network)
     files = {"weights": opened.path, "guide": guide.path if guide else None}
     return LoadedWeights(model, guide_model, first_stage, diffusion, names, files, vae)
 

@@ -20,6 +20,7 @@ from ..utils.errors import UserError
 from ..utils.files import atomic_write
 from ..utils.flag_values import MAX_SIGMA_REL
 from ..weights.torch_file import LateTensor, convert_late, save_tensors
+from .adan import Average
 from .optim import update_ema
 from .parallel import fill, gather_late
 from .receive import SentTensor
@@ -113,11 +114,15 @@ class PowerEMA:
         self.gammas = {f"{sigma_rel:.3f}": sigma_rel_to_gamma(sigma_rel) for sigma_rel in sigma_rels}
         self.averages = {width: [p.detach().clone() for p in params] for width in self.gammas}
 
+    def at_step(self, step: int) -> list[Average]:
+        """The averages and their betas for an update with the weights after `step`, counted from 1."""
+        return [(average, power_function_beta(self.gammas[width], step)) for width, average in self.averages.items()]
+
     def update(self, params: Iterable[torch.Tensor], step: int) -> None:
         """Update the averages with the weights after `step`, counted from 1. Skipped steps need an update, too."""
         params = list(params)
-        for width, averages in self.averages.items():
-            update_ema(averages, params, power_function_beta(self.gammas[width], step))
+        for average, beta in self.at_step(step):
+            update_ema(average, params, beta)
 
     def state_dict(self) -> dict[str, list[torch.Tensor | LateTensor]]:
         """Lists of tensors by width; sharded ones are gathered when they are written."""

@@ -102,15 +102,20 @@ def drop_gathered(model: torch.nn.Module) -> None:
 
 
 def make_optimizer(
-    name: str, params: Sequence[torch.nn.Parameter], lr: float, weight_decay: float, shard: str
+    name: str,
+    params: Sequence[torch.nn.Parameter],
+    lr: float,
+    weight_decay: float,
+    shard: str,
+    compile: bool = False,
 ) -> torch.optim.Optimizer:
     """`optim.create_optimizer`, where `zero1` shards the optimizer state over the ranks."""
     if shard == "zero1" and dist_util.get_world_size() > 1:
         # ZeroRedundancyOptimizer calls optimizer_class(params, **defaults).
         return ZeroRedundancyOptimizer(
-            params, optimizer_class=partial(create_optimizer, name), lr=lr, weight_decay=weight_decay
+            params, optimizer_class=partial(create_optimizer, name, compile=compile), lr=lr, weight_decay=weight_decay
         )
-    return create_optimizer(name, params, lr, weight_decay)
+    return create_optimizer(name, params, lr, weight_decay, compile)
 
 
 # ---------------------------------------------------------------- from shards to whole tensors

@@ -15,10 +15,11 @@ from ..resample import ScheduleSampler
 from ..utils.errors import UserError
 from ..utils.flag_values import split_numbers
 from ..weights.checkpoint import checkpoint_files, ema_name, model_name, opt_name, save_checkpoint
+from .adan import Adan
 from .ema import PowerEMA, remove_snapshots, save_snapshots, snapshot_files
 from .guardian import Guardian, TrainingFault
 from .objective import TwoPassObjective
-from .optim import update_ema
+from .optim import clip_gradients, update_ema
 from .parallel import (
     copy_all,
     drop_gathered,
@@ -57,7 +58,8 @@ class TrainState:
         self.schedule_sampler, self.guardian = schedule_sampler, guardian
         self.names = [name for name, p in self.model.named_parameters() if p.requires_grad]
         self.params = [p for p in self.model.parameters() if p.requires_grad]
-        self.opt = make_optimizer(train.optimizer, self.params, train.lr, train.weight_decay, train.shard)
+        options = train.optimizer, self.params, train.lr, train.weight_decay, train.shard, train.compile
+        self.opt = make_optimizer(*options)
         self.ema = {rate: [p.detach().clone() for p in self.params] for rate in train.ema_rate.split(",")}
         self.phema = PowerEMA(self.params, split_numbers(train.phema))
         self.scaler = torch.amp.GradScaler(
@@ -68,16 +70,24 @@ class TrainState:
         )
         self.step, self.rollbacks, self.train_seconds = 0, 0, 0.0
 
-    def update_averages(self, finite: bool) -> None:
-        """Update the EMAs with the weights after this step.
+    def update(self, norm: torch.Tensor, finite: bool) -> None:
+        """Update the weights with their gradients, which are clipped first, and every average with the new weights.
 
-        :param finite: False for a skipped step.
+        :param norm: () global norm of the gradients.
+        :param finite: False for a step whose loss or gradients are not: it is skipped.
         """
         # A power-function average covers all steps up to now, and its beta depends on the step: skipped steps count.
-        self.phema.update(self.params, self.step + 1)
-        if finite:
-            for rate, average in self.ema.items():
-                update_ema(average, self.params, float(rate))
+        averages = self.phema.at_step(self.step + 1)
+        averages += [(average, float(rate)) for rate, average in self.ema.items() if finite]
+        if finite or self.scaler.is_enabled():  # the scaler itself skips a bad step, and then lowers the loss scale
+            options = clip_gradients(self.opt, self.params, norm, self.config.train.grad_clip)
+            if finite and isinstance(self.opt, Adan):  # inside ZeRO-1 weights of other ranks come later
+                options["averages"], averages = averages, []
+            self.scaler.step(self.opt, **options)
+            self.scaler.update()
+        self.opt.zero_grad(set_to_none=True)  # frees them: nothing is written
+        for average, rate in averages:
+            update_ema(average, self.params, rate)
 
     @contextmanager
     def ema_weights(self) -> Iterator[None]:
