@@ -59,9 +59,8 @@ def fill_disk():
         raise OSError(errno.ENOSPC, "No space left on device")
 
     last_words = import_module("masked_diffusion.utils.last_words")
-    checkpoint = import_module("masked_diffusion.weights.checkpoint")
     last_words.path = lambda log_dir: mock.Mock(open=full, stat=full)
-    checkpoint.torch.save = full
+    os.fsync = full  # which every checkpoint needs
 
 
 FAULTS = {
