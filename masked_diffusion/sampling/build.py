@@ -12,7 +12,7 @@ from ..latents.autoencoder import create_first_stage
 from ..models import MDT, create_model, model_class
 from ..utils.errors import UserError
 from ..utils.files import file_hash
-from ..utils.precision import check_precision, set_matmul_precision
+from ..utils.precision import check_precision, choose_precision, set_matmul_precision
 from ..weights.pretrained import OpenedWeights, build_model, configured_architecture, open_weights
 from .class_names import class_names
 from .image_sampler import ImageSampler
@@ -55,8 +55,11 @@ def load_weights(config: SampleConfig) -> LoadedWeights:
     :raises UserError: for weights that cannot be had, and for flags that contradict them.
     """
     device = dist_util.dev()
-    check_precision(config.precision, device)
-    set_matmul_precision(config.precision)
+    precision = choose_precision(config.precision, device)
+    if config.precision == "auto":
+        logger.log(f"precision: {precision}, chosen by --precision auto for the {device.type.upper()} of this machine")
+    check_precision(precision, device)
+    set_matmul_precision(precision)
     with dist_util.main_first():
         opened = open_weights(config.weights.model_path)
         guide = open_weights(config.guidance.guide_path) if config.guidance.guide_path else None
@@ -100,7 +103,7 @@ def make_image_sampler(
         guidance=create_guidance(config.guidance, weights.model, solver.original_num_steps),
         guide_model=weights.guide_model,
         clip_denoised=config.solver.clip_denoised,
-        precision=config.precision,
+        precision=choose_precision(config.precision, dist_util.dev()),
         decode_batch=config.weights.decode_batch,
         batch_size=batch_size if config.weights.compile else None,
         quantize=quantize,
@@ -132,7 +135,7 @@ def describe(config: SampleConfig, image_sampler: ImageSampler, weights: LoadedW
     hashes = {key: path and file_hash(path) for key, path in weights.files.items()} if dist_util.is_main() else None
     return {
         "vae": weights.vae,
-        "precision": config.precision,
+        "precision": image_sampler.precision,
         "seed": config.solver.seed,
         "solver": config.solver.name,
         "num_sampling_steps": config.solver.num_sampling_steps,
