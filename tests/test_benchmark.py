@@ -6,6 +6,7 @@ import shutil
 import sys
 
 import benchmark
+import benchmark_steps
 import pytest
 import torch
 from fill import fill, tensor
@@ -18,6 +19,7 @@ from masked_diffusion.utils.precision import autocast
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="compiling needs g++")
 NANO = ["--model", "MDTv2_Nano_2", "--input_size", "8", "--batch_size", "4", "--steps", "2", "--device", "cpu"]
+NANO += ["--precision", "fp32"]
 KEYS = ("name", "ms", "images_per_second", "gflop_per_image", "tflops", "share_of_peak")
 
 
@@ -43,7 +45,8 @@ def run(monkeypatch, tmp_path, *flags):
 )
 def test_the_numbers_are_consistent(flags, monkeypatch, tmp_path, capsys):
     report = run(monkeypatch, tmp_path, *flags)
-    (row,) = report["rows"]
+    row, *others = report["rows"]
+    assert [other["name"] for other in others] == (["train, no optimizer"] if "--optimizer" in flags else [])
     assert row["images_per_second"] * row["ms"] / 1e3 == pytest.approx(4)
     assert row["tflops"] == pytest.approx(row["gflop_per_image"] * row["images_per_second"] / 1e3)
     assert row["share_of_peak"] == pytest.approx(row["tflops"])
@@ -64,7 +67,7 @@ def test_compare_runs_the_same_step_in_every_variant(monkeypatch, tmp_path):
     # Compiling is tested below, with fewer forms.
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: None)
     rows = {row["name"]: row for row in run(monkeypatch, tmp_path, "--compare")["rows"]}
-    assert rows.keys() == benchmark.VARIANTS.keys()
+    assert rows.keys() == benchmark_steps.VARIANTS.keys()
     assert rows["naive"]["speedup"] == 1
     for row in rows.values():
         assert row["speedup"] == pytest.approx(rows["naive"]["ms"] / row["ms"])
@@ -74,18 +77,18 @@ def test_compare_runs_the_same_step_in_every_variant(monkeypatch, tmp_path):
 def test_the_written_out_attention_is_the_same_maths():
     args = argparse.Namespace(batch_size=2, device="cpu", optimizer=None)
     model = fill(create_model("MDTv2_Nano_2", input_size=8, mask_ratio=0.3))
-    step, num_kept = benchmark.training_step(model, args, "fp32")
-    assert num_kept == 9
+    step = benchmark_steps.training_step(model, args, "fp32")
+    assert step.num_kept == 9
     loss = step()
     gradients = [p.grad for p in model.parameters()]
-    with benchmark.naive_attention():
+    with benchmark_steps.naive_attention():
         torch.testing.assert_close(step(), loss, rtol=1e-5, atol=1e-6)
     for param, gradient in zip(model.parameters(), gradients, strict=True):
         torch.testing.assert_close(param.grad, gradient, rtol=1e-3, atol=1e-5)
 
 
 def test_a_wrong_closed_form_is_an_error(monkeypatch, tmp_path):
-    monkeypatch.setattr(benchmark, "counted_flops", lambda args, num_kept: 1e6)
+    monkeypatch.setattr(benchmark_steps, "counted_flops", lambda args, num_kept: 1e6)
     with pytest.raises(ValueError, match="PyTorch counts"):
         run(monkeypatch, tmp_path)
 
