@@ -154,7 +154,7 @@ class Variant:
 def make_variants(config: BenchmarkConfig) -> list[Variant]:
     model = build_model(config)
     if not config.compare:
-        variant = Variant(config, config.mode, model, config.precision, config.compile)
+        variant = Variant(config, config.mode, model, config.precision, config.compile, config.naive)
         return [variant, variant.without_update()] if variant.step.update else [variant]
     return [Variant(config, name, copy.deepcopy(model), *how) for name, how in VARIANTS.items()]
 

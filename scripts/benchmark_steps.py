@@ -66,6 +66,7 @@ class BenchmarkConfig(Config):
         "auto", "number format of the network's arithmetic; auto: bf16 where the device computes it faster, else fp32",
         choices=PRECISIONS_OR_AUTO,
     )  # fmt: skip
+    naive: bool = option(False, "write attention and bias out as in the published code, for comparison")
     compile: bool = option(False, "compile the transformer blocks with torch.compile")
     grad_checkpoint: bool = option(False, "gradient checkpointing: less memory, activations computed twice")
     json: str | None = option(None, "file for the table and all settings")
