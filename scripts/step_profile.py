@@ -30,11 +30,13 @@ MATMUL, ATTENTION, ELEMENTWISE, BIAS = "matrix products", "attention", "norms an
 OPTIMIZER, GAPS = "optimizer", "host gaps"
 PARTS = (MATMUL, ATTENTION, ELEMENTWISE, BIAS, OPTIMIZER, GAPS)
 # The first that is found in the name of a kernel or an operation decides. Compiled loops carry the names of all the
-# operations that were fused into them: a product that stands there is only the loop behind it.
+# operations that were fused into them: a product that stands there is only the loop behind it. Batched products are
+# those of an attention that PyTorch writes out, as on a CPU with a bias that needs a gradient.
 FUSED = r"cpp_fused|triton_(poi|red|per)_"
-ATTENTION_WORDS = r"attention|flash|fmha|mem_eff|sdpa|softmax|^_(forward|backward_queries|backward_keys)_kernel"
+ATTENTION_WORDS = r"attention|flash|fmha|mem_eff|sdpa|softmax|aten::(badd)?bmm"
+ATTENTION_WORDS += r"|^_(forward|backward_queries|backward_keys)_kernel"
 BIAS_WORDS = r"embedding|index|gather|scatter|table_gradient|pairbias|^_(sum_samples|fold)_kernel"
-MATMUL_WORDS = r"gemm|nvjet|cutlass|cublas|xmma|splitk|mkldnn|triton_(tem|mm)|convolution|\b(add)?(mm|bmm)\b|linear"
+MATMUL_WORDS = r"gemm|nvjet|cutlass|cublas|xmma|splitk|mkldnn|triton_(tem|mm)|convolution|\b(add)?mm\b|linear"
 REPEATS = 3
 SLOWEST = 12  # kernels or operations that are listed by name
 

@@ -153,14 +153,14 @@ def test_a_profile_is_of_one_step(monkeypatch, tmp_path):
     "part, names",
     {
         "matrix products": [
-            "nvjet_hsh_128x256_64x4_1x2_h_bz_coopA_NTN", "sm90_xmma_gemm_bf16bf16_bf16f32", "aten::addmm", "aten::bmm",
+            "nvjet_hsh_128x256_64x4_1x2_h_bz_coopA_NTN", "sm90_xmma_gemm_bf16bf16_bf16f32", "aten::addmm",
             "void cutlass::Kernel2<cutlass_80_wmma_tensorop_bf16_s161616gemm>", "aten::mm", "mkldnn::_linear_pointwise",
             "aten::mkldnn_convolution", "ampere_bf16_s16816gemm_bf16_128x128", "void cublasLt::splitKreduce_kernel",
         ],
         "attention": [
             "fmha_cutlassF_bf16_aligned_64x64_rf_sm80(PyTorchMemEffAttention)", "void pytorch_flash::flash_fwd_kernel",
             "aten::_scaled_dot_product_flash_attention_for_cpu", "aten::softmax", "_backward_keys_kernel",
-            "masked_diffusion::relative_attention_backward", "_forward_kernel",
+            "masked_diffusion::relative_attention_backward", "_forward_kernel", "aten::bmm", "aten::baddbmm",
         ],
         "bias": [
             "aten::embedding_dense_backward", "aten::index", "triton_poi_fused__to_copy_embedding_3",
