@@ -94,14 +94,23 @@ class DataConfig(Config):
     """data"""
 
     data_dir: str = option(
-        "", "folder of images named CLASS_ANYTHING.jpg, with its subfolders; or a folder that pack_images.py wrote"
-    )
+        "", "folder of images named CLASS_ANYTHING.jpg, with its subfolders, or a folder that pack_images.py wrote; a "
+        "local one, or gs://, az:// or https://ACCOUNT.blob.core.windows.net",
+    )  # fmt: skip
+    index: str | None = option(
+        None, "folder that keeps what listing and opening the images of data_dir found, so that later starts need not "
+        "do it again; several runs may share it; None: data_index in log_dir",
+    )  # fmt: skip
+    reindex: bool = option(
+        False, "list and open the images again, whatever --index has; needed after files were overwritten in place, "
+        "which the check at the start notices only in a sample, or after any change of a bucket",
+    )  # fmt: skip
     latent_dir: str = option("", "latent cache written by scripts/encode_latents.py, instead of --data_dir")
     class_cond: bool = option(True, "train with class labels", changes_run=True)
     random_crop: bool = option(False, "crop at a random place and size, not the centre", changes_run=True)
     random_flip: bool = option(True, "mirror half of the images, chosen at random", changes_run=True)
     on_bad_image: str = option(
-        "error", "images that cannot be read or are too small: stop with an error, or skip them",
+        "error", "what to do about images that cannot be read: stop with an error, or skip them",
         choices=("error", "skip"),
     )  # fmt: skip
     num_workers: int = option(4, "data loading processes per rank; 0: load in the training process", at_least=0)

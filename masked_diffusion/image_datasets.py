@@ -4,16 +4,11 @@ Determinism: the order of the images depends only on the seed and the position i
 seed, epoch and image. Neither the number of ranks nor the number of data loading processes changes them.
 """
 
-import hashlib
 import io
-import json
 import math
-import os
 import random
 import sys
-from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 
 import blobfile as bf
 import numpy as np
@@ -21,16 +16,15 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from . import dist_util, logger
-from .image_shards import HEADER_NAME, UNFINISHED, DamagedShard, ImageShards, is_packed, shard_name
+from . import dist_util
+from .image_index import no_class_message
+from .image_listing import Listing, check_listed, check_name, list_names, log_other_formats
+from .image_sequence import ImageFiles, ImageSequence, image_errors, signature_of
+from .image_shards import DamagedShard, is_packed, open_packed
 from .utils.errors import UserError
 from .utils.loader_processes import LoaderIterator, init_loader_process
 from .utils.loader_processes import LoaderWorkerDied as LoaderWorkerDied  # what `next()` of `load_data` may raise
 from .utils.random_numbers import fold_seed
-
-EXTENSIONS = ("jpg", "jpeg", "png", "gif")
-# Not read, as ADM does not read them either: otherwise the list of files would not be ADM's.
-OTHER_EXTENSIONS = ("webp", "bmp", "tif", "tiff", "avif", "heic", "heif", "jfif", "jp2", "jxl", "ppm", "pgm", "tga")
 
 
 def load_data(
@@ -124,59 +118,25 @@ def list_image_files(data_dir: str) -> Sequence[str]:
     :raises UserError: when the folder does not exist or holds no image, a subfolder cannot be read, or the shards and
         the index of a packed folder do not fit.
     """
-    if not data_dir:
-        raise UserError("--data_dir is missing: name a folder of images")
+    check_name(data_dir)
     if is_packed(data_dir):
-        shards = ImageShards(data_dir)
-        shards.check_shards()
-        return shards
-    if not bf.isdir(data_dir):
-        raise UserError(f"--data_dir {data_dir} is not a folder: name a folder of images")
-    other_kinds = Counter()
-    paths = _list_image_files_recursively(data_dir, other_kinds)
-    kinds = ", ".join(f".{extension} {count}" for extension, count in other_kinds.most_common())
-    convert = "convert them to jpg or png"
-    if not paths:
-        if any(bf.exists(bf.join(data_dir, name)) for name in (UNFINISHED, shard_name(0))):
-            raise UserError(
-                f"{data_dir} has been packed in part, {HEADER_NAME} is missing, which is written last: run "
-                "scripts/pack_images.py again, or copy the missing file"
-            )
-        but = f", but {other_kinds.total()} of other formats ({kinds}): {convert}" if other_kinds else ""
-        raise UserError(f"{data_dir} and its subfolders hold no image ({', '.join(EXTENSIONS)}){but}")
-    if other_kinds:
-        logger.log(
-            f"{other_kinds.total()} images of other formats ({kinds}) in {data_dir} are ignored: {convert} to train on "
-            "them"
-        )
+        return open_packed(data_dir)
+    listing = Listing()
+    paths = _list_image_files_recursively(data_dir, listing)
+    check_listed(data_dir, len(paths), listing)
+    log_other_formats(data_dir, listing.other_formats)
     return paths
 
 
-def _list_image_files_recursively(folder: str, other_kinds: Counter | None = None) -> list[str]:
-    other_kinds = Counter() if other_kinds is None else other_kinds
-    try:
-        # os.listdir for local folders: blobfile's listdir looks at every file, and fails at a broken symbolic link.
-        names = sorted(bf.listdir(folder) if "://" in folder else os.listdir(folder))
-    except OSError as error:
-        raise UserError(
-            f"{folder} cannot be listed ({error.strerror}): change its permissions, or remove it"
-        ) from error
-    paths = []
-    for name in names:
-        path = bf.join(folder, name)
-        extension = name.rpartition(".")[2].lower() if "." in name else ""
-        if extension in EXTENSIONS:
-            paths.append(path)
-        elif bf.isdir(path):
-            paths.extend(_list_image_files_recursively(path, other_kinds))
-        elif extension in OTHER_EXTENSIONS:
-            other_kinds[extension] += 1
-    return paths
+def _list_image_files_recursively(data_dir: str, listing: Listing | None = None) -> list[str]:
+    prefix = bf.join(data_dir, "")
+    found = list_names(data_dir, listing or Listing())
+    return [prefix + subfolder + name for subfolder, names in found for name in names]
 
 
 def relative_names(paths: Sequence[str], data_dir: str) -> Sequence[str]:
     """Paths as `list_image_files(data_dir)` gives them -> names relative to `data_dir`."""
-    if isinstance(paths, ImageShards):
+    if isinstance(paths, ImageSequence):
         return paths.relative()
     return [path.removeprefix(data_dir).lstrip("/") for path in paths]
 
@@ -186,9 +146,7 @@ def data_signature(names: Sequence[str]) -> str:
 
     A latent cache records the same hash of its images (`files_sha256`).
     """
-    if isinstance(names, ImageShards):
-        return names.signature()
-    return hashlib.sha256(json.dumps(list(names)).encode()).hexdigest()
+    return names.signature() if isinstance(names, ImageSequence) else signature_of(names)
 
 
 def image_classes(paths: Sequence[str]) -> tuple[np.ndarray, list[str]]:
@@ -197,16 +155,13 @@ def image_classes(paths: Sequence[str]) -> tuple[np.ndarray, list[str]]:
     :return: (len(paths),) int64 labels, and the sorted class names.
     :raises UserError: for a name without an underscore.
     """
-    if isinstance(paths, ImageShards):
+    if isinstance(paths, ImageSequence):
         return paths.classes()
     names = []
     for path in paths:
         name, underscore, _ = bf.basename(path).partition("_")
         if not underscore:
-            raise UserError(
-                f"{path} has no class in its name: rename it to CLASS_ANYTHING (datasets/class_folders.py does this "
-                "for a folder per class), or train without labels (--class_cond False)"
-            )
+            raise UserError(no_class_message(path))
         names.append(name)
     classes, labels = np.unique(names, return_inverse=True)
     return labels.astype(np.int64), classes.tolist()
@@ -283,7 +238,8 @@ class ImageDataset(Dataset):
         on_bad_image: str = "error",
     ) -> None:
         self.resolution, self.image_paths = resolution, image_paths[shard::num_shards]
-        self.images = self.image_paths if isinstance(self.image_paths, ImageShards) else ImageFiles(self.image_paths)
+        is_sequence = isinstance(self.image_paths, ImageSequence)
+        self.images = self.image_paths if is_sequence else ImageFiles(self.image_paths)
         self.classes = None if classes is None else classes[shard::num_shards]
         self.random_crop, self.random_flip, self.seed = random_crop, random_flip, seed
         self.on_bad_image = on_bad_image
@@ -317,39 +273,6 @@ class ImageDataset(Dataset):
         raise UserError(f"none of the {len(self)} images can be read, for example {self.image_paths[index]}")
 
 
-class ImageFiles:
-    """The bytes of image files by their index, as `ImageShards` has those of packed ones."""
-
-    def __init__(self, paths: Sequence[str]) -> None:
-        self.paths = paths
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def name(self, index: int) -> str:
-        """What an error calls an image."""
-        return self.paths[index]
-
-    def read(self, index: int) -> bytes:
-        """The bytes of a file.
-
-        :raises UserError: when it cannot be read; the message names it.
-        """
-        path = self.paths[index]
-        with _image_errors(path), bf.BlobFile(path, "rb") as file:
-            return file.read()
-
-
-@contextmanager
-def _image_errors(name):
-    try:
-        yield
-    except MemoryError:
-        raise
-    except Exception as error:  # on damaged files Pillow's readers raise nearly anything
-        raise UserError(f"{name} cannot be read as an image ({error}): repair or remove it") from error
-
-
 def read_image(path: str) -> Image.Image:
     """Read and decode an image as RGB. As in ADM, an EXIF rotation is not applied.
 
@@ -364,7 +287,7 @@ def decode_image(data: bytes, name: str) -> Image.Image:
 
     :param name: what an error calls it.
     """
-    with _image_errors(name), Image.open(io.BytesIO(data)) as image:
+    with image_errors(name), Image.open(io.BytesIO(data)) as image:
         return _to_rgb(image)
 
 

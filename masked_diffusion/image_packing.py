@@ -22,7 +22,9 @@ import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
 from . import dist_util, logger
-from .image_datasets import ImageFiles, data_signature, image_classes, list_image_files, relative_names
+from .find_images import INDEX_NAME, find_images
+from .image_datasets import data_signature, image_classes, relative_names
+from .image_sequence import ImageSequence
 from .image_shards import (
     HEADER_NAME,
     NAMES_NAME,
@@ -31,7 +33,6 @@ from .image_shards import (
     UNFINISHED,
     VERSION,
     DamagedShard,
-    ImageShards,
     is_packed,
     is_remote,
     read_header,
@@ -57,7 +58,7 @@ class Task:
     :param images: what `read(index)` gives an image's bytes.
     """
 
-    images: ImageFiles | ImageShards
+    images: ImageSequence
     names: Sequence[str]
     shared_stems: np.ndarray
     labels: np.ndarray | None
@@ -203,10 +204,10 @@ def pack_images(
         files, and when the disk does not take the files.
     """
     folder = Path(out)
-    paths = dist_util.run_on_main(list_image_files, data_dir)
-    names = relative_names(paths, data_dir)
-    labels, classes = image_classes(paths) if class_cond else (None, [])
-    images = paths if isinstance(paths, ImageShards) else ImageFiles(paths)
+    # Without the headers: each image is opened when it is packed.
+    images = find_images(data_dir, folder / UNFINISHED / INDEX_NAME, inspect=False)
+    names = relative_names(images, data_dir)
+    labels, classes = image_classes(images) if class_cond else (None, [])
     task = Task(images, names, find_shared_stems(names), labels, shard_size, on_bad_image, folder)
     settings = {"num_files": len(names), "source_sha256": data_signature(names), "shard_size": shard_size}
     settings |= {"class_cond": class_cond, "classes": classes}
@@ -323,7 +324,7 @@ def _finish(task: Task, settings: dict[str, Any], packed: list[int], bad: list[t
         _check_repaired(out, packed)
     else:
         _write_index(task, settings)
-    shutil.rmtree(out / UNFINISHED)
+    shutil.rmtree(out / UNFINISHED, ignore_errors=True)  # NFS keeps files that are mapped until this process ends
 
 
 def _check_repaired(out: Path, packed: list[int]) -> None:
@@ -353,8 +354,10 @@ def _write_index(task: Task, settings: dict[str, Any]) -> None:
     for name, array in ((RECORDS_NAME, records), (NAMES_NAME, names)):
         with atomic_write(task.out / name, ADVICE) as file:
             np.save(file, array, allow_pickle=False)
-    left_out = {name for name, _ in skipped}
-    kept = [name for name in task.names if name not in left_out] if skipped else task.names
+    kept = task.names
+    if skipped:
+        left_out = {name for name, _ in skipped}
+        kept = kept.take([index for index, name in enumerate(kept) if name not in left_out])
     shards = [
         {"name": shard_name(shard), "images": len(part.records)}
         | {key: part.described[key] for key in ("bytes", "sha256")}

@@ -11,13 +11,12 @@ A packed folder holds the images of another folder, and trains as that one does:
   where it is, the folder is complete.
 """
 
-import hashlib
 import json
 import os
 import re
 import sys
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -26,6 +25,7 @@ from typing import Any
 import blobfile as bf
 import numpy as np
 
+from .image_sequence import ImageSequence
 from .utils import remote_files
 from .utils.errors import UserError
 from .utils.remote_files import is_remote
@@ -94,31 +94,28 @@ def read_header(folder: str) -> dict[str, Any]:
     return header
 
 
-class ImageShards(Sequence[str]):
+class ImageShards(ImageSequence):
     """The images of a packed folder: the sequence of paths that they had in a folder, and their bytes.
 
-    It takes the place of the list that `list_image_files` returns. Names are made of the memory-mapped index when they
-    are asked for. Pickled, it is the folder's name and, for a part, the rows.
+    It takes the place of the list that `list_image_files` returns. Pickled, it is the folder's name and, for a part,
+    the rows.
 
     :param folder: local or remote.
-    :param rows: (n,) int64, which of the images are meant, in which order; None: all.
-    :param prefix: what stands before each name; None: the folder.
+    :param rows, prefix: see `ImageSequence`; prefix None: the folder.
     :raises UserError: when the index is missing, cut short or not of this folder.
     """
 
     def __init__(self, folder: str, rows: np.ndarray | None = None, prefix: str | None = None) -> None:
-        self.folder, self.rows = folder, rows
-        self.prefix = bf.join(folder, "") if prefix is None else prefix
-        self.header = read_header(folder)
-        self._records = self._load(RECORDS_NAME)
-        self._names = self._load(NAMES_NAME)
+        self.folder, self.header = folder, read_header(folder)
+        records, names = self._load(RECORDS_NAME), self._load(NAMES_NAME)
         count = self.header["num_images"]
-        if (self._records.shape, self._records.dtype, self._names.dtype) != ((count,), RECORD, np.uint8):
-            raise DamagedShard(
-                f"{folder}: {RECORDS_NAME} holds {self._records.shape} instead of {count} images: {ADVICE}"
-            )
-        if (int(self._records["name_end"][-1]) if count else 0) != self._names.size:
+        if (records.shape, records.dtype, names.dtype) != ((count,), RECORD, np.uint8):
+            raise DamagedShard(f"{folder}: {RECORDS_NAME} holds {records.shape} instead of {count} images: {ADVICE}")
+        if (int(records["name_end"][-1]) if count else 0) != names.size:
             raise DamagedShard(f"{folder}: {RECORDS_NAME} and {NAMES_NAME} are not of one folder: {ADVICE}")
+        super().__init__(
+            records, names, self.header["classes"], rows, bf.join(folder, "") if prefix is None else prefix
+        )
         self._open = lru_cache(maxsize=OPEN_SHARDS)(self._open_shard)
 
     def __reduce__(self):
@@ -134,56 +131,12 @@ class ImageShards(Sequence[str]):
         except (OSError, EOFError, ValueError) as error:
             raise DamagedShard(f"{path} cannot be read ({error}): {ADVICE}") from error
 
-    # ------------------------------------------------------------ the paths
-
-    def __len__(self) -> int:
-        return self.header["num_images"] if self.rows is None else len(self.rows)
-
-    def __getitem__(self, index: int | slice) -> "str | ImageShards":
-        if isinstance(index, slice):
-            return self if index == slice(0, None, 1) else self.take(np.arange(len(self))[index])
-        return self.prefix + self._name(self._row(index))
-
-    def __iter__(self) -> Iterator[str]:
-        for index in range(len(self)):
-            yield self[index]
-
-    def take(self, indices: Sequence[int]) -> "ImageShards":
-        """A part of the images, by their indices here."""
-        indices = np.asarray(indices, dtype=np.int64)
-        return ImageShards(self.folder, indices if self.rows is None else self.rows[indices], self.prefix)
-
-    def relative(self) -> "ImageShards":
-        """The same with names relative to the folder."""
-        return ImageShards(self.folder, self.rows, "")
+    def _part(self, rows: np.ndarray | None, prefix: str) -> "ImageShards":
+        return ImageShards(self.folder, rows, prefix)
 
     def name(self, index: int) -> str:
         """What an error calls an image."""
         return f"{self[index]} (in {shard_name(self._records['shard'][self._row(index)])})"
-
-    def _row(self, index: int) -> int:
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"image {index} of {len(self)}")
-        index %= len(self)
-        return index if self.rows is None else int(self.rows[index])
-
-    def _name(self, row: int) -> str:
-        start = int(self._records["name_end"][row - 1]) if row else 0
-        return os.fsdecode(self._names[start : int(self._records["name_end"][row])].tobytes())
-
-    # ------------------------------------------------------------ what the index knows
-
-    def _column(self, name: str) -> np.ndarray:
-        column = self._records[name]
-        return column if self.rows is None else column[self.rows]
-
-    def sizes(self) -> np.ndarray:
-        """(N, 2) uint32: width and height of each image."""
-        return np.stack([self._column("width"), self._column("height")], axis=1)
-
-    def rotated(self) -> np.ndarray:
-        """(N,) bool: whether an image's EXIF data ask for a rotation."""
-        return self._column("rotated") != 0
 
     def classes(self) -> tuple[np.ndarray, list[str]]:
         """(N,) int64 labels and the sorted class names, as `image_classes` makes them of the paths.
@@ -195,21 +148,14 @@ class ImageShards(Sequence[str]):
                 f"{self.folder} was packed without classes: pack it with --class_cond True, or train without labels "
                 "(--class_cond False)"
             )
-        present, labels = np.unique(self._column("label"), return_inverse=True)
-        names = self.header["classes"]
-        if len(present) and not 0 <= present[0] <= present[-1] < len(names):
-            raise DamagedShard(f"{self.folder}: a label is {present[-1]}, of {len(names)} classes: {ADVICE}")
-        return labels.astype(np.int64), [names[label] for label in present]
+        labels, names = self._column("label"), self.header["classes"]
+        if len(labels) and not 0 <= labels.min() <= labels.max() < len(names):
+            raise DamagedShard(f"{self.folder}: a label is {labels.max()}, of {len(names)} classes: {ADVICE}")
+        return super().classes()
 
     def signature(self) -> str:
         """The `data_signature` of the names relative to the folder."""
-        if self.rows is None:
-            return self.header["files_sha256"]
-        digest = hashlib.sha256(b"[")
-        for index in range(len(self)):
-            digest.update((", " if index else "").encode() + json.dumps(self._name(self._row(index))).encode())
-        digest.update(b"]")
-        return digest.hexdigest()
+        return self.header["files_sha256"] if self.rows is None else super().signature()
 
     def check_shards(self) -> None:
         """Compare each shard's size with the index; remote ones are compared when they are read.
@@ -254,6 +200,16 @@ class ImageShards(Sequence[str]):
             version = self.header["index"][RECORDS_NAME]["sha256"]
             copy = remote_files.cache_folder() / f"{version[:32]}-shards" / shard_name(shard)
         return RemoteShard(path, sizes[-1], copy)
+
+
+def open_packed(folder: str) -> ImageShards:
+    """The images of a packed folder whose shards are there in full.
+
+    :raises UserError: when index and shards do not fit.
+    """
+    shards = ImageShards(folder)
+    shards.check_shards()
+    return shards
 
 
 class LocalShard:

@@ -10,7 +10,7 @@ from fill import fill, tensor
 from helpers import DATA, crops, pack, write_images
 from PIL import Image
 
-from masked_diffusion import create_model
+from masked_diffusion import create_model, find_images, image_index
 from masked_diffusion.weights.checkpoint import save_checkpoint
 
 torch.set_num_threads(min(4, torch.get_num_threads()))
@@ -138,3 +138,11 @@ def packed_folder(odd_folder, tmp_path_factory):
 def packed_copy(packed_folder, tmp_path):
     """A copy of the packed folder, to damage."""
     return Path(shutil.copytree(packed_folder, tmp_path / "copy"))
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """How often an index was made: its arguments each time."""
+    calls, make = [], image_index.make_index
+    monkeypatch.setattr(find_images, "make_index", lambda *args: calls.append(args) or make(*args))
+    return calls

@@ -19,7 +19,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from evaluations import console, evaluator
-from masked_diffusion import create_diffusion, create_model, image_packing, logger, script_util
+from masked_diffusion import create_diffusion, create_model, find_images, image_packing, logger, script_util
 from masked_diffusion.config import RunConfig, SampleConfig
 from masked_diffusion.guidance import Guidance
 from masked_diffusion.latents.autoencoder import IdentityFirstStage
@@ -159,6 +159,11 @@ def fork(script, flags, ranks=1, kills=0, kill_seed=0, first=0.2, last=2.0, chec
     return result
 
 
+def find(folder, index, **options):
+    """The images of a folder, by an index."""
+    return find_images.find_images(str(folder), index, **options)
+
+
 # ---------------------------------------------------------------- packed images
 
 
@@ -176,7 +181,7 @@ def pack(folder, out, **options):
 
 def contents(out):
     """Every file that packing makes, by name."""
-    return {path.name: path.read_bytes() for path in Path(out).iterdir() if path.name != "log.txt"}
+    return {path.name: path.read_bytes() for path in Path(out).iterdir() if path.is_file() and path.name != "log.txt"}
 
 
 # ---------------------------------------------------------------- sampling

@@ -154,7 +154,7 @@ def test_a_folder_that_may_not_be_read_is_named(tmp_path, monkeypatch):
     def refuse(folder):
         raise PermissionError(13, "Permission denied", folder)
 
-    monkeypatch.setattr(image_datasets.os, "listdir", refuse)
+    monkeypatch.setattr(os, "scandir", refuse)
     with pytest.raises(UserError, match=f"{tmp_path} cannot be listed \\(Permission denied\\)"):
         list_image_files(str(tmp_path))
 

@@ -110,11 +110,11 @@ def test_preflight_takes_from_the_index_what_it_reads_from_the_files(odd_folder,
     for size in (8, 40):
         found = []
         for place in (odd_folder, packed_folder):
-            bad, *others = preflight.inspect_images(list_image_files(place), size)
+            bad, rotated, tiny = preflight.inspect_images(list_image_files(place), size)
             kept = preflight.check_images(list_image_files(place), size, "error", place)
-            rotated, tiny = ([path[len(place) :] for path in paths] for paths in others)
-            found.append((bad, rotated, tiny, list(relative_names(kept, place)), image_classes(kept)[1]))
-        assert found[0] == found[1] and found[0][0] == [] and found[0][1]
+            names = list(relative_names(kept, place))
+            found.append((bad, rotated.tolist(), tiny.tolist(), names, image_classes(kept)[1]))
+        assert found[0] == found[1] and found[0][0] == {} and found[0][1]
         assert len(found[0][2]) == {8: 1, 40: 24}[size] and len(found[0][3]) == 27
 
 

@@ -172,6 +172,7 @@ def encode_latents(
     num_workers: int,
     verify: bool,
     paths: Sequence[str] | None = None,
+    on_bad_image: str = "error",
 ) -> None:
     """Encode all images of a folder, centre-cropped, original and mirrored. Complete shards are not encoded again.
 
@@ -184,6 +185,8 @@ def encode_latents(
     :param num_workers: data loading processes per rank; 0: load in this process.
     :param verify: compare complete shards with their checksums, and encode damaged ones again.
     :param paths: the images of `data_dir`, if they have been listed already.
+    :param on_bad_image: `error`, or `skip` to put the next image, with its name and label, in the place of one that
+        cannot be read, as training does.
     :raises UserError: for a cache that was made with other settings or files, for an image size that is not a multiple
         of the first stage's downsampling, for bad image folders as in `load_data`, and when files cannot be written.
     """
@@ -213,16 +216,21 @@ def encode_latents(
     missing = _find_incomplete(cache, verify)
     own = missing[dist_util.get_rank() :: dist_util.get_world_size()]
     batches = [rows[i : i + batch_size] for rows in map(cache.rows, own) for i in range(0, len(rows), batch_size)]
-    dataset, pin = ImageDataset(image_size, paths, random_flip=False), dist_util.dev().type == "cuda"
+    # Each image's own index is its label here: with `skip` it tells which image was read in the place of another.
+    dataset = ImageDataset(
+        image_size, paths, classes=np.arange(len(files)), random_flip=False, on_bad_image=on_bad_image
+    )
+    pin = dist_util.dev().type == "cuda"
     loader = DataLoader(
         dataset, batch_sampler=batches, num_workers=num_workers, pin_memory=pin, worker_init_fn=init_loader_process
     )
     encoded = _encode_batches(first_stage, loader, sum(map(len, batches)), sum(len(cache.rows(i)) for i in missing))
     for shard in own:
         rows = cache.rows(shard)
-        latents = np.concatenate([next(encoded) for _ in range(0, len(rows), batch_size)])
-        own_labels = labels[rows.start : rows.stop].tolist() if class_cond else None
-        cache.write(shard, latents, list(files[rows.start : rows.stop]), own_labels)
+        batches = [next(encoded) for _ in range(0, len(rows), batch_size)]
+        latents, indices = (np.concatenate(parts) for parts in zip(*batches, strict=True))
+        own_labels = labels[indices].tolist() if class_cond else None
+        cache.write(shard, latents, [files[index] for index in indices.tolist()], own_labels)
     dist_util.barrier()
 
 
@@ -254,14 +262,16 @@ def _find_incomplete(cache: LatentCache, verify: bool) -> list[int]:
     return missing
 
 
-def _encode_batches(first_stage: FirstStage, loader: DataLoader, own: int, total: int) -> Iterator[np.ndarray]:
-    """Yield batches as (N, 2, 2, C, h, w) float16, and log the progress.
+def _encode_batches(
+    first_stage: FirstStage, loader: DataLoader, own: int, total: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield batches as (N, 2, 2, C, h, w) float16 with the (N,) indices of their images, and log the progress.
 
     :param own: number of images that this rank encodes. :param total: that of all ranks together.
     """
     start = last_log = time.perf_counter()
     count = 0
-    for images, _ in LoaderIterator(loader):
+    for images, cond in LoaderIterator(loader):
         images = images.to(dist_util.dev(), non_blocking=True)
         flips = [torch.stack(first_stage.moments(flip), dim=1) for flip in (images, images.flip(3))]
         latents = torch.stack(flips, dim=1).to(torch.float16).cpu().numpy()
@@ -272,7 +282,7 @@ def _encode_batches(first_stage: FirstStage, loader: DataLoader, own: int, total
             speed = done / (now - start)
             eta = timedelta(seconds=round((total - done) / speed))
             logger.log(f"{done}/{total} images  {speed:.2f} images/s  ETA {eta}")
-        yield latents
+        yield latents, cond["y"].numpy()
 
 
 # ---------------------------------------------------------------- training

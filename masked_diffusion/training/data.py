@@ -1,21 +1,16 @@
 """The training data: images of a folder, or their cached latents."""
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import lru_cache, partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from .. import dist_util
+from .. import dist_util, logger
 from ..config import RunConfig
-from ..image_datasets import (
-    StreamSampler,
-    data_signature,
-    image_classes,
-    list_image_files,
-    load_data,
-    relative_names,
-)
+from ..find_images import INDEX_NAME, check_index_place, find_images
+from ..image_datasets import StreamSampler, data_signature, image_classes, load_data, relative_names
 from ..latents.cache import LatentCache, load_latents
 from . import preflight
 
@@ -69,30 +64,46 @@ def _stream_options(config: RunConfig) -> dict[str, Any]:
 
 def _find_images(config: RunConfig) -> TrainingData:
     data = config.data
-
-    def find_paths() -> list[str]:
-        paths = list_image_files(data.data_dir)
-        return preflight.check_images(paths, config.model.image_size, data.on_bad_image, data.data_dir)
-
-    paths = dist_util.run_on_main(find_paths)
+    if data.index:
+        check_index_place(data.index, data.data_dir)
+    index = data.index or Path(logger.get_dir() or logger.DEFAULT_DIR, INDEX_NAME)
+    paths = find_images(data.data_dir, index, data.reindex)
+    paths = preflight.check_images(paths, config.model.image_size, data.on_bad_image, data.data_dir)
     labels, class_names = image_classes(paths) if data.class_cond else (None, [])
     options = _stream_options(config) | {"paths": paths, "on_bad_image": data.on_bad_image}
 
     def load(first_stage: Any, **position: int) -> Iterator:  # images are encoded later, in the training step
         return load_data(data_dir=data.data_dir, **options, **position)
 
-    signature = data_signature(relative_names(paths, data.data_dir))
+    signature = dist_util.run_on_main(lambda: data_signature(relative_names(paths, data.data_dir)))
     return TrainingData(paths, labels, class_names, signature, config.train.batch_size, load)
+
+
+class CachedNames(Sequence[str]):
+    """The file names of a latent cache, read from the description of their shard when they are asked for."""
+
+    def __init__(self, cache: LatentCache) -> None:
+        self.cache, self._files = cache, lru_cache(maxsize=8)(lambda shard: cache.describe(shard)["files"])
+
+    def __len__(self) -> int:
+        return self.cache.header["num_images"]
+
+    def __getitem__(self, index: int) -> str:
+        if not 0 <= index < len(self):
+            raise IndexError(f"image {index} of {len(self)}")
+        shard, row = divmod(index, self.cache.header["shard_size"])
+        return self._files(shard)[row]
 
 
 def _find_latents(config: RunConfig) -> TrainingData:
     cache = LatentCache(config.data.latent_dir)
-    shards = [cache.describe(shard) for shard in range(len(cache))]
     class_cond = config.data.class_cond
     if class_cond:
         cache.check(class_cond=True)
-    labels = np.concatenate([shard["labels"] for shard in shards]) if class_cond else None
-    names = [name for shard in shards for name in shard["files"]]
+    labels = [cache.describe(shard)["labels"] for shard in range(len(cache))]
+    labels = np.concatenate(labels) if class_cond else None
     classes = cache.header["classes"] if class_cond else []
     load = partial(load_latents, latent_dir=config.data.latent_dir, **_stream_options(config))
-    return TrainingData(names, labels, classes, cache.header["files_sha256"], config.train.batch_size, load)
+    return TrainingData(
+        CachedNames(cache), labels, classes, cache.header["files_sha256"], config.train.batch_size, load
+    )

@@ -2,20 +2,19 @@
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from typing import Any, NamedTuple
 
-import blobfile as bf
 import numpy as np
 import torch.nn as nn
 
 from .. import logger
 from ..config import RunConfig, TrainConfig
-from ..image_shards import ImageShards
+from ..image_sequence import ImageSequence
 from ..utils.errors import UserError
 from ..utils.flag_values import split_numbers
 from ..utils.flops import forward_flops
-from ..utils.image_headers import read_header
+from ..utils.image_headers import read_headers
 
 SHOWN_CLASSES, SHOWN_BAD_IMAGES, BAR = 10, 20, 40
 PAPER_MASK_RATIO = 0.3
@@ -24,86 +23,68 @@ PAPER_MASK_RATIO = 0.3
 
 
 class Inspection(NamedTuple):
-    """What the headers of images tell.
+    """What the headers of images tell, by the images' indices, ascending.
 
-    :param bad: path and reason of each image whose header cannot be read.
-    :param rotated: paths of the images that carry an EXIF rotation.
-    :param tiny: paths of the images whose short side is less than half of image_size.
+    :param bad: why a header cannot be read.
+    :param rotated: (n,) integers: the images that carry an EXIF rotation.
+    :param tiny: (n,) integers: the images whose short side is less than half of image_size.
     """
 
-    bad: list[tuple[str, str]]
-    rotated: list[str]
-    tiny: list[str]
+    bad: dict[int, str]
+    rotated: np.ndarray
+    tiny: np.ndarray
 
 
-def inspect_images(paths: Sequence[str], image_size: int, num_threads: int = 16) -> Inspection:
-    """Read the header of every image; of packed images, the index that has them."""
-
-    def inspect(path: str) -> tuple[str | None, bool, bool]:
-        try:
-            with bf.BlobFile(path, "rb") as file:
-                width, height, rotated = read_header(file)
-        except MemoryError:
-            raise
-        except Exception as error:  # on damaged files Pillow's readers raise nearly anything
-            return f"cannot be read: {error}", False, False
-        return None, rotated, 2 * min(width, height) < image_size
-
-    if isinstance(paths, ImageShards):
-        small = 2 * paths.sizes().min(axis=1) < image_size
-        return Inspection(
-            [], [paths[i] for i in np.flatnonzero(paths.rotated())], [paths[i] for i in np.flatnonzero(small)]
-        )
-    with ThreadPoolExecutor(num_threads) as pool:
-        found = list(zip(paths, pool.map(inspect, paths, chunksize=64), strict=True))
-    return Inspection(
-        [(path, reason) for path, (reason, _, _) in found if reason],
-        [path for path, (_, rotated, _) in found if rotated],
-        [path for path, (_, _, tiny) in found if tiny],
-    )
+def inspect_images(paths: Sequence[str], image_size: int) -> Inspection:
+    """Read the header of every image; of an `ImageSequence`, what is known of it."""
+    if isinstance(paths, ImageSequence):
+        sizes, rotated, bad = paths.sizes(), paths.rotated(), paths.bad()
+    else:
+        sizes, rotated, bad = read_headers(paths)
+    tiny = 2 * sizes.min(axis=1) < image_size
+    tiny[list(bad)] = False
+    return Inspection(bad, np.flatnonzero(rotated), np.flatnonzero(tiny))
 
 
 def check_images(
     paths: Sequence[str], image_size: int, on_bad_image: str, data_dir: str = "--data_dir"
 ) -> Sequence[str]:
-    """The paths to train on: those of images that `inspect_images` does not find bad. Bad images are logged.
+    """The paths to use: those of images that `inspect_images` does not find bad. Bad images are logged.
 
     :param on_bad_image: `error`, or `skip` to leave bad images out.
     :param data_dir: the folder that error messages name.
     :raises UserError: with `error` if an image is bad, and with `skip` if all images are.
     """
     bad, rotated, tiny = inspect_images(paths, image_size)
-    for path, reason in bad[:SHOWN_BAD_IMAGES]:
-        logger.log(f"{path} {reason}")
+    for index, reason in islice(bad.items(), SHOWN_BAD_IMAGES):
+        logger.log(f"{paths[index]} {reason}")
     if len(bad) > SHOWN_BAD_IMAGES:
         logger.log(f"... and {len(bad) - SHOWN_BAD_IMAGES} more")
-    if rotated:
+    if len(rotated):
         logger.log(
-            f"{len(rotated)} images carry an EXIF rotation, such as {rotated[0]}: it is not applied, as in ADM; "
+            f"{len(rotated)} images carry an EXIF rotation, such as {paths[rotated[0]]}: it is not applied, as in ADM; "
             "if they should be upright, rotate their pixels first (PIL.ImageOps.exif_transpose)"
         )
-    if tiny:
+    if len(tiny):
         logger.log(
-            f"{len(tiny)} images are smaller than half of --image_size {image_size}, such as {tiny[0]}: they are "
-            "enlarged, as in ADM"
+            f"{len(tiny)} images are smaller than half of --image_size {image_size}, such as {paths[tiny[0]]}: they "
+            "are enlarged, as in ADM"
         )
-    if bad:
-        path, reason = bad[0]
-        if len(bad) == len(paths):
-            raise UserError(
-                f"none of the {len(bad)} images of {data_dir} can be used, the first: {path} {reason}; choose another "
-                "folder"
-            )
-        if on_bad_image == "error":
-            raise UserError(
-                f"{len(bad)} images cannot be used, the first: {path} {reason}; repair or remove them, or skip them "
-                "with --on_bad_image skip"
-            )
     if not bad:
         return paths
-    skipped = {path for path, _ in bad}
-    kept = [index for index, path in enumerate(paths) if path not in skipped]
-    return paths.take(kept) if isinstance(paths, ImageShards) else [paths[index] for index in kept]
+    first, reason = next(iter(bad.items()))
+    if len(bad) == len(paths):
+        raise UserError(
+            f"none of the {len(bad)} images of {data_dir} can be used, the first: {paths[first]} {reason}; choose "
+            "another folder"
+        )
+    if on_bad_image == "error":
+        raise UserError(
+            f"{len(bad)} images cannot be used, the first: {paths[first]} {reason}; repair or remove them, or skip "
+            "them with --on_bad_image skip"
+        )
+    kept = np.delete(np.arange(len(paths)), list(bad))
+    return paths.take(kept) if isinstance(paths, ImageSequence) else [paths[index] for index in kept]
 
 
 # ---------------------------------------------------------------- the classes
@@ -114,12 +95,12 @@ def describe_classes(labels: np.ndarray, names: Sequence[str]) -> list[str]:
 
     :param labels: (N,) integers. :param names: class names, in the order of their labels.
     """
-    counts = Counter(labels.tolist())
+    counts = np.bincount(labels, minlength=len(names)).tolist()
     if len(names) <= SHOWN_CLASSES:
-        return [f"  {name:20} {counts[i]:8} {_bar(counts[i], max(counts.values()))}" for i, name in enumerate(names)]
-    low, high = min(counts.values()), max(counts.values())
+        return [f"  {name:20} {counts[i]:8} {_bar(counts[i], max(counts))}" for i, name in enumerate(names)]
+    low, high = min(counts), max(counts)
     width = max(1, -(-(high - low + 1) // SHOWN_CLASSES))
-    bins = Counter((count - low) // width for count in counts.values())
+    bins = Counter((count - low) // width for count in counts)
     most = max(bins.values())
     edges = [(low + b * width, low + (b + 1) * width - 1) for b in range(max(bins) + 1)]
     return [

@@ -14,11 +14,27 @@ ATTEMPTS, LONGEST_WAIT = 6, 8.0  # the waits of all attempts are 0.25 + 0.5 + ..
 CACHE_FOLDER, CACHE_GIB = "MASKED_DIFFUSION_CACHE", "MASKED_DIFFUSION_CACHE_GIB"
 DEFAULT_GIB = "16"
 BLOCK = 1 << 23
+SCHEMES = "gs:// (Google), az:// and https://ACCOUNT.blob.core.windows.net (Azure)"
 CACHE_ADVICE = f"make room there, or name another folder (export {CACHE_FOLDER}=PATH)"
 
 
 def is_remote(path: str) -> bool:
     return "://" in path
+
+
+def check_scheme(path: str, flag: str) -> None:
+    """Refuse remote paths that blobfile does not know.
+
+    :param flag: where the path comes from, such as `--data_dir`.
+    :raises UserError: for any scheme but `gs://`, `az://` and the `https://` of Azure.
+    """
+    scheme, separator, rest = path.partition("://")
+    is_azure = scheme == "https" and rest.partition("/")[0].endswith(".blob.core.windows.net")
+    if separator and not is_azure and scheme not in ("gs", "az"):
+        raise UserError(
+            f"{flag} {path}: {scheme}:// cannot be read, only {SCHEMES} and local folders: copy the data to a local "
+            f"disk or to one of these, or mount the bucket as a folder, and name that with {flag}"
+        )
 
 
 def read_range(path: str, offset: int, size: int, file_size: int) -> bytes:
