@@ -4,6 +4,7 @@ A script belongs to no package, so its imports of the files beside it would be t
 which other installed packages have too. This works wherever the folder lies and whatever it is called.
 """
 
+import os
 import runpy
 import sys
 from importlib.util import module_from_spec, spec_from_file_location
@@ -18,4 +19,9 @@ def run_script(path):
     spec = spec_from_file_location("evaluations", folder / "__init__.py", submodule_search_locations=[str(folder)])
     sys.modules["evaluations"] = module_from_spec(spec)
     spec.loader.exec_module(sys.modules["evaluations"])
-    runpy.run_module(f"evaluations.{Path(path).stem}", run_name="__main__", alter_sys=True)
+    try:
+        runpy.run_module(f"evaluations.{Path(path).stem}", run_name="__main__", alter_sys=True)
+    except KeyboardInterrupt:  # while the libraries are still being imported; `console` takes care of what follows
+        if os.environ.get("RANK", "0") == "0":
+            print("interrupted", file=sys.stderr)
+        sys.exit(130)

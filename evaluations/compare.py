@@ -7,6 +7,7 @@ if __spec__ is None:  # started as a script, which is part of no package
 
 import argparse
 import json
+import math
 from pathlib import Path
 
 from . import console
@@ -35,7 +36,7 @@ def parse_args():
 def read(path):
     """Metrics, half widths of their 95 % intervals (over seeds, else over images) and warnings of one file.
 
-    :raises UserError: for a file that evaluator.py did not write.
+    :raises UserError: for a file that evaluator.py did not write, and for numbers that are not finite.
     """
     try:
         row = json.loads(Path(path).read_text())
@@ -43,7 +44,12 @@ def read(path):
         widths = {key: value["half_width"] for key, value in row["over_seeds"].items()}
         if not widths:
             widths = {key: (high - low) / 2 for key, (low, high) in row["runs"][0]["intervals"].items()}
+        for key, value in [*metrics.items(), *widths.items()]:
+            if not math.isfinite(value):
+                raise UserError(f"{path}: {key} is {value}, which compares with nothing: evaluate the samples anew")
         return metrics, widths, [str(warning) for warning in row["warnings"]]
+    except UserError:
+        raise
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error}): name a file that evaluator.py --json wrote") from error
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:

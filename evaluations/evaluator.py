@@ -14,10 +14,20 @@ from pathlib import Path
 from . import console, ranks, report
 from .errors import UserError
 from .features import collect
-from .files import find_inception, write_json
+from .files import find_inception, named_inception, write_json
 from .metrics import interval
+from .neighbours import HALF, SINGLE
 from .npz_reader import NpzImages
-from .suite import LABELS, METRICS, compare, read_reference, reference_needs, sample_needs
+from .suite import (
+    LABELS,
+    METRICS,
+    check_counts,
+    check_sizes,
+    compare,
+    read_reference,
+    ready_statistics,
+    sample_needs,
+)
 
 BACKENDS = ("auto", "tensorflow", "torch")
 DEFAULT_METRICS = ("is", "fid", "sfid", "pr", "kid", "dc")
@@ -35,6 +45,11 @@ def parse_args():
     )
     add_network_flags(parser)
     parser.add_argument("--dinov2", help="also FD-DINOv2, with this file of weights, or hub")
+    parser.add_argument(
+        "--exact_distances",
+        action="store_true",
+        help="precision and recall in single precision, without the half precision of published numbers",
+    )
     parser.add_argument("--bootstrap", type=int, default=0, help="resamples for intervals over images; 0: none")
     parser.add_argument("--json", help="write metrics and everything that identifies the run to this file")
     parser.add_argument("--plot", help="draw metrics, neighbours and images into this picture")
@@ -45,6 +60,8 @@ def parse_args():
             raise UserError(f"--metrics names {metric!r}: choose of {', '.join(DEFAULT_METRICS)}")
     if args.bootstrap < 0 or args.bootstrap == 1:
         raise UserError(f"--bootstrap is {args.bootstrap}: a deviation needs at least 2 resamples, and 0 is none")
+    if args.dinov2 not in (None, "hub") and not Path(args.dinov2).is_file():
+        raise UserError(f"--dinov2 names {args.dinov2}, which is no file: name the weights' file, or hub")
     check_output_flags(args)
     return args
 
@@ -52,6 +69,8 @@ def parse_args():
 def check_output_flags(args):
     """Refuse at once what would fail when hours of work are to be written down."""
     for path in filter(None, (args.json, args.plot)):
+        if Path(path).is_dir():
+            raise UserError(f"{path} is a folder: name a file in it")
         if not Path(path).resolve().parent.is_dir():
             raise UserError(f"the folder of {path} does not exist: make it first")
     if args.plot and not args.plot.endswith(".png"):
@@ -74,6 +93,7 @@ def check_network_flags(args):
     for name in ("batch_size", "devices"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} is {getattr(args, name)}: it must be positive")
+    named_inception(args.inception)
 
 
 def create_network(args):
@@ -100,10 +120,30 @@ def with_dinov2(inception, weights):
     return lambda images: inception(images) | network(images)
 
 
+def choose_rule(args, backend):
+    """How precision and recall see distances: as the backend's network sees images, or exactly."""
+    if args.exact_distances:
+        return SINGLE
+    if backend == "tensorflow":
+        from .distances_tensorflow import adm_rule
+
+        return adm_rule(ranks.local_rank())
+    return HALF
+
+
 def open_batches(args):
-    """The reference and the samples, whose headers tell whether they can be compared at all."""
+    """The reference and the samples, after all checks of them that need no network.
+
+    :raises UserError: when they cannot be compared, or are not worth it.
+    """
+    places = [Path(path).resolve() for path in args.sample_batch]
+    for path in args.sample_batch:
+        if places.count(Path(path).resolve()) > 1:
+            raise UserError(f"{path} is named twice: each file of samples is another seed")
     reference, samples = NpzImages(args.ref_batch), [NpzImages(path) for path in args.sample_batch]
-    reference_needs(args.metrics, reference)
+    ready_statistics(args.metrics, reference)
+    if len(reference):
+        reference.check_content()
     for images in samples:
         if not len(images):
             raise UserError(f"{images.path} holds statistics alone: samples must be images (arr_0)")
@@ -112,6 +152,8 @@ def open_batches(args):
                 f"{reference.path} has images of {reference.size}, {images.path} of {images.size}: "
                 "make a reference of the samples' size"
             )
+        check_counts(args.metrics, reference, images)
+        images.check_content()
     return reference, samples
 
 
@@ -141,6 +183,8 @@ def print_result(images, result, several):
 def evaluate(args, reference_images, sample_images):
     """Print the metrics of each batch of samples, and leave what --json and --plot ask for."""
     inception, path = create_network(args)
+    check_sizes(args.metrics, reference_images, inception.sizes)
+    rule = choose_rule(args, inception.name) if "pr" in args.metrics and ranks.rank() == 0 else None
     network = with_dinov2(inception, args.dinov2) if args.dinov2 else inception
     say(f"computing reference batch activations... ({inception.name} backend)")
     reference = read_reference(reference_images, network, args.metrics, args.batch_size)
@@ -152,14 +196,17 @@ def evaluate(args, reference_images, sample_images):
         if ranks.rank() > 0:
             continue
         say("Computing evaluations...")
-        result = compare(reference, samples, args.metrics, inception.logit_weights, args.bootstrap, ranks.device())
+        weights, device = inception.logit_weights, ranks.device()
+        result = compare(reference, samples, args.metrics, weights, args.bootstrap, device, rule)
         print_result(images, result, len(sample_images) > 1)
         warnings += doubts(images, "samples") + flat_images(images, samples)
         results.append(result)
     if ranks.rank() == 0:
+        where = report.environment(inception, rule)
         print_summary(results, warnings)
+        print(report.sentence(where), flush=True)
         if args.json:
-            row = report.describe(args, inception.name, path, reference_images, sample_images, results, warnings)
+            row = report.describe(args, where, path, reference_images, sample_images, results, warnings)
             write_json(args.json, row)
         if args.plot:
             report.draw(args.plot, reference_images, sample_images[0], results)

@@ -9,6 +9,7 @@ from tqdm.auto import tqdm
 from . import ranks
 from .errors import UserError
 from .metrics import GaussianStatistics, InceptionScore
+from .npz_reader import one_colour
 
 
 @dataclass
@@ -23,39 +24,27 @@ class Needs:
         return bool(self.statistics or self.rows or self.score)
 
 
-class Pixels:
-    """Notes images of one colour, and whether all images are the same."""
-
-    def __init__(self):
-        self.flat, self.first, self.all_equal = 0, None, True
-
-    def update(self, images):
-        images = images.reshape(len(images), -1, images.shape[-1])
-        self.flat += int((images == images[:, :1]).all(axis=(1, 2)).sum())
-        self.first = images[0].copy() if self.first is None else self.first
-        self.all_equal = self.all_equal and bool((images == self.first).all())
-
-    def merge(self, other):
-        self.flat += other.flat
-        self.all_equal = self.all_equal and other.all_equal and bool((self.first == other.first).all())
-
-
 class Collected:
     """What one pass leaves. :param count: images of the pass."""
 
     def __init__(self, needs, count):
         self.needs, self.count, self.done = needs, count, 0
         self.statistics = {name: GaussianStatistics() for name in needs.statistics}
-        self.rows, self.score, self.pixels = {}, InceptionScore(), Pixels()
-
-    @property
-    def flat(self):
-        """Number of images of one colour."""
-        return self.pixels.flat
+        self.rows, self.score = {}, InceptionScore()
+        self.flat = 0  # images of one colour
 
     def update(self, images, features, start):
-        """Add a batch and its features; `start` is the place of its first image in the file."""
-        self.pixels.update(images)
+        """Add a batch and its features; `start` is the place of its first image in the file.
+
+        :raises UserError: when a feature is not finite.
+        """
+        for name, array in features.items():
+            if not torch.as_tensor(array).isfinite().all():
+                raise UserError(
+                    f"the {name} features of images {start} to {start + len(images) - 1} hold NaN or infinite numbers: "
+                    "look at the network's weights"
+                )
+        self.flat += int(one_colour(images).sum())
         for name, statistics in self.statistics.items():
             statistics.update(features[name])
         for name in self.needs.rows:
@@ -74,7 +63,7 @@ class Collected:
     def merge(self, other):
         """Add the pass of the next rank."""
         self.count, self.done = self.count + other.count, self.done + other.done
-        self.pixels.merge(other.pixels)
+        self.flat += other.flat
         self.score.merge(other.score)
         for name, statistics in self.statistics.items():
             statistics.merge(other.statistics[name])
@@ -87,7 +76,7 @@ def collect(images, network, needs, batch_size):
 
     :param images: `NpzImages`. :param network: function of uint8 images that returns a dict of features.
     :return: `Collected` on rank 0, None on the others.
-    :raises UserError: on rank 0, when a rank could not read its images, or all images are equal.
+    :raises UserError: on rank 0, when a rank could not read its images, or all are the same; see `check_content`.
     """
     if len(images) < ranks.world_size():
         raise UserError(
@@ -101,8 +90,6 @@ def collect(images, network, needs, batch_size):
             raise part
     for part in parts[1:]:
         parts[0].merge(part)
-    if parts[0].pixels.all_equal:
-        raise UserError(f"{images.path}: all {len(images)} images are the same: look at how they were made")
     return parts[0]
 
 
@@ -111,6 +98,7 @@ def _own_part(images, network, needs, batch_size):
     start, stop = ranks.own_part(len(images))
     own = Collected(needs, stop - start)
     try:
+        images.check_content()
         with tqdm(total=stop - start, unit="image", desc=images.path.name, disable=ranks.rank() > 0) as bar:
             for batch in images.batches(batch_size, start, stop):
                 own.update(batch, network(batch), start + own.done)

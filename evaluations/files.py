@@ -56,16 +56,28 @@ def cache_folder():
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "masked_diffusion")
 
 
-def find_inception(path=None, url=INCEPTION_URL):
-    """The file of the network's weights: `path`, else INCEPTION_V3_PATH, else the cache folder's, downloaded once.
+def named_inception(path=None, url=INCEPTION_URL):
+    """The file of the network's weights that `path` or INCEPTION_V3_PATH names; None where neither does.
 
-    :raises UserError: when a named file does not exist, or the download fails; says where the file goes.
+    :raises UserError: when what is named is no file.
     """
     for source, named in (("--inception", path), ("INCEPTION_V3_PATH", os.environ.get("INCEPTION_V3_PATH"))):
         if named:
             if not Path(named).is_file():
-                raise UserError(f"{source} names {named}, which does not exist: fetch {url} and name that file")
+                fault = "is no file" if Path(named).exists() else "does not exist"
+                raise UserError(f"{source} names {named}, which {fault}: fetch {url} and name that file")
             return Path(named)
+    return None
+
+
+def find_inception(path=None, url=INCEPTION_URL):
+    """The file of the network's weights: see `named_inception`, else the cache folder's, downloaded once.
+
+    :raises UserError: when a named file does not exist, or the download fails; says where the file goes.
+    """
+    named = named_inception(path, url)
+    if named:
+        return named
     cached = cache_folder() / INCEPTION_NAME
     if not cached.is_file():
         try:

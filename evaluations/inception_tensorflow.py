@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from . import ranks
 from .errors import UserError
 
 SPATIAL_CHANNELS = 7
@@ -34,6 +35,14 @@ def import_tensorflow():
         os.close(terminal)
 
 
+def create_session(graph, gpu=None):
+    """A session of a graph. :param gpu: number of the one GPU to take; None is all that TensorFlow sees."""
+    tf = import_tensorflow()
+    visible = "" if gpu is None or not tf.config.list_physical_devices("GPU") else str(gpu)
+    options = tf.compat.v1.GPUOptions(allow_growth=True, visible_device_list=visible)
+    return tf.compat.v1.Session(graph=graph, config=tf.compat.v1.ConfigProto(gpu_options=options))
+
+
 class TensorFlowInception:
     """Features of images from a frozen graph with ADM's names, on the GPU where TensorFlow sees one.
 
@@ -54,6 +63,8 @@ class TensorFlowInception:
                     definition, {"ExpandDims:0": self._images}, [POOL, SPATIAL, LOGITS], name="inception"
                 )
                 weights = product.inputs[1]  # the published scores leave the bias out
+                height, width = spatial.shape[1:3]
+                self.sizes = {"pool": weights.shape[0], "spatial": height * width * SPATIAL_CHANNELS}
                 pool = tf.reshape(pool, [-1, weights.shape[0]])
                 spatial = tf.reshape(spatial[..., :SPATIAL_CHANNELS], [tf.shape(spatial)[0], -1])
                 self._features = {"pool": pool, "spatial": spatial, "logits": tf.matmul(pool, weights)}
@@ -61,11 +72,17 @@ class TensorFlowInception:
             raise
         except Exception as error:  # protobuf's DecodeError is no ValueError
             raise UserError(f"{path} is not the Inception graph of 2015 ({error}): fetch it anew") from error
-        visible = "" if gpu is None or not tf.config.list_physical_devices("GPU") else str(gpu)
-        options = tf.compat.v1.GPUOptions(allow_growth=True, visible_device_list=visible)
-        config = tf.compat.v1.ConfigProto(gpu_options=options)
-        self._session = tf.compat.v1.Session(graph=graph, config=config)
+        self._session, self._gpu = create_session(graph, gpu), gpu
         self.logit_weights = self._session.run(weights)
+
+    @property
+    def device_name(self):
+        """What TensorFlow runs on."""
+        tf = import_tensorflow()
+        gpus = tf.config.list_physical_devices("GPU")
+        if not gpus:
+            return ranks.processor()
+        return tf.config.experimental.get_device_details(gpus[self._gpu or 0]).get("device_name", "GPU")
 
     def __call__(self, images):
         """(N, H, W, 3) uint8 images -> pool (N, 2048), spatial (N, 2023) and logits (N, 1008), float32 arrays."""

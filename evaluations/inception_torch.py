@@ -8,9 +8,11 @@ from pathlib import Path
 
 import torch
 
+from . import ranks
 from .errors import UserError
 
-SPATIAL_CHANNELS = 7
+SPATIAL_CHANNELS, IMAGE_SIZE = 7, 299
+CPU_IMAGES = 16  # at a time: more drop out of a processor's caches, and fewer set up each convolution too often
 
 # Scopes of the graph, and the convolutions in them in order: `conv`, `conv_1`, ... of each are torch-fidelity's these.
 STEM = {"": ["Conv2d_1a_3x3", "Conv2d_2a_3x3", "Conv2d_2b_3x3", "Conv2d_3b_1x1", "Conv2d_4a_3x3"]}
@@ -101,6 +103,32 @@ def _read_graph(path):
     return {key: value.contiguous() for key, value in state.items()}
 
 
+def fold_norms(network: torch.nn.Module) -> None:
+    """Fold every batch norm into the convolution before it, in double precision: one pass over the numbers less."""
+    for block in network.modules():
+        if hasattr(block, "conv") and hasattr(block, "bn"):
+            conv, norm = block.conv, block.bn
+            scale = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
+            conv.weight = torch.nn.Parameter((conv.weight.double() * scale[:, None, None, None]).float(), False)
+            conv.bias = torch.nn.Parameter((norm.bias.double() - norm.running_mean.double() * scale).float(), False)
+            block.bn = torch.nn.Identity()
+
+
+def resize(images: torch.Tensor, size: int) -> torch.Tensor:
+    """(N, H, W, C) -> (N, size, size, C), bilinear as TensorFlow 1 has it: the first pixels' corners coincide.
+
+    Rows follow columns, and each is one difference, one product and one sum, as in TensorFlow: the same roundings.
+    """
+    for axis in (2, 1):
+        length = images.shape[axis]
+        place = torch.arange(size, device=images.device, dtype=torch.float32) * (length / size)
+        low = place.long()
+        weight = (place - low).reshape(-1, *[1] * (3 - axis))
+        start = images.index_select(axis, low)
+        images = images.index_select(axis, (low + 1).clamp_max(length - 1)).sub_(start).mul_(weight).add_(start)
+    return images
+
+
 class TorchInception:
     """Features of images, as ADM's evaluator takes them from the TensorFlow graph.
 
@@ -119,20 +147,34 @@ class TorchInception:
         torch.save(state, buffer)  # the extractor unpickles what it is given: let it be bytes of our own
         buffer.seek(0)
         try:
-            extractor = FeatureExtractorInceptionV3("inception", ["2048", "logits_unbiased"], buffer)
+            extractor = FeatureExtractorInceptionV3("inception", ["2048"], buffer)
         except RuntimeError as error:
             raise UserError(f"{path} holds another network than Inception-v3 of 2015: {str(error)[:200]}") from error
-        self.device, self.extractor = torch.device(device), extractor.to(device)
-        self.logit_weights = extractor.fc.weight.T
         extractor.Mixed_6d.branch1x1.register_forward_hook(self._keep_spatial)
+        fold_norms(extractor)
+        layers = [layer for name, layer in extractor.named_children() if name != "fc"]  # in the order of its forward
+        self.device = torch.device(device)
+        self.network = torch.nn.Sequential(*layers).to(self.device, memory_format=torch.channels_last)
+        self.logit_weights = extractor.fc.weight.T.to(self.device)
+        self.sizes = {"pool": 2048, "spatial": 17 * 17 * SPATIAL_CHANNELS}
+
+    @property
+    def device_name(self):
+        """What the network runs on."""
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else ranks.processor()
 
     def _keep_spatial(self, module, inputs, output):
         self._spatial = output[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def __call__(self, images):
         """(N, H, W, 3) uint8 images -> pool (N, 2048), spatial (N, 2023) and logits (N, 1008), float32 tensors."""
-        pixels = torch.from_numpy(images).to(self.device).permute(0, 3, 1, 2)
+        at_a_time = CPU_IMAGES if self.device.type == "cpu" else len(images)
+        parts = [self._features(part) for part in torch.from_numpy(images).split(at_a_time)]
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    def _features(self, images):
+        pixels = resize(images.to(self.device).float(), IMAGE_SIZE).sub_(128).div_(128)
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            pool, logits = self.extractor(pixels)
-        return {"pool": pool, "spatial": self._spatial, "logits": logits}
+            pool = self.network(pixels.permute(0, 3, 1, 2)).flatten(1)  # channels stay last in memory
+            return {"pool": pool, "spatial": self._spatial, "logits": pool @ self.logit_weights}

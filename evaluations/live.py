@@ -13,6 +13,7 @@ from .features import Needs, collect
 from .files import INCEPTION_NAME, cache_folder
 from .metrics import GaussianStatistics, frechet_distance, kernel_distance
 from .npz_reader import NpzImages
+from .suite import check_sizes
 
 SIDE = 16  # pixels of a side that the pixel distance is taken of, at most
 KID_IMAGES = 2_000  # of the reference, at most
@@ -57,6 +58,8 @@ class LiveEvaluation:
             )
         self.network = self._inception(weights, device) if weights else pixel_features
         self.has_inception = bool(weights)
+        if weights:
+            check_sizes(["fid"], images, self.network.sizes)
         self.statistics, self.rows = self._read(images)
 
     @staticmethod

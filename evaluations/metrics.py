@@ -9,6 +9,8 @@ SPLIT_SIZE = 5000
 BLOCK = 10_000  # rows that are brought to float64 at a time
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
 TWO_SIDED_95 = 1.959963984540054
+ROUNDING = 1e-6  # of a covariance's trace: how far below 0 an eigenvalue may be, and how asymmetric the matrix
+BELOW_ZERO = 1e-5  # of the largest possible Frechet distance: how far below 0 rounding may bring a small one
 
 
 class GaussianStatistics:
@@ -78,7 +80,8 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     the symmetric eigenvalues of A' S2 A, whose roots these are, cost a fraction of that. Never complex.
 
     :param mu1, mu2: (d,). :param sigma1, sigma2: (d, d), symmetric.
-    :raises UserError: for shapes that disagree and for numbers that are not finite.
+    :raises UserError: for shapes that disagree, numbers that are not finite, matrices that are no covariances, and a
+        distance that is further below 0 than rounding brings it.
     """
     arrays = [torch.as_tensor(np.asarray(array, dtype=np.float64)) for array in (mu1, sigma1, mu2, sigma2)]
     mu1, sigma1, mu2, sigma2 = arrays
@@ -87,14 +90,36 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
         raise UserError(f"the statistics have shapes {shapes}: they must be (d,), (d, d), (d,), (d, d)")
     if not all(array.isfinite().all() for array in arrays):
         raise UserError("the statistics hold NaN or infinite numbers: compute them anew")
+    check_covariance(sigma1)
+    check_covariance(sigma2)
     root1, root2 = _root(sigma1), _root(sigma2)
     if root1.shape == root2.shape == sigma1.shape:
         values = torch.linalg.eigvalsh(root1.T @ sigma2 @ root1).clamp_min(0).sqrt()
     else:
         values = torch.linalg.svdvals(root1.T @ root2)
     difference = mu1 - mu2
-    distance = difference @ difference + sigma1.trace() + sigma2.trace() - 2 * values.sum()
-    return max(distance.item(), 0.0)
+    apart = (difference @ difference + sigma1.trace() + sigma2.trace()).item()
+    distance = apart - 2 * values.sum().item()
+    if distance < -BELOW_ZERO * apart:
+        raise UserError(f"the Frechet distance is {distance}, which no covariances give: compute the statistics anew")
+    return max(distance, 0.0)
+
+
+def check_covariance(sigma):
+    """Refuse a (d, d) float64 array or tensor that is no covariance.
+
+    :raises UserError: when it is not symmetric, or has a negative eigenvalue.
+    """
+    sigma = torch.as_tensor(sigma)
+    tolerance = ROUNDING * sigma.diagonal().abs().sum()
+    asymmetry = (sigma - sigma.T).abs().max()
+    if asymmetry > tolerance:
+        raise UserError(f"a covariance is symmetric, but two halves differ by {asymmetry:.3g}: compute it anew")
+    shifted = sigma + tolerance * torch.eye(len(sigma), dtype=sigma.dtype)
+    if torch.linalg.cholesky_ex(shifted).info:  # a Cholesky factor costs a hundredth of the eigenvalues
+        smallest = torch.linalg.eigvalsh(sigma).min()
+        if smallest < -tolerance:
+            raise UserError(f"a covariance has no eigenvalue below 0, but one is {smallest:.3g}: compute it anew")
 
 
 def _root(sigma):

@@ -1,5 +1,6 @@
 """Precision, recall, density and coverage: what lies within whose nearest neighbours, tile by tile."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,15 +14,32 @@ ROWS = 1_000  # of a tile at a time
 MANIFOLD_K, DENSITY_K = 3, 5
 
 
-def squared_distances(u, v, half):
-    """(n, d) and (m, d) float32 tensors -> (n, m) float32 squared distances.
+@dataclass(frozen=True)
+class Rule:
+    """How distances are computed. Precision and recall depend on it: in half precision many neighbours are equally far.
 
-    :param half: ADM's numerical rule: in half precision where all of the tile is finite in it, else in single
-        precision. Published precision and recall depend on it, for at that precision many neighbours are equally far.
+    :param text: what a report says of it.
+    :param distances: (n, d) and (m, d) float32 tensors -> (n, m) float32 squared distances, on their device.
+    :param centered: whether the reference's mean is subtracted from all features first, which keeps digits.
     """
+
+    text: str
+    distances: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    centered: bool = False
+
+
+def half_distances(u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """ADM's rule: in half precision where all of the tile is finite in it, else in single precision."""
     distances = torch.empty(len(u), len(v), device=u.device)
-    if not (half and _fill(distances, u.half(), v.half())):
+    if not _fill(distances, u.half(), v.half()):
         _fill(distances, u, v)
+    return distances
+
+
+def single_distances(u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """In single precision whatever the numbers are."""
+    distances = torch.empty(len(u), len(v), device=u.device)
+    _fill(distances, u, v)
     return distances
 
 
@@ -31,11 +49,16 @@ def _fill(distances, u, v):
     v_wide = v.float()
     for start in range(0, len(u), ROWS):
         rows = slice(start, start + ROWS)
-        products = (u[rows].float() @ v_wide.T).to(u.dtype)
-        distances[rows] = (norms_u[rows, None] - 2 * products + norms_v).clamp_min(0)
-        if not distances[rows].isfinite().all():
+        products = (u[rows].float() @ v_wide.T).to(u.dtype).mul_(2)
+        torch.sub(norms_u[rows, None], products, out=products)
+        distances[rows] = products.add_(norms_v).clamp_min_(0)
+        if not distances[rows].max().isfinite():  # the maximum of what holds a NaN is NaN
             return False
     return True
+
+
+HALF = Rule("half precision where a tile is finite in it, products summed in single precision", half_distances)
+SINGLE = Rule("single precision, without the half-precision rule", single_distances, centered=True)
 
 
 class Rows:
@@ -58,27 +81,27 @@ class Rows:
             yield tile, rows if self.shift is None else rows - self.shift
 
 
-def neighbour_radii(rows, k, half, progress=False):
+def neighbour_radii(rows, k, rule, progress=False):
     """Squared distance of every row to its k-th nearest other row.
 
-    :param rows: `Rows`. :param half: see `squared_distances`.
+    :param rows: `Rows`. :param rule: `Rule`.
     :return: (N,) float32 tensor.
     :raises UserError: when there are no k other rows.
     """
     if len(rows) <= k:
-        raise UserError(f"{len(rows)} images have no {k} neighbours each: use more images")
+        raise UserError(f"{len(rows)} images have no {k} neighbours each: use at least {k + 1}")
     radii = torch.empty(len(rows), device=rows.device)
     with tqdm(total=len(rows), unit="image", desc="neighbours", disable=not progress) as bar:
         for tile, u in rows.tiles():
-            nearest = torch.cat([_smallest(u, v, k + 1, half) for _, v in rows.tiles()], dim=1)
+            nearest = torch.cat([_smallest(rule.distances(u, v), k + 1) for _, v in rows.tiles()], dim=1)
             radii[tile] = nearest.kthvalue(k + 1, dim=1).values  # the first is the row itself
             bar.update(len(u))
     return radii
 
 
-def _smallest(u, v, count, half):
-    """(n, count) smallest squared distances of every row of u to rows of v; fewer where v has fewer."""
-    return squared_distances(u, v, half).topk(min(count, len(v)), largest=False).values
+def _smallest(distances, count):
+    """(n, count) smallest of every row of distances; fewer where there are fewer columns."""
+    return distances.topk(min(count, distances.shape[1]), largest=False).values
 
 
 @dataclass
@@ -92,18 +115,20 @@ class Overlap:
     distance: np.ndarray  # (M,) float32: squared distance to it
 
 
-def precision_recall(reference, samples, device="cpu", progress=False):
+def precision_recall(reference, samples, device="cpu", rule=HALF, progress=False):
     """Precision and recall of k = 3 neighbours (Kynkaanniemi et al. 2019), as ADM computes them.
 
     :param reference, samples: (N, d) and (M, d) arrays, which may be memory-mapped. Beside them, at no time is more in
         memory than one tile of distances.
+    :param rule: how distances are computed.
     :return: whether each sample lies within the reach of a reference image (M,), whose mean is the precision; whether
         each reference image lies within the reach of a sample (N,), whose mean is the recall.
     :raises UserError: when a set has too few images to have so many neighbours.
     """
-    reference, samples = Rows(reference, device), Rows(samples, device)
-    radii = neighbour_radii(reference, MANIFOLD_K, True, progress)
-    found = overlap(reference, samples, radii, neighbour_radii(samples, MANIFOLD_K, True, progress), True, progress)
+    shift = _mean(reference, device) if rule.centered else None
+    reference, samples = Rows(reference, device, shift), Rows(samples, device, shift)
+    radii = [neighbour_radii(rows, MANIFOLD_K, rule, progress) for rows in (reference, samples)]
+    found = overlap(reference, samples, *radii, rule, progress)
     return found.counts > 0, found.reached
 
 
@@ -115,15 +140,20 @@ def density_coverage(reference, samples, device="cpu", progress=False):
         coverage.
     :raises UserError: when the reference has too few images to have so many neighbours.
     """
-    shift = torch.from_numpy(np.array(reference[:TILE], dtype=np.float32).mean(axis=0)).to(device)
+    shift = _mean(reference, device)
     reference, samples = Rows(reference, device, shift), Rows(samples, device, shift)
-    radii = neighbour_radii(reference, DENSITY_K, False, progress)
-    found = overlap(reference, samples, radii, torch.full((len(samples),), -1.0, device=device), False, progress)
+    radii = neighbour_radii(reference, DENSITY_K, SINGLE, progress)
+    found = overlap(reference, samples, radii, torch.full((len(samples),), -1.0, device=device), SINGLE, progress)
     return found.counts / DENSITY_K, found
 
 
-def overlap(reference, samples, radii, sample_radii, half, progress=False):
-    """Compare all images of two `Rows`, given the reach of each. :return: an `Overlap`."""
+def _mean(features, device):
+    """(d,) mean of the first rows: near enough to the whole mean for sums around it to lose no digits."""
+    return torch.from_numpy(np.array(features[:TILE], dtype=np.float32).mean(axis=0)).to(device)
+
+
+def overlap(reference, samples, radii, sample_radii, rule, progress=False):
+    """Compare all images of two `Rows`, given the reach of each, by a `Rule`. :return: an `Overlap`."""
     n, m = len(reference), len(samples)
     found = Overlap(
         counts=np.zeros(m, dtype=np.int64),
@@ -135,7 +165,7 @@ def overlap(reference, samples, radii, sample_radii, half, progress=False):
     with tqdm(total=n, unit="image", desc="overlap", disable=not progress) as bar:
         for rows, u in reference.tiles():
             for columns, v in samples.tiles():
-                distances = squared_distances(u, v, half)
+                distances = rule.distances(u, v)
                 _enter(found, rows, columns, distances, radii[rows], sample_radii[columns])
                 del distances  # before the next tile is made
             bar.update(len(u))

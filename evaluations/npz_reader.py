@@ -12,8 +12,10 @@ from pathlib import Path
 import numpy as np
 
 from .errors import UserError
+from .metrics import check_covariance
 
 STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")
+BATCH = 64  # images that are looked at together
 LARGEST = 2**30  # bytes of one image or one matrix: a header that claims more is not believed
 HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError, RuntimeError, UnicodeError)
@@ -81,7 +83,7 @@ class NpzImages:
         shape, _, dtype = self.arrays["arr_0"]
         if dtype != np.uint8:
             raise UserError(f"{self.path}: arr_0 is {dtype}, not uint8: write images as whole numbers in [0, 255]")
-        if len(shape) != 4 or shape[3] != 3 or not all(shape[1:]):
+        if len(shape) != 4 or shape[3] != 3 or min(shape[1:]) < 1:
             raise UserError(f"{self.path}: arr_0 has shape {shape}: images must be (N, height, width, 3)")
         if shape[0] < 2:
             raise UserError(f"{self.path} holds {shape[0]} images: statistics need at least two")
@@ -107,6 +109,21 @@ class NpzImages:
             for begin in range(start, stop, batch_size):
                 yield take(begin, min(begin + batch_size, stop))
 
+    def check_content(self):
+        """Refuse images that cannot be compared with others; reads no further than it takes to know.
+
+        :raises UserError: when all are the same, or each is of one colour.
+        """
+        first, differ, varied = None, False, False
+        for images in self.batches(BATCH):
+            first = images[:1] if first is None else first
+            differ = differ or bool((images != first).any())
+            varied = varied or not one_colour(images).all()
+            if differ and varied:
+                return
+        fault = "are of one colour each" if differ else "are the same"
+        raise UserError(f"{self.path}: all {len(self)} images {fault}: look at how they were made")
+
     def take(self, indices):
         """(n, H, W, 3) uint8: the images of these places, each read by itself."""
         return np.concatenate([next(self.batches(1, start=int(index), stop=int(index) + 1)) for index in indices])
@@ -123,12 +140,17 @@ class NpzImages:
     def statistics(self, mean, covariance):
         """A ready-made mean (d,) and covariance (d, d), such as `mu` and `sigma`, as float64.
 
-        :raises UserError: for other shapes, other kinds of numbers, and numbers that are not finite.
+        :raises UserError: for other shapes, other kinds of numbers, numbers that are not finite, and no covariance.
         """
         shapes = [self.arrays[name][0] for name in (mean, covariance)]
-        if len(shapes[0]) != 1 or shapes[1] != shapes[0] * 2:
+        if len(shapes[0]) != 1 or shapes[1] != shapes[0] * 2 or shapes[0] < (1,):
             raise UserError(f"{self.path}: {mean} and {covariance} have shapes {shapes}: they must be (d,) and (d, d)")
-        return tuple(self._numbers(name) for name in (mean, covariance))
+        mu, sigma = self._numbers(mean), self._numbers(covariance)
+        try:
+            check_covariance(sigma)
+        except UserError as error:
+            raise UserError(f"{self.path}: {covariance}: {error}") from error
+        return mu, sigma
 
     def _numbers(self, name):
         shape, _, dtype = self.arrays[name]
@@ -156,6 +178,12 @@ class NpzImages:
             return {"arrays": arrays, "settings": json.loads(text)}
         except ValueError:
             return {"arrays": arrays, "settings": text}
+
+
+def one_colour(images):
+    """(N, H, W, C) -> (N,) bool: whether all pixels of an image are the same."""
+    pixels = images.reshape(len(images), -1, images.shape[-1])
+    return (pixels == pixels[:, :1]).all(axis=(1, 2))
 
 
 def _next_images(file, shape, begin, end):

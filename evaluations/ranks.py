@@ -1,13 +1,19 @@
 """Several devices: one process each, which share out the images and send what they found to the first."""
 
 import os
+import platform
+import signal
 import socket
 import subprocess
 import sys
+from contextlib import suppress
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
+
+GRACE = 10  # seconds that an interrupted process has to end
 
 
 def rank():
@@ -28,6 +34,16 @@ def device():
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", (local_rank() or 0) % torch.cuda.device_count())
+
+
+def processor():
+    """Name of the CPU, and how many of its cores this process may use: both can move the last digits."""
+    names = []
+    with suppress(OSError):  # not on Linux
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{names[0] if names else platform.machine()}, {cores} cores"
 
 
 def own_part(count):
@@ -74,13 +90,32 @@ def _meet():
 
 
 def launch(devices):
-    """Run this command again as so many processes. Returns the first exit status that is not 0, else 0."""
+    """Run this command again as so many processes. Returns the first exit status that is not 0, else 0.
+
+    Ctrl-C ends them too, also where the terminal did not tell them of it.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     processes = []
-    for number in range(devices):
-        place = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": devices, "MASTER_PORT": port}
-        environment = os.environ | {key: str(value) for key, value in place.items()} | {"MASTER_ADDR": "127.0.0.1"}
-        processes.append(subprocess.Popen([sys.executable, *sys.argv], env=environment))
-    return next(filter(None, [process.wait() for process in processes]), 0)
+    try:
+        for number in range(devices):
+            place = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": devices, "MASTER_PORT": port}
+            environment = os.environ | {key: str(value) for key, value in place.items()} | {"MASTER_ADDR": "127.0.0.1"}
+            processes.append(subprocess.Popen([sys.executable, *sys.argv], env=environment))
+        return next(filter(None, [process.wait() for process in processes]), 0)
+    except KeyboardInterrupt:
+        _end(processes)
+        return 128 + signal.SIGINT  # the first of them has said so
+
+
+def _end(processes):
+    """Interrupt processes, and kill those that wait for others in a library and do not hear it."""
+    for process in processes:
+        process.send_signal(signal.SIGINT)
+    for process in processes:
+        try:
+            process.wait(GRACE)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()

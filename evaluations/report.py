@@ -1,6 +1,7 @@
 """What stays of an evaluation: a JSON file that identifies the run, and one picture."""
 
 import datetime
+import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
 
@@ -11,6 +12,7 @@ from .metrics import interval
 from .suite import LABELS
 
 PACKAGES = ("numpy", "torch", "tensorflow", "tensorflow-cpu", "torch-fidelity", "timm")
+VARIABLES = ("TF_ENABLE_ONEDNN_OPTS", "NVIDIA_TF32_OVERRIDE")  # of the environment, which choose among algorithms
 PAIRS, GRID_IMAGES = 10, 40
 
 
@@ -38,19 +40,43 @@ def versions():
     return found
 
 
-def describe(args, backend, inception, reference, samples, results, warnings):
-    """Everything that identifies a run, as JSON values. `metrics` is the mean over the batches of samples."""
+def environment(network, rule):
+    """What can move the last digits: backend, device, versions, and how precision and recall see distances.
+
+    :param network: of Inception. :param rule: a `Rule`; None where precision and recall were not asked for.
+    """
+    return {
+        "backend": network.name,
+        "device": network.device_name,
+        "versions": versions(),
+        "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
+        "distances": rule.text if rule else None,
+    }
+
+
+def sentence(row):
+    """An `environment` in one line."""
+    packages = ", ".join(f"{name} {number}" for name, number in row["versions"].items())
+    variables = "".join(f", {name}={value}" for name, value in row["variables"].items())
+    distances = f"; distances of precision and recall in {row['distances']}" if row["distances"] else ""
+    return f"computed by {row['backend']} on {row['device']} ({packages}{variables}){distances}"
+
+
+def describe(args, where, inception, reference, samples, results, warnings):
+    """Everything that identifies a run, as JSON values. `metrics` is the mean over the batches of samples.
+
+    :param where: an `environment`. :param inception: path of the network's weights.
+    """
     seeds = over_seeds(results)
     return {
         "metrics": {key: seeds[key]["mean"] if seeds else value for key, value in results[0].values.items()},
         "over_seeds": seeds,
         "runs": [_run(images, result) for images, result in zip(samples, results, strict=True)],
         "reference": _file(reference),
-        "backend": backend,
+        **where,
         "inception": {"path": str(inception), "sha256": file_hash(inception)},
         "warnings": warnings,
         "settings": vars(args),
-        "versions": versions(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
 

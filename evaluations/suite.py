@@ -8,7 +8,7 @@ import torch
 from .errors import UserError
 from .features import Needs, collect
 from .metrics import InceptionScore, bootstrap, frechet_distance, gaussian_statistics, kernel_distance
-from .neighbours import Overlap, density_coverage, precision_recall
+from .neighbours import DENSITY_K, MANIFOLD_K, Overlap, density_coverage, precision_recall
 
 METRICS = {
     "is": "Inception score",
@@ -65,6 +65,50 @@ def sample_needs(metrics, bootstrapped):
     return Needs(statistics=used, rows=rows, score="is" in metrics)
 
 
+def ready_statistics(metrics, images):
+    """The statistics that a reference has ready-made and the metrics use, by the name of the feature.
+
+    :raises UserError: when they are none; see `NpzImages.statistics`.
+    """
+    return {
+        name: images.statistics(*READY_MADE[name])
+        for name in _used(metrics) - reference_needs(metrics, images).statistics
+    }
+
+
+def check_sizes(metrics, images, sizes):
+    """Refuse a reference whose ready-made statistics are of another network.
+
+    :param sizes: how many numbers the network gives of each feature.
+    :raises UserError: when these are not as many as the statistics have.
+    """
+    for name in _used(metrics) - reference_needs(metrics, images).statistics:
+        mean = READY_MADE[name][0]
+        shape = images.arrays[mean][0]
+        if shape != (sizes[name],):
+            raise UserError(
+                f"{images.path}: {mean} has shape {shape}, but the network gives {sizes[name]} {name} features: "
+                "make the reference anew with this network"
+            )
+
+
+def check_counts(metrics, reference, samples):
+    """Refuse sets of images that have too few for their neighbours.
+
+    :raises UserError: names the metric to leave out.
+    """
+    for metric, images, neighbours in (
+        ("pr", reference, MANIFOLD_K),
+        ("pr", samples, MANIFOLD_K),
+        ("dc", reference, DENSITY_K),
+    ):
+        if metric in metrics and len(images) <= neighbours:
+            raise UserError(
+                f"{images.path} holds {len(images)} images, which have no {neighbours} neighbours each: use at least "
+                f"{neighbours + 1}, or leave {metric} out of --metrics"
+            )
+
+
 @dataclass
 class Reference:
     """A reference, ready to be compared with: statistics by the name of the feature, and rows of pool features."""
@@ -77,7 +121,7 @@ class Reference:
 def read_reference(images, network, metrics, batch_size):
     """The `Reference` of an `NpzImages`, on rank 0; the other ranks help, and get None."""
     needs = reference_needs(metrics, images)
-    statistics = {name: images.statistics(*READY_MADE[name]) for name in _used(metrics) - needs.statistics}
+    statistics = ready_statistics(metrics, images)
     if not needs:
         return Reference(statistics)
     collected = collect(images, network, needs, batch_size)
@@ -97,11 +141,12 @@ class Result:
     overlap: Overlap | None = None  # with the nearest reference image of each sample
 
 
-def compare(reference, samples, metrics, logit_weights, repeats=0, device="cpu"):
+def compare(reference, samples, metrics, logit_weights, repeats=0, device="cpu", rule=None):
     """The metrics of collected samples against a reference.
 
     :param metrics: names out of `METRICS`. :param logit_weights: (2048, classes) of the network.
     :param repeats: resamples of the bootstrap; 0 for none.
+    :param rule: the `Rule` of the distances of precision and recall; None where they are not asked for.
     :return: a `Result`, with the keys of `LABELS` in their order.
     """
     values, result, pool = {}, Result({}), samples.rows.get("pool")
@@ -109,9 +154,9 @@ def compare(reference, samples, metrics, logit_weights, repeats=0, device="cpu")
         values["inception_score"] = samples.score.result()[0]
     for metric, name in DISTANCES.items():
         if metric in metrics:
-            values[metric] = distance_to(reference, name, samples.statistics[name].result())
+            values[metric] = frechet_distance(*samples.statistics[name].result(), *reference.statistics[name])
     if "pr" in metrics:
-        inside = precision_recall(reference.rows, pool, device, progress=True)
+        inside = precision_recall(reference.rows, pool, device, rule, progress=True)
         result.shares |= zip(("precision", "recall"), inside, strict=True)
     if "dc" in metrics:
         result.shares["density"], result.overlap = density_coverage(reference.rows, pool, device, progress=True)
@@ -124,20 +169,6 @@ def compare(reference, samples, metrics, logit_weights, repeats=0, device="cpu")
         errors = deviations(reference, samples, result, logit_weights, repeats, device)
         result.deviations = {key: errors[key] for key in result.values if key in errors}
     return result
-
-
-def distance_to(reference, name, statistics):
-    """Frechet distance of statistics to the reference's.
-
-    :raises UserError: when the reference was made with features of another size.
-    """
-    expected = reference.statistics[name]
-    if expected[0].shape != statistics[0].shape:
-        raise UserError(
-            f"the reference's {name} statistics have {len(expected[0])} features, the network gives "
-            f"{len(statistics[0])}: make the reference anew with this network"
-        )
-    return frechet_distance(*statistics, *expected)
 
 
 def deviations(reference, samples, result, logit_weights, repeats, device):
@@ -156,7 +187,7 @@ def deviations(reference, samples, result, logit_weights, repeats, device):
         for metric, name in DISTANCES.items():
             if metric in result.values:
                 drawn = torch.from_numpy(samples.rows[name][indices]).to(device)
-                row[metric] = distance_to(reference, name, gaussian_statistics(drawn))
+                row[metric] = frechet_distance(*gaussian_statistics(drawn), *reference.statistics[name])
         if "inception_score" in result.values:
             score = InceptionScore()
             score.update(torch.from_numpy(samples.rows["pool"][indices]).to(device) @ weights, 0)

@@ -11,6 +11,7 @@ from typing import Any
 from typing_extensions import Self
 
 from .guidance import RULES
+from .layers.relative_attention import IMPLEMENTATIONS
 from .utils import flag_values
 from .utils.config_json import check_config_json
 from .utils.errors import UserError
@@ -18,11 +19,15 @@ from .utils.options import Config, option
 from .utils.precision import PRECISIONS, PRECISIONS_OR_AUTO, check_fp16
 
 OPTIMIZERS = ("adan", "adan-pytorch", "adamw")
-SHARDS = ("none", "zero1", "fsdp")
+SHARDS = ("none", "zero1", "fsdp", "hsdp")
 SCHEDULE_SAMPLERS = ("uniform", "loss-second-moment")
 NOISE_SCHEDULES = ("linear", "squaredcos_cap_v2")
 SNAPSHOT_DTYPES = ("fp32", "fp16")
 SOLVERS = ("ddpm", "ddim", "dpm++", "sde-dpm++", "unipc", "heun", "euler")
+ATTENTION_HELP = (
+    "attention with a relative position bias: sdpa, of PyTorch; triton, the kernel for GPUs; auto: the kernel on a GPU "
+    "in bf16 or fp16"
+)
 CLASS_RULES = ("random", "balanced", "list")
 QUANTIZERS = ("truncate", "round")
 CFG_SCALE, SCALE_POW = 3.8, 4.0  # of MDTv2's published results
@@ -156,7 +161,8 @@ class TrainConfig(Config):
     fp16_scale_growth: float = option(
         1e-3, "fp16: growth of the loss scale per step, as a log2", above=0, at_most=16, changes_run=True
     )
-    compile: bool = option(False, "compile the transformer blocks with torch.compile")
+    attention: str = option("auto", ATTENTION_HELP, choices=IMPLEMENTATIONS)
+    compile: bool = option(False, "compile the transformer blocks with torch.compile, and on a CPU the step of Adan")
     exact_lengths: bool = option(
         False, "with --compile: do not round the number of kept tokens, and compile once with a dynamic length"
     )
@@ -165,7 +171,8 @@ class TrainConfig(Config):
         False, "run a backward pass after each of the two forward passes: less memory, the same gradients"
     )
     shard: str = option(
-        "none", "zero1: shard the optimizer state over the ranks; fsdp: shard weights, gradients, EMA and optimizer",
+        "none", "zero1: shard the optimizer state over the ranks; fsdp: shard weights, gradients, EMA and optimizer; "
+        "hsdp: as fsdp over the ranks of each node, with a copy on every node",
         choices=SHARDS,
     )  # fmt: skip
     seed: int = option(
@@ -325,7 +332,10 @@ class WeightsConfig(Config):
         "computes it faster, else fp32", choices=PRECISIONS_OR_AUTO,
     )  # fmt: skip
     use_fp16: bool = option(False, "the same as --precision fp16")
-    compile: bool = option(False, "compile the transformer blocks with torch.compile")
+    attention: str = option("auto", ATTENTION_HELP, choices=IMPLEMENTATIONS)
+    compile: bool = option(
+        False, "compile the transformer blocks with torch.compile; on a GPU, a step of the network is one CUDA graph"
+    )
     model: str | None = option(None, "not needed, the checkpoint tells it; if given, it must agree")
     image_size: int | None = option(None, "not needed, the checkpoint tells it; if given, it must agree", at_least=1)
     decode_layer: int | None = option(None, "not needed, the checkpoint tells it; if given, it must agree", at_least=0)

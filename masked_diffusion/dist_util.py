@@ -9,12 +9,12 @@ import signal
 import socket
 import sys
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import blobfile as bf
 import torch
@@ -33,6 +33,7 @@ GPUS_PER_NODE = 8  # ADM's constant, for its users; nothing here uses it, since 
 HOST_TIMEOUT = timedelta(days=1)  # the gloo group of the hosts waits as long; it notices a dead rank at once
 
 _host_group: dist.ProcessGroup | None = None  # see `_hosts`
+_node_group: "RankGroup | None" = None  # see `node_group`
 _counts: Counter[str] = Counter()  # of `add_to_count` without a process group
 
 
@@ -117,10 +118,10 @@ def _describe_mpi_job() -> None:
 
 def cleanup() -> None:
     """Leave the process group."""
-    global _host_group
+    global _host_group, _node_group
     if dist.is_initialized():
         dist.destroy_process_group()
-        _host_group = None
+        _host_group = _node_group = None
 
 
 def dev() -> torch.device:
@@ -187,6 +188,46 @@ def _hosts() -> dist.ProcessGroup:
     return _host_group
 
 
+class RankGroup(NamedTuple):
+    """Some ranks of the job, and how they communicate. Without a process group: rank 0 alone.
+
+    :param ranks: in ascending order.
+    :param hosts: process group of gloo, without a GPU collective's time-out.
+    :param devices: process group of the backend of the devices; None: the default group.
+    """
+
+    ranks: list[int]
+    hosts: dist.ProcessGroup | None
+    devices: dist.ProcessGroup | None
+
+
+def all_ranks() -> RankGroup:
+    """All ranks of the job."""
+    return RankGroup(list(range(get_world_size())), _hosts() if dist.is_initialized() else None, None)
+
+
+def ranks_by_node() -> list[list[int]]:
+    """The ranks of each node. All ranks call it together."""
+    nodes = defaultdict(list)
+    for rank, node in enumerate(gather_objects(os.environ.get("GROUP_RANK", socket.gethostname()))):
+        nodes[node].append(rank)
+    return list(nodes.values())
+
+
+def node_group() -> RankGroup:
+    """The ranks of this process's node. The first call must be on all ranks."""
+    global _node_group
+    if _node_group is None:
+        nodes = ranks_by_node()
+        if len(nodes) == 1:
+            _node_group = all_ranks()
+        else:
+            hosts, _ = dist.new_subgroups_by_enumeration(nodes, backend="gloo", timeout=HOST_TIMEOUT)
+            devices, _ = dist.new_subgroups_by_enumeration(nodes)
+            _node_group = RankGroup(next(ranks for ranks in nodes if get_rank() in ranks), hosts, devices)
+    return _node_group
+
+
 def add_to_count(key: str, amount: int) -> int:
     """Add to a counter that all ranks share and that starts at 0, and return the sum. No rank waits for another."""
     if dist.is_initialized():
@@ -203,7 +244,7 @@ def main_first() -> Iterator[None]:
     :raises RuntimeError: on the other ranks, if rank 0 raised another error.
     """
     if not is_main():
-        _raise_main_failure(broadcast_object(None))
+        _raise_failure(broadcast_object(None))
     try:
         yield
     except BaseException as error:
@@ -228,18 +269,37 @@ def run_on_main(function: Callable[..., T], *args: Any) -> T:
             broadcast_object((_describe_failure(error), None))
             raise
     failure, result = broadcast_object((failure, result))
-    _raise_main_failure(failure)
+    _raise_failure(failure)
     return result
+
+
+@contextmanager
+def failing_together() -> Iterator[None]:
+    """A block that fails on all ranks when it fails on one. All ranks enter it together.
+
+    :raises UserError: on all ranks, if one raised it.
+    :raises RuntimeError: on the other ranks, if one raised another error.
+    """
+    error = None
+    try:
+        yield
+    except Exception as raised:
+        error = raised
+    failures = gather_objects(error and _describe_failure(error))
+    if error is not None:
+        raise error
+    for rank, failure in enumerate(failures):
+        _raise_failure(failure, rank)
 
 
 def _describe_failure(error: BaseException) -> tuple[bool, str]:
     return isinstance(error, UserError), str(error) or type(error).__name__
 
 
-def _raise_main_failure(failure: tuple[bool, str] | None) -> None:
+def _raise_failure(failure: tuple[bool, str] | None, rank: int = 0) -> None:
     if failure is not None:
         is_user_error, message = failure
-        raise UserError(message) if is_user_error else RuntimeError(f"rank 0 failed: {message}")
+        raise UserError(message) if is_user_error else RuntimeError(f"rank {rank} failed: {message}")
 
 
 def is_first(key: str) -> bool:
@@ -311,7 +371,7 @@ def gather_objects(value: Any) -> list[Any]:
     if not dist.is_initialized():
         return [value]
     gathered = [None] * get_world_size()
-    dist.all_gather_object(gathered, value)
+    dist.all_gather_object(gathered, value, group=_hosts())  # a rank may be late: a slow disk
     return gathered
 
 
@@ -327,14 +387,17 @@ def any_rank(flag: bool) -> bool:
     return bool(value)
 
 
-def load_state_dict(path: str, map_location: torch.device | str = "cpu") -> Any:
+def load_state_dict(path: str, map_location: torch.device | str = "cpu", mmap: bool = False) -> Any:
     """Read a file of tensors that `torch.save` wrote. Code in the file is never run.
 
     :param path: a local path, or a remote one that blobfile can read.
+    :param mmap: map a local file into memory instead of reading it: its tensors are read when they are used.
     :raises FileNotFoundError: if there is no such file.
     :raises UserError: for a file that is truncated, is no checkpoint, or holds objects other than tensors.
     """
     try:
+        if mmap and Path(path).is_file():
+            return torch.load(path, map_location=map_location, weights_only=True, mmap=True)
         with bf.BlobFile(path, "rb") as file:
             return torch.load(file, map_location=map_location, weights_only=True)
     except FileNotFoundError:

@@ -65,7 +65,7 @@ class ForwardProcess:
         """
         key = name, t.device
         if key not in self._device_tables:
-            self._device_tables[key] = torch.from_numpy(getattr(self, name)).float().to(t.device)
+            self._device_tables[key] = torch.from_numpy(getattr(self, name)).float().to(t.device, non_blocking=True)
         return self._device_tables[key][t].view(-1, *[1] * (like.ndim - 1))
 
     def q_mean_variance(self, x_start: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -6,6 +6,7 @@ A rule maps timesteps to weights w(t), and `guide` applies the weights. `GuidedD
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -120,6 +121,10 @@ class Guidance:
             return interval_weight(t, self.cfg_scale, self.interval)
         return torch.ones(t.shape, device=t.device)
 
+    def is_negligible(self, t: torch.Tensor) -> bool:
+        """Whether guidance is skipped at the (N,) timesteps. The host waits for the device that t is on."""
+        return self.rule == "none" or bool((self.weight(t) - 1).abs().max() <= self.skip_below)
+
     def describe(self) -> dict[str, Any]:
         """The rule and the settings that it uses, as JSON values."""
         used = {"power-cosine": ["scale_pow"], "interval": ["interval"]}.get(self.rule, [])
@@ -153,11 +158,16 @@ class GuidedDenoiser:
             raise UserError("guidance needs a null class, which this model was trained without: use --cfg_cond False")
         self.model, self.guidance, self.null_label, self.guide_model = model, guidance, null_label, guide_model
 
-    def __call__(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """(n, C, H, W) noisy input, (n,) timesteps and (n,) labels -> (n, C or 2C, H, W) guided output."""
-        weight = self.guidance.weight(t)
-        # Deciding whether to skip needs the weights on the CPU: each step waits for the GPU once, here.
-        if self.guidance.rule == "none" or (weight - 1).abs().max() <= self.guidance.skip_below:
+    def __call__(
+        self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, timestep: float | None = None
+    ) -> torch.Tensor:
+        """(n, C, H, W) noisy input, (n,) timesteps and (n,) labels -> (n, C or 2C, H, W) guided output.
+
+        :param timestep: the one that all of t are, if the host knows it: it then decides without waiting for the
+            device whether to skip guidance.
+        """
+        known = t if timestep is None else torch.full(t.shape, timestep, dtype=t.dtype)
+        if self.guidance.is_negligible(known):
             return self.model(x, t, y)
         if self.guide_model is not None:
             out, guiding = self.model(x, t, y), self.guide_model(x, t, y)
@@ -165,4 +175,9 @@ class GuidedDenoiser:
             labels = torch.cat([y, torch.full_like(y, self.null_label)])
             out, guiding = self.model(torch.cat([x, x]), torch.cat([t, t]), labels).chunk(2)
         channels = self.guidance.guided_channels or x.shape[1]
-        return guide(out, guiding, weight, channels)[0]
+        return guide(out, guiding, self.guidance.weight(t), channels)[0]
+
+
+def at_timestep(denoise: Callable[..., torch.Tensor], timestep: float) -> Callable[..., torch.Tensor]:
+    """`denoise` for a batch whose timesteps are all `timestep`, which a `GuidedDenoiser` is told."""
+    return partial(denoise, timestep=timestep) if isinstance(denoise, GuidedDenoiser) else denoise

@@ -27,6 +27,7 @@ from .layers.embeddings import (  # noqa: F401 (published names)
     get_2d_sincos_pos_embed_from_grid,
     sincos_pos_embed_2d,
 )
+from .layers.relative_attention import KeptTokens, look_up_kept
 from .utils.errors import UserError
 
 
@@ -251,10 +252,10 @@ class MDT(DiT):
     def decoder_blocks(self) -> list[MDTBlock]:
         return list(self.blocks[self.depth - self.decode_layer :])
 
-    def encode(self, x: Tensor, c: Tensor, pair_index: Tensor | None) -> Tensor:
-        """Run (N, K, D) tokens through the blocks before the side-interpolater; `pair_index`: see `Attention`."""
+    def encode(self, x: Tensor, c: Tensor, kept: KeptTokens | None) -> Tensor:
+        """Run (N, K, D) tokens through the blocks before the side-interpolater; `kept` is None for all tokens."""
         for block in self.blocks[: self.depth - self.decode_layer]:
-            x = block(x, c, pair_index=pair_index)
+            x = block(x, c, pair_index=kept)
         return x
 
     def decode(self, x: Tensor, c: Tensor, patches: Tensor) -> Tensor:
@@ -277,10 +278,11 @@ class MDT(DiT):
         c = self.condition(t, y, drop_labels)  # (N, D)
         if enable_mask and self.mask_ratio is not None:
             ids_keep = self.draw_kept(len(x), x.device) if ids_keep is None else ids_keep  # (N, K)
-            index = self.sideblocks[0].attn.rel_pos_bias.relative_position_index  # (T, T)
-            pair_index = gather_pairs(index, ids_keep)  # (N, K, K)
+            attention = self.sideblocks[0].attn
+            index = attention.rel_pos_bias.relative_position_index  # (T, T)
+            kept = look_up_kept(ids_keep, index, rows_too=not attention.runs_kernel(patches))
             x = patches.gather(1, ids_keep[:, :, None].expand(-1, -1, self.hidden_size))  # (N, K, D)
-            x = self.encode(x, c, pair_index)  # (N, K, D)
+            x = self.encode(x, c, kept)  # (N, K, D)
             x = self.interpolate_dropped(x, c, ids_keep)  # (N, T, D)
         else:
             x = self.encode(patches, c, None) + self.decoder_pos_embed  # (N, T, D)
@@ -311,13 +313,13 @@ class MDTv2(MDT):
     def decoder_blocks(self) -> list[MDTBlock]:
         return list(self.de_blocks)
 
-    def encode(self, x: Tensor, c: Tensor, pair_index: Tensor | None) -> Tensor:
+    def encode(self, x: Tensor, c: Tensor, kept: KeptTokens | None) -> Tensor:
         skips = []
         for block in self.en_inblocks:
-            x = block(x, c, pair_index=pair_index)
+            x = block(x, c, pair_index=kept)
             skips.append(x.view_as(x))  # a view: if x and skip are one object, torch.compile compiles a block again
         for block in self.en_outblocks:
-            x = block(x, c, skip=skips.pop(), pair_index=pair_index)
+            x = block(x, c, skip=skips.pop(), pair_index=kept)
         return x
 
     def decode(self, x: Tensor, c: Tensor, patches: Tensor) -> Tensor:

@@ -90,7 +90,7 @@ class SpacedDiffusion(GaussianDiffusion):
     def model_timesteps(self, t: Tensor) -> Tensor:
         """The (N,) timesteps of the original process that models and `cond_fn`s get for the (N,) steps `t`."""
         if t.device not in self._device_maps:
-            self._device_maps[t.device] = torch.tensor(self.timestep_map, device=t.device)
+            self._device_maps[t.device] = torch.tensor(self.timestep_map).to(t.device, non_blocking=True)
         t = self._device_maps[t.device][t]
         return t.float() * (1000.0 / self.original_num_steps) if self.rescale_timesteps else t
 

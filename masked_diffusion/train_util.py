@@ -2,8 +2,8 @@
 
 import signal
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from types import FrameType
@@ -29,9 +29,10 @@ from .training.guardian import Guardian
 from .training.metrics import TrainMetrics
 from .training.objective import TwoPassObjective
 from .training.optim import annealed_lr
-from .training.parallel import gather_full, parallelize
+from .training.parallel import accumulating, gather_full, load_model_state, parallelize, shard_model
+from .training.receive import SentTensor, send_state
 from .training.resume import Start, agree_on_start, read_run_config
-from .training.state import TrainState
+from .training.state import TrainState, read_on_nodes
 from .training.watchdog import Watchdog
 from .utils.errors import UserError
 from .utils.not_rebuilt import module_getattr
@@ -60,11 +61,13 @@ class TrainLoop:
     and save a checkpoint.
 
     :param config: from `training.resume.resolve`, which fills in the defaults of the model's family.
-    :param objective: on this rank's device.
+    :param objective: its model is on this rank's device, or on the meta device if `make_model` is given.
     :param data: the source of the batches.
     :param first_stage: the autoencoder that encodes images; see `latents.autoencoder`.
     :param log_dir: folder of the checkpoints.
     :param hooks: called after every step, in this order.
+    :param make_model: builds the model with its initial weights on the host. It is called on rank 0 only, and only for
+        a run that does not resume from a checkpoint: a model that is larger than a device is never whole on one.
     """
 
     def __init__(
@@ -76,10 +79,13 @@ class TrainLoop:
         first_stage: Any,
         log_dir: str | Path,
         hooks: Iterable[Hook] = (),
+        make_model: Callable[[], torch.nn.Module] | None = None,
     ) -> None:
         self.config, self.objective, self.model, self.source = config, objective, objective.model, data
         self.first_stage, self.log_dir, self.hooks = first_stage, Path(log_dir), tuple(hooks)
-        self.device = next(self.model.parameters()).device
+        device = next(self.model.parameters()).device
+        self.device = dist_util.dev() if device.type == "meta" else device
+        self.make_model = make_model or (lambda: self.model)
         self.schedule_sampler = create_named_schedule_sampler(config.train.schedule_sampler, objective.diffusion)
         self.guardian = Guardian(config.guardian.max_bad_steps, config.guardian.spike_zscore)
         self.microbatch = config.train.microbatch if config.train.microbatch > 0 else config.train.batch_size
@@ -106,11 +112,9 @@ class TrainLoop:
         """
         if start is None:
             start = agree_on_start(self.log_dir, self.config, dist_util.run_on_main(read_run_config, self.log_dir))
-        if start.path is not None and not start.step:
-            load_pretrained(self.model, start.path, self.config.classes)
-        elif start.path is not None:
-            self._load_weights(start.path)
-        dist_util.sync_params(self.model.parameters())
+        weights = self._read_weights(start.path) if start.step else self._first_weights(start.path)
+        shard_model(self.model, self.config.train.shard)
+        load_model_state(self.model, weights, self.device)
         self.ddp = parallelize(self.objective, self.config.train.shard)
         self.state = TrainState(self.config, self.objective, self.schedule_sampler, self.guardian)
         if start.step:
@@ -125,15 +129,31 @@ class TrainLoop:
         self.metrics = TrainMetrics(self.device, num_timesteps, global_batch, self.last_step)
         self._start_data()
 
-    def _load_weights(self, path: Path) -> None:
-        try:
-            self.model.load_state_dict(read_weights(path))
-        except RuntimeError as error:
-            reason = str(error).splitlines()[1].strip()[:200]
+    def _first_weights(self, path: Path | None) -> dict[str, SentTensor]:
+        """Random initial weights, or for fine-tuning those of a file; from rank 0, so that all ranks have the same."""
+
+        def make() -> dict[str, torch.Tensor]:
+            model = self.make_model()
+            if path is not None:
+                load_pretrained(model, path, self.config.classes)
+            return model.state_dict()
+
+        return send_state(make, dist_util.all_ranks())
+
+    def _read_weights(self, path: Path) -> dict[str, SentTensor]:
+        """The weights of a checkpoint of this run."""
+        weights, own = read_on_nodes(path, read_weights), self.model.state_dict()
+        wrong = [name for name in (*own, *weights) if name not in own or name not in weights]
+        wrong += [name for name in own if name in weights and own[name].shape != weights[name].shape]
+        if wrong:
+            name = wrong[0]
+            found, wanted = (tuple(state[name].shape) if name in state else "absent" for state in (weights, own))
             raise UserError(
-                f"{path} is of another model than the flags describe ({reason}): repeat --model, --num_classes and "
-                "--decode_layer, or start at step 0 from its weights in another --log_dir with --resume_checkpoint"
-            ) from error
+                f"{path} is of another model than the flags describe ({name} is {found}, but must be {wanted}): repeat "
+                "--model, --num_classes and --decode_layer, or start at step 0 from its weights in another --log_dir "
+                "with --resume_checkpoint"
+            )
+        return weights
 
     def _start_data(self) -> None:
         """Start the data stream at the current step. After a rollback, data and noise come from another seed."""
@@ -159,7 +179,7 @@ class TrainLoop:
         if step is None or rollbacks > allowed:
             return
         path = self.log_dir / model_name(step)
-        self.state.load_weights(path)
+        load_model_state(self.model, self._read_weights(path), self.device)
         self.state.load(path, step)
         self.state.rollbacks = rollbacks
         logger.rewind(step)
@@ -295,7 +315,7 @@ class TrainLoop:
             for passes in self.passes:
                 # Gradient accumulation: the ranks exchange gradients once, in the last backward pass of the step.
                 last = start == starts[-1] and passes == self.passes[-1]
-                with nullcontext() if last or self.ddp is self.objective else self.ddp.no_sync():
+                with accumulating(self.ddp, last):
                     losses = self.ddp(**{key: value[micro] for key, value in rows.items()}, passes=passes)
                     # Divided by the size of the batch, not of the microbatch, so that the parts add up to the mean.
                     loss = (losses["loss"] * weights[micro]).sum() / num
@@ -315,15 +335,12 @@ class TrainLoop:
             group["lr"] = annealed_lr(train.lr, self.step, train.lr_anneal_steps)
         # Remove the loss scale of fp16 first: clipping needs the norm of the true gradients.
         state.scaler.unscale_(state.opt)
-        norm = gather_full(torch.nn.utils.clip_grad_norm_(state.params, train.grad_clip or float("inf")))
+        grads = [param.grad for param in state.params if param.grad is not None]
+        grad_norm = gather_full(torch.nn.utils.get_total_norm(grads))
         # The only point of a step where the host waits for the device: loss and norm decide whether to skip the step.
-        loss, norm = dist_util.mean_over_ranks(torch.stack([local_loss, norm])).tolist()
+        loss, norm = dist_util.mean_over_ranks(torch.stack([local_loss, grad_norm])).tolist()
         finite = self.guardian.is_finite(loss, norm)
-        if finite or state.scaler.is_enabled():  # the scaler itself skips a bad step, and then lowers the loss scale
-            state.scaler.step(state.opt)
-            state.scaler.update()
-        state.opt.zero_grad(set_to_none=True)
-        state.update_averages(finite)  # after the optimizer step: EMAs average the updated weights
+        state.update(grad_norm, finite)
         return (loss if finite else None), norm
 
     def _report_spike(self, zscore: float, loss: float, losses: torch.Tensor, rows: dict[str, torch.Tensor]) -> None:

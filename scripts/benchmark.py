@@ -32,6 +32,7 @@ from typing_extensions import Self
 
 from masked_diffusion import script_util
 from masked_diffusion.models import DiT
+from masked_diffusion.sampling.cuda_graphs import GraphedForward
 from masked_diffusion.utils.files import write_json
 from masked_diffusion.utils.precision import PRECISIONS, set_matmul_precision
 
@@ -58,13 +59,13 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def timed(call: Callable[[], torch.Tensor], device: str) -> tuple[float, torch.Tensor]:
-    """Seconds of one call, to the end of its work on the device; what it returns."""
+def timed(call: Callable[[], Any], device: str) -> float:
+    """Seconds of one call, to the end of its work on the device."""
     synchronize(device)
     start = time.perf_counter()
-    result = call()
+    call()
     synchronize(device)
-    return time.perf_counter() - start, result
+    return time.perf_counter() - start
 
 
 def matmul_peak(device: str, precision: str) -> float:
@@ -72,14 +73,14 @@ def matmul_peak(device: str, precision: str) -> float:
     set_matmul_precision(precision)
     size = 8192 if device == "cuda" else 2048
     a, b = (torch.randn(size, size, device=device, dtype=PRECISIONS[precision] or torch.float32) for _ in range(2))
-    return 2 * size**3 / min(timed(lambda: a @ b, device)[0] for _ in range(10))
+    return 2 * size**3 / min(timed(lambda: a @ b, device) for _ in range(10))
 
 
 def memory_bandwidth(device: str) -> float:
     """Bytes/s that the fastest of ten copies of a large tensor reads and writes."""
     size = 2**30 if device == "cuda" else 2**27
     a, b = (torch.zeros(size // 4, device=device) for _ in range(2))
-    return 2 * size / min(timed(lambda: b.copy_(a), device)[0] for _ in range(10))
+    return 2 * size / min(timed(lambda: b.copy_(a), device) for _ in range(10))
 
 
 def peak_memory(config: BenchmarkConfig) -> float | None:
@@ -113,8 +114,13 @@ class Variant:
         self.naive, self.seconds, self.memory = naive, [], None
         if compiled:
             model.compile_blocks()
+            if config.mode != "train":  # as `load_weights` does
+                model.forward = GraphedForward(model)
         with naive_attention() if naive else nullcontext():
             self.step = STEPS[config.mode](model, config, precision)
+
+    def _step(self) -> None:
+        self.loss = self.step()
 
     def without_update(self) -> Self:
         """The same step without the optimizer's part."""
@@ -129,7 +135,7 @@ class Variant:
         if self.config.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
         with naive_attention() if self.naive else nullcontext():
-            seconds, self.loss = timed(self.step, self.config.device)
+            seconds = timed(self._step, self.config.device)
         if record:
             self.seconds.append(seconds)
         self.memory = peak_memory(self.config)
@@ -230,7 +236,8 @@ def main() -> None:
         "rows": rows,
     }
     title = f"{config.model}, {config.mode}, batch {config.batch_size}, {report['device']}, {config.threads} threads"
-    print(f"{title}, {config.precision}" if not config.compare else title)
+    title += "" if config.compare else f", {config.precision}"
+    print(title)
     print(f"torch {report['torch']}; matmul peak in TFLOP/s: {', '.join(f'{k} {v:.3f}' for k, v in peaks.items())}")
     print(format_table(rows))
     if config.profile:

@@ -13,15 +13,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from typing_extensions import Self
 
 from masked_diffusion import create_diffusion, create_model
-from masked_diffusion.config import OPTIMIZERS
+from masked_diffusion.config import ATTENTION_HELP, OPTIMIZERS
 from masked_diffusion.guidance import Guidance, GuidedDenoiser
 from masked_diffusion.latents.autoencoder import IdentityFirstStage
 from masked_diffusion.layers.attention import Attention, RelativePositionBias
+from masked_diffusion.layers.relative_attention import IMPLEMENTATIONS, KeptTokens, check_implementation
 from masked_diffusion.models import DiT
 from masked_diffusion.sampling.image_sampler import ImageSampler, last_sample
 from masked_diffusion.sampling.solvers import create_solver
 from masked_diffusion.training.objective import TwoPassObjective
-from masked_diffusion.training.optim import create_optimizer, default_grad_clip
+from masked_diffusion.training.optim import clip_gradients, create_optimizer, default_grad_clip
 from masked_diffusion.utils.errors import UserError
 from masked_diffusion.utils.flops import forward_flops
 from masked_diffusion.utils.options import Config, option
@@ -66,6 +67,7 @@ class BenchmarkConfig(Config):
         "auto", "number format of the network's arithmetic; auto: bf16 where the device computes it faster, else fp32",
         choices=PRECISIONS_OR_AUTO,
     )  # fmt: skip
+    attention: str = option("auto", ATTENTION_HELP, choices=IMPLEMENTATIONS)
     naive: bool = option(False, "write attention and bias out as in the published code, for comparison")
     compile: bool = option(False, "compile the transformer blocks with torch.compile")
     grad_checkpoint: bool = option(False, "gradient checkpointing: less memory, activations computed twice")
@@ -77,6 +79,7 @@ class BenchmarkConfig(Config):
         if self.device == "cuda" and not torch.cuda.is_available():
             raise UserError("--device cuda, but PyTorch sees no GPU here: choose --device cpu")
         check_precision(choose_precision(self.precision, torch.device(self.device)), torch.device(self.device))
+        check_implementation(self.attention, torch.device(self.device))
         if self.profile:
             if self.compare or self.mode == "draw":
                 raise UserError("--profile is of one step: leave out --compare and --mode draw")
@@ -129,7 +132,8 @@ def build_model(config: BenchmarkConfig) -> DiT:
             torch.nn.init.normal_(param, std=0.02)
     if config.grad_checkpoint:
         model.enable_grad_checkpoint()
-    return model.to(config.device)
+    model.to(config.device).set_attention(config.attention, torch.device(config.device))
+    return model
 
 
 def training_step(model: DiT, config: BenchmarkConfig, precision: str) -> Step:
@@ -139,7 +143,9 @@ def training_step(model: DiT, config: BenchmarkConfig, precision: str) -> Step:
     under `--compile`, so that all steps and variants have the same work.
     """
     objective = TwoPassObjective(model, create_diffusion(snr_gamma=5.0), precision, max(1, model.num_patches // 16))
-    optimizer = create_optimizer(config.optimizer, model.parameters(), lr=1e-4) if config.optimizer else None
+    params, optimizer = list(model.parameters()), None
+    if config.optimizer:
+        optimizer = create_optimizer(config.optimizer, params, lr=1e-4, compile=config.compile)
     torch.manual_seed(1)
     latents = torch.randn(config.batch_size, model.in_channels, model.input_size, model.input_size).to(config.device)
     t = torch.randint(1000, (config.batch_size,)).to(config.device)
@@ -153,9 +159,8 @@ def training_step(model: DiT, config: BenchmarkConfig, precision: str) -> Step:
         return loss.detach()
 
     def update() -> None:
-        if default_grad_clip(config.optimizer):
-            torch.nn.utils.clip_grad_norm_(model.parameters(), default_grad_clip(config.optimizer))
-        optimizer.step()
+        norm = torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
+        optimizer.step(**clip_gradients(optimizer, params, norm, default_grad_clip(config.optimizer)))
 
     num_kept = draws["ids_keep"].shape[1] if objective.masked else None
     return Step(compute, update if optimizer is not None else None, num_kept, optimizer)
@@ -219,13 +224,15 @@ def naive_bias(self: RelativePositionBias, ids_keep: torch.Tensor | None) -> tor
     return bias.gather(3, ids_keep[:, None, None, :].expand(-1, heads, kept, -1))
 
 
-def naive_forward(self: Attention, x: torch.Tensor, pair_index: torch.Tensor | None = None) -> torch.Tensor:
-    """`Attention.forward` written out: softmax(q k^T scale + bias) v. Here `pair_index` is the (N, K) kept ids."""
+def naive_forward(
+    self: Attention, x: torch.Tensor, pair_index: KeptTokens | None = None, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """`Attention.forward` written out: softmax(q k^T scale + bias) v. The published code makes `bias` in every call."""
     n, tokens, dim = x.shape
     q, k, v = self.qkv(x).reshape(n, tokens, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
     logits = (q @ k.transpose(-2, -1)) * q.shape[-1] ** -0.5
     if self.rel_pos_bias is not None:
-        logits = logits + naive_bias(self.rel_pos_bias, pair_index)
+        logits = logits + naive_bias(self.rel_pos_bias, None if pair_index is None else pair_index.positions)
     return self.proj((logits.softmax(dim=-1) @ v).transpose(1, 2).reshape(n, tokens, dim))
 
 
@@ -234,7 +241,7 @@ def naive_attention() -> Iterator[None]:
     """Attention as the published code has it, for comparison."""
     with (
         mock.patch.object(Attention, "forward", naive_forward),
-        mock.patch("masked_diffusion.models.gather_pairs", lambda index, ids_keep: ids_keep),
+        mock.patch("masked_diffusion.models.look_up_kept", lambda ids, *_, **__: KeptTokens(ids, None, None)),
     ):
         yield
 

@@ -1,6 +1,7 @@
 """Train MDTv2, MDT or DiT on a folder of images. Run the same command again to resume where it stopped."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -8,6 +9,7 @@ import torch
 from masked_diffusion import create_diffusion, create_model, dist_util, logger, script_util
 from masked_diffusion.config import RunConfig
 from masked_diffusion.latents.autoencoder import create_first_stage
+from masked_diffusion.layers.relative_attention import check_implementation
 from masked_diffusion.models import model_class
 from masked_diffusion.sampling.during_training import create_hooks
 from masked_diffusion.train_util import TrainLoop
@@ -28,10 +30,17 @@ from masked_diffusion.utils.evaluations import load_evaluations
 from masked_diffusion.utils.precision import check_precision, set_matmul_precision
 
 
-def build_model(config: RunConfig) -> torch.nn.Module:
-    """The model that a configuration describes, on this rank's device."""
+def make_model(config: RunConfig) -> torch.nn.Module:
+    """The model that a configuration describes, with the initial weights of its seed."""
     torch.manual_seed(config.train.seed)
-    model = create_model(config.architecture["name"], **config.architecture["options"]).to(dist_util.dev())
+    return create_model(config.architecture["name"], **config.architecture["options"])
+
+
+def build_model(config: RunConfig) -> torch.nn.Module:
+    """The model to train, on the meta device: the training loop gives each rank its weights, or its part of them."""
+    with torch.device("meta"):
+        model = make_model(config)
+    model.set_attention(config.train.attention, dist_util.dev())
     if config.train.grad_checkpoint:
         model.enable_grad_checkpoint()
     if config.train.compile:
@@ -54,6 +63,7 @@ def main() -> None:
     model_class(config.model.model)
     dist_util.join_process_group()
     check_precision(config.precision, dist_util.dev())
+    check_implementation(config.train.attention, dist_util.dev())
     set_matmul_precision(config.precision)
     logger.configure(config.log.log_dir, quiet=not dist_util.is_main())
     with own_log_dir(logger.get_dir()):
@@ -88,6 +98,7 @@ def train(config: RunConfig, log_dir: str) -> None:
         first_stage=first_stage,
         log_dir=log_dir,
         hooks=create_hooks(config, model, first_stage, create_comparison),
+        make_model=partial(make_model, config),
     )
     start = agree_on_start(log_dir, config, before)
     dist_util.run_on_main(write_run_config, log_dir, config, before, start.begins)

@@ -4,7 +4,6 @@ Every row is a command in a process of its own. The report is written after each
 `.md`; the same command goes on where the last one stopped. Without a GPU the same rows run at tiny sizes on the CPU.
 """
 
-import dataclasses
 import datetime
 import json
 import os
@@ -21,7 +20,6 @@ from typing import Any
 
 import torch
 from benchmark import device_name
-from benchmark_steps import BenchmarkConfig
 
 from masked_diffusion import script_util
 from masked_diffusion.utils.errors import UserError
@@ -30,8 +28,10 @@ from masked_diffusion.utils.options import Config, option
 
 REPO = Path(__file__).resolve().parents[1]
 GROUPS = ("tests", "training", "sampling", "attention", "VAE", "Inception")
-ATTENTION_FLAG = any(field.name == "attention" for field in dataclasses.fields(BenchmarkConfig))
 LENGTHS = range(128, 257, 16)
+BENCHMARK, ATTENTION, COMPONENT = (
+    f"scripts/{name}.py" for name in ("benchmark", "attention_benchmark", "component_benchmark")
+)
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Row:
 def all_rows(tiny: bool) -> list[Row]:
     """The rows in the order of their value."""
     rows = [Row("gpu tests", "tests", ("pytest", "-m", "gpu", "-q", "tests/test_gpu.py" if tiny else "tests"), 90)]
-    compiled = ("triton", "sdpa") if ATTENTION_FLAG else ("sdpa",)
+    compiled = ("triton", "sdpa")
     for how in compiled:
         rows += [training("XL", how, tiny), training("S", how, tiny)]
     rows += [sampling("XL", compiled[0], tiny), sampling("S", compiled[0], tiny)]
@@ -100,7 +100,7 @@ def forms(how: str) -> dict[str, Any]:
     """Number format, compilation and attention."""
     if how in ("naive", "eager"):
         return {"precision": "fp32" if how == "naive" else "bf16"}
-    return {"precision": "bf16", "compile": True} | ({"attention": how} if ATTENTION_FLAG else {})
+    return {"precision": "bf16", "compile": True, "attention": how}
 
 
 def describe(how: str) -> str:
@@ -114,22 +114,21 @@ def benchmark(size: str, flags: dict[str, Any], tiny: bool) -> tuple[str, ...]:
         flags |= {"device": "cpu", "threads": 1}
         if flags.get("attention") == "triton":
             flags["attention"] = "auto"  # the kernel is for a GPU
-    return ("scripts/benchmark.py", *as_words(flags))
+    return (BENCHMARK, *as_words(flags))
 
 
 def attention(heads: int, width: int, batch: int, tiny: bool) -> Row:
     """The attention alone, at all lengths that training sees."""
-    flags = {"component": "attention", "heads": heads, "head_width": width, "batch_size": batch}
-    flags |= {"batch_size": 1, "heads": 1, "repeats": 1, "device": "cpu", "grid": 8} if tiny else {}
-    lengths = ("32", "64") if tiny else tuple(map(str, LENGTHS))
-    words = ("scripts/component_benchmark.py", *as_words(flags), "--lengths", *lengths)
-    return Row(f"attention width {width}", "attention", words, 25)
+    flags = {"heads": heads, "head_width": width, "batch_size": batch}
+    flags |= {"batch_size": 1, "heads": 1, "steps": 1, "device": "cpu", "implementations": "sdpa"} if tiny else {}
+    lengths = map(str, LENGTHS[::8] if tiny else LENGTHS)
+    return Row(f"attention width {width}", "attention", (ATTENTION, *as_words(flags), "--lengths", *lengths), 40)
 
 
 def component(name: str, group: str, batch: int, tiny: bool) -> Row:
     flags = {"component": name, "batch_size": batch}
     flags |= {"batch_size": 1, "image_size": 32, "repeats": 1, "device": "cpu"} if tiny else {}
-    return Row(name, group, ("scripts/component_benchmark.py", *as_words(flags)), 25)
+    return Row(name, group, (COMPONENT, *as_words(flags)), 25)
 
 
 def as_words(flags: dict[str, Any]) -> tuple[str, ...]:

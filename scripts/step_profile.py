@@ -36,7 +36,9 @@ FUSED = r"cpp_fused|triton_(poi|red|per)_"
 ATTENTION_WORDS = r"attention|flash|fmha|mem_eff|sdpa|softmax|aten::(badd)?bmm"
 ATTENTION_WORDS += r"|^_(forward|backward_queries|backward_keys)_kernel"
 BIAS_WORDS = r"embedding|index|gather|scatter|table_gradient|pairbias|^_(sum_samples|fold)_kernel"
+HOST_WORDS = r"^## call|^torchdynamo|^torch-compiled"
 MATMUL_WORDS = r"gemm|nvjet|cutlass|cublas|xmma|splitk|mkldnn|triton_(tem|mm)|convolution|\b(add)?mm\b|linear"
+WORDS = {GAPS: HOST_WORDS, ATTENTION: ATTENTION_WORDS, BIAS: BIAS_WORDS, MATMUL: MATMUL_WORDS}
 REPEATS = 3
 SLOWEST = 12  # kernels or operations that are listed by name
 
@@ -71,7 +73,7 @@ def part_of(name: str) -> str:
     """The part of the step that a kernel or an operation belongs to, by its name; all but the optimizer's."""
     name = name.lower()
     fused = re.search(FUSED, name)
-    for part, words in ((ATTENTION, ATTENTION_WORDS), (BIAS, BIAS_WORDS), (MATMUL, MATMUL_WORDS)):
+    for part, words in WORDS.items():
         if re.search(words, name) and not (fused and part == MATMUL):
             return part
     return ELEMENTWISE

@@ -19,10 +19,19 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from evaluations import console, evaluator
-from masked_diffusion import create_diffusion, create_model, find_images, image_packing, logger, script_util
+from masked_diffusion import (
+    create_diffusion,
+    create_model,
+    dist_util,
+    find_images,
+    image_packing,
+    logger,
+    script_util,
+)
 from masked_diffusion.config import RunConfig, SampleConfig
 from masked_diffusion.guidance import Guidance
 from masked_diffusion.latents.autoencoder import IdentityFirstStage
+from masked_diffusion.layers.relative_attention import gather_pairs, relative_attention, relative_position_index
 from masked_diffusion.sampling.image_sampler import ImageSampler
 from masked_diffusion.sampling.solvers import create_solver
 from masked_diffusion.train_util import TrainLoop
@@ -81,20 +90,27 @@ class Batches:
         return [f"image_{step}_{i}.png" for i in range(8)]
 
 
-def make_loop(log_dir, device="cpu", hooks=(), data=None, **flags):
-    """A loop over `stream` that has resumed, with the flags of image_train.py."""
-    torch.manual_seed(0)
-    logger.configure(str(log_dir))
+def make_loop(log_dir, device="cpu", hooks=(), data=None, meta=False, num_classes=10, **flags):
+    """A loop over `stream` that has resumed, with the flags of image_train.py.
+
+    With `meta`, the model is on the meta device until the loop gives it its weights.
+    """
+    logger.configure(str(log_dir), quiet=not dist_util.is_main())
     small = {"model": "MDTv2_Nano_2", "image_size": 8, "vae": "identity", "mask_ratio": 0.3, "max_steps": 4}
     small |= {"batch_size": 8, "lr": 1e-3, "ema_rate": "0.9,0.99", "log_interval": 2, "save_interval": 2}
     config = resolve(RunConfig().replaced(**small | flags).check())
-    options = {"input_size": 8, "in_channels": 3, "num_classes": 10, "mask_ratio": config.model.mask_ratio, "depth": 2}
-    objective = TwoPassObjective(
-        create_model("MDTv2_Nano_2", **options).to(device), create_diffusion(), config.precision
-    )
-    loop = TrainLoop(
-        config, objective, data or Batches(), first_stage=IdentityFirstStage(), log_dir=log_dir, hooks=hooks
-    )
+    options = {"input_size": 8, "in_channels": 3, "num_classes": num_classes, "depth": 2}
+
+    def make_model():
+        torch.manual_seed(0)
+        return create_model("MDTv2_Nano_2", **options, mask_ratio=config.model.mask_ratio)
+
+    with torch.device("meta" if meta else "cpu"):
+        model = make_model()
+    model = model if meta else model.to(device)
+    parts = {"first_stage": IdentityFirstStage(), "log_dir": log_dir, "hooks": hooks}
+    objective = TwoPassObjective(model, create_diffusion(), config.precision)
+    loop = TrainLoop(config, objective, data or Batches(), make_model=make_model if meta else None, **parts)
     loop.resume()
     return loop
 
@@ -212,6 +228,55 @@ def read(path):
         return arrays["arr_0"].astype(int), arrays["arr_1"]
 
 
+# ---------------------------------------------------------------- attention
+
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+ATTENTION_LENGTHS = (1, 17, 128, 144, 160, 176, 256)
+
+
+def draw_attention(length, width, kept, dtype=torch.float32, samples=2, heads=2, grid=None):
+    """Inputs of attention, packed as the qkv layer leaves them, with a gradient of the output."""
+    torch.manual_seed(0)
+    if grid is None:
+        side = max(side for side in range(1, 17) if length % side == 0)
+        grid = (16, 16) if kept else (side, length // side)
+    tokens = grid[0] * grid[1]
+    positions = torch.rand(samples, tokens).argsort(1)[:, :length].sort(1).values.to(DEVICE) if kept else None
+    qkv = torch.randn(samples, length, 3, heads, width).to(DEVICE, dtype)
+    table = torch.randn((2 * grid[0] - 1) * (2 * grid[1] - 1) + 3, heads).to(DEVICE)
+    return qkv, table, positions, grid, torch.randn(samples, heads, length, width).to(DEVICE, dtype)
+
+
+def attend(kind, qkv, table, positions, grid, grad_out):
+    """Output and the gradients of q, k, v and table, in float64: of an implementation, or written out."""
+    dtype = torch.float64 if kind == "exact" else qkv.dtype
+    qkv = qkv.to(dtype, copy=True).requires_grad_()
+    table = table.to(torch.float64 if kind == "exact" else torch.float32, copy=True).requires_grad_()
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)
+    if kind in ("sdpa", "triton"):
+        out = relative_attention(q, k, v, table, positions, grid, kind)
+    else:
+        index = relative_position_index(*grid).to(DEVICE)
+        rows = index[None] if positions is None else gather_pairs(index, positions)
+        bias = F.embedding(rows, table).permute(0, 3, 1, 2).to(dtype)
+        out = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5 + bias).softmax(-1) @ v
+    out.backward(grad_out.to(dtype))
+    return [value.double() for value in (out.detach(), *qkv.grad.unbind(2), table.grad)]
+
+
+def check_attention(length, width, kept, dtype, **options):
+    inputs = draw_attention(length, width, kept, dtype, **options)
+    exact = attend("exact", *inputs)
+    # In single precision both err by roundings only, and which of the two rounds better is chance.
+    floor = 1e-5 if dtype != torch.float32 else 2e-5
+    for kind in ("triton", "sdpa"):
+        values = zip(attend(kind, *inputs), attend("eager", *inputs), exact, strict=True)
+        for name, (ours, eager, true) in zip(("out", "q", "k", "v", "table"), values, strict=True):
+            error, allowed = (ours - true).abs().max().item(), 2 * (eager - true).abs().max().item() + floor
+            assert error <= allowed, f"{kind}, {name}: an error of {error:.2e}, allowed {allowed:.2e}"
+
+
 # ---------------------------------------------------------------- editing and the web page
 
 
@@ -266,6 +331,26 @@ def half_distances(u, v):
     norms = [(x * x).astype(np.float32).sum(1).astype(np.float16) for x in (u, v)]
     products = (u.astype(np.float32) @ v.astype(np.float32).T).astype(np.float16)
     return np.maximum(norms[0][:, None] - np.float16(2) * products + norms[1], np.float16(0)).astype(np.float32)
+
+
+def adm_distances(u, v, tile=10_000):
+    """ADM's formula and rule in eager TensorFlow, each tile by itself: in half precision where it is finite in it."""
+    from evaluations.inception_tensorflow import import_tensorflow
+
+    tf = import_tensorflow()
+
+    def formula(u, v):
+        norm_u = tf.reshape(tf.reduce_sum(tf.square(u), 1), [-1, 1])
+        norm_v = tf.reshape(tf.reduce_sum(tf.square(v), 1), [1, -1])
+        return tf.maximum(norm_u - 2 * tf.matmul(u, v, False, True) + norm_v, 0.0)
+
+    def of_tile(u, v):
+        half = formula(tf.cast(u, tf.float16), tf.cast(v, tf.float16)).numpy()
+        return half.astype(np.float32) if np.isfinite(half).all() else formula(u, v).numpy()
+
+    with tf.device("CPU"):
+        rows, columns = range(0, len(u), tile), range(0, len(v), tile)
+        return np.block([[of_tile(u[i : i + tile], v[j : j + tile]) for j in columns] for i in rows])
 
 
 def exact_distances(u, v):

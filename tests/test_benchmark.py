@@ -5,7 +5,9 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from unittest import mock
 
+import attention_benchmark
 import benchmark
 import benchmark_steps
 import pytest
@@ -248,3 +250,18 @@ def test_compiled_blocks_compute_the_same_in_bf16():
     with torch.no_grad():
         ours, theirs = (autocast(model, "bf16")(x, t, y) for model in (eager, compiled))
     torch.testing.assert_close(theirs, ours, rtol=0.02, atol=0.02 * ours.abs().max().item())
+
+
+def test_attention_alone_is_measured_for_both_implementations():
+    pytest.importorskip("triton")
+    config = attention_benchmark.AttentionConfig(
+        batch_size=1, heads=1, head_width=16, lengths=(9, 16), implementations=("sdpa", "triton"), steps=1
+    ).check()
+    with mock.patch.object(attention_benchmark, "GRID", (4, 4)):
+        rows = attention_benchmark.attention_rows(config)
+    assert [(row["length"], row["implementation"]) for row in rows] == [
+        (9, "sdpa"), (9, "triton"), (16, "sdpa"), (16, "triton")
+    ]  # fmt: skip
+    assert all(row["difference"] < 1e-5 and row["forward_backward_ms"] > 0 for row in rows)
+    with pytest.raises(ValueError, match="--lengths has 300, but the grid has 256 tokens"):
+        config.replaced(lengths=(300,)).check()

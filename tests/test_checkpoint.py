@@ -9,6 +9,7 @@ import torch
 from masked_diffusion import create_model, load_model
 from masked_diffusion.utils.errors import UserError
 from masked_diffusion.utils.files import atomic_write
+from masked_diffusion.weights import checkpoint
 from masked_diffusion.weights.checkpoint import latest_step, newest_ema, parse_step, save_checkpoint
 
 
@@ -53,10 +54,10 @@ def values(folder, step):
 
 
 @pytest.mark.parametrize("file", ["model", "ema_0.9_", "ema_0.99_", "opt"])
-@pytest.mark.parametrize("call", ["save", "fsync"])
+@pytest.mark.parametrize("call", ["save_tensors", "fsync"])
 def test_a_full_disk_gets_its_space_back(file, call, tmp_path, monkeypatch):
     save(tmp_path, 4, 1.0)
-    owner = torch if call == "save" else os
+    owner = checkpoint if call == "save_tensors" else os
     whole = getattr(owner, call)
 
     def full(*arguments):

@@ -14,6 +14,7 @@ ROW = {
     "runs": [{"intervals": {"fid": [1.134, 1.334]}}],
     "warnings": [],
 }
+NAN = float("nan")
 
 
 def run(monkeypatch, capsys, *arguments):
@@ -52,3 +53,18 @@ def test_other_files_are_refused(tmp_path, monkeypatch, capsys, content):
     (tmp_path / "a.json").write_text(content)
     code, _, errors = run(monkeypatch, capsys, tmp_path / "a.json")
     assert code == 2 and "a.json is no result of evaluator.py --json" in errors
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"metrics": {"fid": NAN, "kid": 1.0}}, "fid is nan"),
+        ({"metrics": {"fid": float("inf")}}, "fid is inf"),
+        ({"over_seeds": {"fid": {"mean": 1.0, "half_width": NAN}}}, "fid is nan"),
+        ({"runs": [{"intervals": {"fid": [NAN, 2.0]}}]}, "fid is nan"),
+    ],
+)
+def test_what_is_no_number_is_refused(tmp_path, monkeypatch, capsys, change, message):
+    (tmp_path / "a.json").write_text(json.dumps(ROW | change))
+    code, output, errors = run(monkeypatch, capsys, tmp_path / "a.json")
+    assert code == 2 and output == "" and f"a.json: {message}, which compares with nothing" in errors

@@ -1,6 +1,12 @@
 """How a command of evaluations/ ends, on one rank and on several."""
 
+import shutil
+import signal
+import subprocess
+import sys
+
 import pytest
+from helpers import REPO
 
 from evaluations import console, files, ranks
 from evaluations.errors import UserError
@@ -32,6 +38,42 @@ def test_ctrl_c_ends_without_a_traceback(capsys):
     with pytest.raises(SystemExit) as stop:
         console.run(failing(KeyboardInterrupt()))
     assert stop.value.code == 130 and capsys.readouterr().err == "interrupted\n"
+
+
+def test_ctrl_c_during_the_imports_ends_without_a_traceback(tmp_path):
+    for name in ("as_package.py", "__init__.py"):
+        shutil.copy(REPO / "evaluations" / name, tmp_path)
+    script = "if __spec__ is None:\n    from as_package import run_script\n\n    run_script(__file__)\n"
+    (tmp_path / "evaluator.py").write_text(script + "else:\n    raise KeyboardInterrupt\n")
+    result = subprocess.run([sys.executable, tmp_path / "evaluator.py"], capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (130, "interrupted\n")
+
+
+def test_ctrl_c_ends_the_processes_of_all_devices(monkeypatch):
+    told = []
+
+    class Process:
+        """The first is interrupted while it is waited for; the second does not hear of it."""
+
+        def __init__(self, command, env):
+            self.rank, self.waits = env["RANK"], 0
+
+        def wait(self, timeout=None):
+            self.waits += 1
+            if timeout is None and self.waits == 1:
+                raise KeyboardInterrupt
+            if self.rank == "1" and timeout is not None:
+                raise subprocess.TimeoutExpired("evaluator.py", timeout)
+
+        def send_signal(self, number):
+            told.append((self.rank, number))
+
+        def kill(self):
+            told.append((self.rank, "kill"))
+
+    monkeypatch.setattr(ranks.subprocess, "Popen", Process)
+    assert ranks.launch(2) == 130
+    assert told == [("0", signal.SIGINT), ("1", signal.SIGINT), ("1", "kill")]
 
 
 @pytest.mark.parametrize("rank, expected", [("0", KeyError), ("1", SystemExit)])

@@ -7,8 +7,21 @@ import sys
 
 import numpy as np
 import pytest
-from helpers import REPO, Trap, by_definition, crops, evaluate, needs_tensorflow, numbers, small_features, write_npz
+from helpers import (
+    REPO,
+    Trap,
+    adm_distances,
+    by_definition,
+    crops,
+    evaluate,
+    needs_tensorflow,
+    numbers,
+    small_features,
+    write_npz,
+)
 from PIL import Image
+
+from evaluations import evaluator
 
 ADM_LINES = ["Inception Score", "FID", "sFID", "Precision", "Recall"]
 
@@ -18,6 +31,20 @@ def frechet(features1, features2):
     centred = [(f - f.mean(0)) / np.sqrt(len(f) - 1) for f in (features1, features2)]
     roots = np.linalg.svd(centred[0] @ centred[1].T, compute_uv=False).sum()
     return ((features1.mean(0) - features2.mean(0)) ** 2).sum() + sum((c**2).sum() for c in centred) - 2 * roots
+
+
+def adm_precision_recall(batches):
+    """By ADM's formula from TensorFlow's own features: to the last image."""
+    from evaluations.inception_tensorflow import TensorFlowInception
+
+    network = TensorFlowInception(batches / "small.pb")
+    reference, samples = (
+        np.concatenate([network(images[i : i + 64])["pool"] for i in range(0, len(images), 64)])
+        for images in (np.load(batches / f"{name}.npz")["arr_0"] for name in ("reference", "samples"))
+    )
+    radii, sample_radii = (np.sort(adm_distances(f, f), axis=1)[:, 3] for f in (reference, samples))
+    across = adm_distances(reference, samples)
+    return (across <= radii[:, None]).any(0).mean(), (across <= sample_radii).any(1).mean()
 
 
 @needs_tensorflow
@@ -36,8 +63,9 @@ def test_the_numbers_are_the_definitions(batches, monkeypatch, capsys):
     score = np.exp((p * (np.log(p) - np.log(p.mean(0)))).sum(1).mean())
     assert found["Inception Score"] == pytest.approx(score, rel=1e-4)
     expected = by_definition(*(f["pool"].astype(np.float32) for f in (reference, samples)))
-    for name in ("precision", "recall", "density", "coverage"):
+    for name in ("density", "coverage"):
         assert found[name.capitalize()] == pytest.approx(expected[name], abs=2e-3)
+    assert (found["Precision"], found["Recall"]) == adm_precision_recall(batches)
     assert "samples.npz holds 120 images: published numbers have 50000" in errors
 
 
@@ -58,6 +86,7 @@ def test_ready_made_statistics_are_used(batches, tmp_path, monkeypatch, capsys):
 
 @needs_tensorflow
 def test_a_run_is_told_in_full(batches, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TF_ENABLE_ONEDNN_OPTS", "1")
     files = [batches / f"{name}.npz" for name in ("reference", "samples", "other_seed")]
     out, picture = tmp_path / "out.json", tmp_path / "out.png"
     flags = [
@@ -77,6 +106,10 @@ def test_a_run_is_told_in_full(batches, tmp_path, monkeypatch, capsys):
     assert [run["count"] for run in runs] == [120, 120] and row["reference"]["count"] == 150
     assert runs[0]["description"]["settings"] == {"cfg_scale": 3.8} and len(runs[1]["sha256"]) == 64
     assert row["backend"] == "tensorflow" and {"python", "numpy", "torch"} <= row["versions"].keys()
+    assert any(name.startswith("tensorflow") for name in row["versions"])  # tensorflow-cpu has another name
+    assert "cores" in row["device"] and row["distances"].endswith("by the operations of ADM's graph in TensorFlow")
+    assert row["variables"] == {"TF_ENABLE_ONEDNN_OPTS": "1"}
+    assert f"computed by tensorflow on {row['device']} (python " in output and row["distances"] in output
     assert len(row["warnings"]) == 3
     fids = [run["metrics"]["fid"] for run in runs]
     assert row["metrics"]["fid"] == pytest.approx(np.mean(fids))
@@ -156,13 +189,98 @@ def test_images_of_one_colour_are_counted(batches, tmp_path, monkeypatch, capsys
         (["--batch_size=0"], "--batch_size is 0"),
         (["--json=nowhere/a.json"], "the folder of nowhere/a.json does not exist"),
         (["--plot=a.jpg"], "name a .png"),
+        (["--json=."], ". is a folder: name a file in it"),
+        (["--plot=."], ". is a folder: name a file in it"),
         (["--inception=nowhere.pb"], "nowhere.pb, which does not exist"),
+        (["--inception=."], "--inception names ., which is no file"),
+        (["--dinov2=nowhere.pth"], "--dinov2 names nowhere.pth, which is no file"),
     ],
     ids=str,
 )
 def test_wrong_flags_end_in_one_sentence(batches, monkeypatch, capsys, flags, message):
+    monkeypatch.setattr(evaluator, "create_network", None)
     code, _, errors = evaluate(monkeypatch, capsys, batches / "reference.npz", batches / "samples.npz", *flags)
     assert code == 2 and errors.startswith("error: ") and message in errors
+
+
+def constant(count, rng):
+    return rng.integers(0, 256, (count, 1, 1, 3), dtype=np.uint8).repeat(32, 1).repeat(32, 2)
+
+
+@pytest.mark.parametrize(
+    "name, reference, samples, flags, message",
+    [
+        (
+            "few samples",
+            {},
+            {"arr_0": crops(3, 0)},
+            [],
+            "a.npz holds 3 images, which have no 3 neighbours each: use at",
+        ),
+        ("few references", {"arr_0": crops(5, 0)}, {}, [], "or leave dc out of --metrics"),
+        ("equal", {}, {"arr_0": crops(1, 0).repeat(9, 0)}, [], "a.npz: all 9 images are the same"),
+        (
+            "flat",
+            {},
+            {"arr_0": constant(9, np.random.default_rng(0))},
+            [],
+            "a.npz: all 9 images are of one colour each",
+        ),
+        ("equal reference", {"arr_0": crops(1, 0).repeat(9, 0)}, {}, [], "r.npz: all 9 images are the same"),
+        ("nan", {}, {"arr_0": np.full((9, 32, 32, 3), np.nan)}, [], "arr_0 is float64, not uint8"),
+        ("minus", {"mu": np.zeros(32), "sigma": -np.eye(32)}, {}, ["--metrics=fid"], "no eigenvalue below 0"),
+        ("nan mean", {"mu": np.full(32, np.nan), "sigma": np.eye(32)}, {}, ["--metrics=fid"], "mu holds NaN"),
+        ("shapes", {"mu": np.zeros(32), "sigma": np.eye(31)}, {}, ["--metrics=fid"], "must be (d,) and (d, d)"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_no_network_mends_is_said_before_there_is_one(
+    batches, tmp_path, monkeypatch, capsys, name, reference, samples, flags, message
+):
+    monkeypatch.setattr(evaluator, "create_network", None)
+    paths = [batches / "reference.npz", batches / "samples.npz"]
+    for place, arrays in enumerate((reference, samples)):
+        if arrays:
+            paths[place] = tmp_path / ("r.npz", "a.npz")[place]
+            np.savez(paths[place], **arrays)
+    code, _, errors = evaluate(monkeypatch, capsys, *paths, *flags)
+    assert code == 2 and errors.startswith("error: ") and message in errors and len(errors.splitlines()) == 1
+
+
+def test_samples_that_are_named_twice_are_refused(batches, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(evaluator, "create_network", None)
+    (tmp_path / "link.npz").symlink_to(batches / "samples.npz")
+    paths = [batches / f"{name}.npz" for name in ("reference", "samples", "other_seed")]
+    code, _, errors = evaluate(monkeypatch, capsys, *paths, tmp_path / "link.npz")
+    assert code == 2 and "samples.npz is named twice" in errors
+
+
+@needs_tensorflow
+def test_a_reference_of_another_network_is_refused_before_this_one_runs(batches, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(evaluator, "collect", None)
+    flags = ["--inception", batches / "small.pb", "--backend=tensorflow", "--metrics=fid,sfid"]
+    for sizes, message in (((33, 448), "mu has shape (33,), but the network gives 32 pool"),
+                           ((32, 447), "mu_s has shape (447,), but the network gives 448 spatial")):  # fmt: skip
+        pool, spatial = sizes
+        statistics = {
+            "mu": np.zeros(pool),
+            "sigma": np.eye(pool),
+            "mu_s": np.zeros(spatial),
+            "sigma_s": np.eye(spatial),
+        }
+        np.savez(tmp_path / "ready.npz", **statistics)
+        code, _, errors = evaluate(monkeypatch, capsys, tmp_path / "ready.npz", batches / "samples.npz", *flags)
+        assert code == 2 and message in errors
+
+
+@needs_tensorflow
+def test_exact_distances_are_told(batches, tmp_path, monkeypatch, capsys):
+    files = [batches / "reference.npz", batches / "samples.npz", "--inception", batches / "small.pb"]
+    flags = ["--backend=tensorflow", "--metrics=pr", "--exact_distances", "--json", tmp_path / "a.json"]
+    code, output, _ = evaluate(monkeypatch, capsys, *files, *flags)
+    row = json.loads((tmp_path / "a.json").read_text())
+    assert code == 0 and row["distances"] == "single precision, without the half-precision rule"
+    assert row["distances"] in output and list(row["metrics"]) == ["precision", "recall"]
 
 
 # ---------------------------------------------------------------- several processes, both backends

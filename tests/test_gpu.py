@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from fill import fill, tensor
-from helpers import make_loop, tensors, trained
+from helpers import ATTENTION_LENGTHS, attend, check_attention, draw_attention, make_loop, tensors, trained
 
 from masked_diffusion import create_diffusion, create_model
 from masked_diffusion.guidance import Guidance
@@ -20,6 +20,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
 ]
+DEVICE = torch.device("cuda")
 T, Y = torch.tensor([730, 10]), torch.tensor([3, 999])
 
 
@@ -106,3 +107,51 @@ def test_diffusion_tables_follow_the_device(latents):
     diffusion = create_diffusion()
     ours = diffusion.q_sample(latents.cuda(), T.cuda(), tensor("noise", latents.shape).cuda()).cpu()
     torch.testing.assert_close(ours, diffusion.q_sample(latents, T, tensor("noise", latents.shape)))
+
+
+# ---------------------------------------------------------------- attention
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("width", [32, 64, 72])
+def test_attention_errs_no_more_than_eager_attention(width, dtype):
+    for length in ATTENTION_LENGTHS:
+        for kept in (False, True):
+            check_attention(length, width, kept, dtype, samples=5, heads=3)
+
+
+@pytest.mark.parametrize("kind", ["sdpa", "triton"])
+def test_gradients_of_attention_are_the_same_in_every_run(kind):
+    inputs = draw_attention(160, 72, True, torch.bfloat16, samples=8, heads=4)
+    first = attend(kind, *inputs)
+    for _ in range(3):
+        # PyTorch's own backward adds up the gradient of q in any order; the table's is ours in both.
+        for ours, theirs in list(zip(attend(kind, *inputs), first, strict=True))[4 if kind == "sdpa" else 0 :]:
+            assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_kernel_trains_a_model_as_sdpa_does(compiled):
+    options = {"input_size": 32, "mask_ratio": 0.3, "depth": 4, "decode_layer": 2}
+    model = fill(create_model("MDTv2_S_2", **options)).cuda().train()
+    objective = TwoPassObjective(model, create_diffusion(snr_gamma=5.0), "bf16", kept_multiple=16)
+    x, t, y = torch.randn(4, 4, 32, 32).cuda(), torch.arange(4).cuda() * 250, torch.arange(4).cuda()
+    draws, results = objective.draw(x), {}
+    if compiled:
+        model.compile_blocks()
+    for kind in ("sdpa", "triton"):
+        model.set_attention(kind, DEVICE)
+        assert model.attention_in_use(DEVICE, torch.bfloat16) == kind
+        model.zero_grad()
+        loss = objective(x, t, y, **draws)["loss"].mean()
+        loss.backward()
+        results[kind] = [loss.detach(), *(param.grad.clone() for param in model.parameters() if param.grad is not None)]
+    for ours, theirs in zip(results["triton"], results["sdpa"], strict=True):
+        assert (ours - theirs).norm() <= 0.03 * theirs.norm()
+
+
+def test_auto_takes_the_kernel_in_half_precision():
+    model = create_model("MDTv2_Nano_2", input_size=8).cuda()
+    new_enough = torch.cuda.get_device_capability() >= (8, 0)
+    assert model.attention_in_use(DEVICE, torch.bfloat16) == ("triton" if new_enough else "sdpa")
+    assert model.attention_in_use(DEVICE, None) == "sdpa"

@@ -82,8 +82,8 @@ def test_a_spike_is_reported_with_its_files(tmp_path, capsys):
 def test_a_spike_names_the_worst_samples_of_all_ranks(tmp_path, capsys, monkeypatch):
     gather = dist_util.gather_objects
     other = [(1e9, 5, 3, "of_rank_1.png")]
-    monkeypatch.setattr(dist_util, "gather_objects", lambda value: [*gather(value), other])
     loop = make_loop(tmp_path, max_steps=41, log_interval=100, spike_zscore=5.0, mask_ratio=None)
+    monkeypatch.setattr(dist_util, "gather_objects", lambda value: [*gather(value), other])
     planted(loop, {(40, 0): 300.0}).run_loop()
     lines = capsys.readouterr().out.splitlines()
     first = next(i for i, line in enumerate(lines) if "is a spike" in line)
@@ -113,7 +113,7 @@ def test_rolling_back_restores_everything(tmp_path):
 
 def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):
     loop = make_loop(tmp_path, max_steps=4)
-    whole_save, calls = torch.save, []
+    whole_save, calls = checkpoint.save_tensors, []
 
     def full_at_the_third_file(value, file):
         calls.append(file)
@@ -122,7 +122,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):
             raise OSError(errno.ENOSPC, "No space left on device")
         whole_save(value, file)
 
-    monkeypatch.setattr(checkpoint.torch, "save", full_at_the_third_file)
+    monkeypatch.setattr(checkpoint, "save_tensors", full_at_the_third_file)
     with pytest.raises(OSError, match="No space left"):
         loop.run_loop()
     monkeypatch.undo()

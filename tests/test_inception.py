@@ -1,12 +1,13 @@
 """Both backends against each other on a full Inception-v3, and TensorFlow against numpy on a small graph."""
 
+import os
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
-from helpers import DATA, REPO, needs_tensorflow, small_features
+from helpers import DATA, REPO, crops, needs_tensorflow, small_features
 from inception_graphs import NODES, write_small_graph
 from sklearn.datasets import load_sample_images
 
@@ -31,6 +32,55 @@ def test_the_names_of_the_graph():
     assert convolutions() == expected and len(expected) == 94
 
 
+def relative(found, expected):
+    """Largest difference, as a share of the largest feature."""
+    return float(np.abs(np.asarray(found) - np.asarray(expected)).max() / np.abs(np.asarray(expected)).max())
+
+
+def test_what_makes_it_fast_does_not_change_the_features(inception_graph, tmp_path):
+    """Against torch-fidelity's own network, which is slower."""
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    torch.save(read_weights(inception_graph), tmp_path / "weights.pth")
+    published = FeatureExtractorInceptionV3("inception", ["2048", "logits_unbiased"], tmp_path / "weights.pth")
+    own = TorchInception(inception_graph)
+    for images in photos():
+        pool, logits = published(torch.from_numpy(images).permute(0, 3, 1, 2))
+        found = own(images)
+        assert relative(found["pool"], pool) < 1e-5 and relative(found["logits"], logits) < 1e-5
+
+
+@pytest.mark.parametrize("count", [pytest.param(66, marks=pytest.mark.slow), 18])
+@pytest.mark.parametrize("backend", [TorchInception, pytest.param(TensorFlowInception, marks=needs_tensorflow)])
+def test_features_do_not_depend_on_the_batch_size(inception_graph, backend, count):
+    network, images = backend(inception_graph), crops(count, seed=4)
+    whole, *parts = ([network(images[start : start + size]) for start in range(0, count, size)] for size in (64, 7, 1))
+    for name in ("pool", "spatial", "logits"):
+        expected = np.concatenate([features[name] for features in whole])
+        for part in parts:
+            assert relative(np.concatenate([features[name] for features in part]), expected) < 1e-5
+
+
+def cpu_time():
+    times = os.times()
+    return times.user + times.system
+
+
+@needs_tensorflow
+@pytest.mark.slow
+def test_torch_is_about_as_fast_as_tensorflow(inception_graph):
+    networks, images = [TorchInception(inception_graph), TensorFlowInception(inception_graph)], crops(32, 0, size=256)
+    spent = [[], []]
+    for _ in range(3):
+        for network, times in zip(networks, spent, strict=True):
+            start = cpu_time()
+            network(images)
+            times.append(cpu_time() - start)
+    torch_time, tensorflow_time = map(min, spent)
+    print(f"\nCPU time of 32 images: torch {torch_time:.2f} s, TensorFlow {tensorflow_time:.2f} s")
+    assert torch_time < 1.5 * tensorflow_time
+
+
 @needs_tensorflow
 @pytest.mark.slow
 def test_torch_and_tensorflow_see_the_same(inception_graph):
@@ -51,7 +101,7 @@ def test_weights_come_out_of_the_graph(inception_graph, tmp_path):
     first = inception(images)
     assert [tuple(f.shape) for f in first.values()] == [(2, 2048), (2, 2023), (2, 1008)]
     torch.testing.assert_close(first["logits"], first["pool"] @ inception.logit_weights)
-    torch.save(inception.extractor.state_dict(), tmp_path / "weights.pth")
+    torch.save(read_weights(inception_graph), tmp_path / "weights.pth")
     again = TorchInception(tmp_path / "weights.pth")(images)
     assert all(torch.equal(first[name], again[name]) for name in first)
 

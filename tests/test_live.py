@@ -5,12 +5,12 @@ import json
 import numpy as np
 import pytest
 import torch
-from helpers import assert_same, crops, fork, run_train, tensors, train_flags
+from helpers import assert_same, crops, evaluate, fork, numbers, run_train, tensors, train_flags
 
 from evaluations import live
 from evaluations.inception_torch import TorchInception
 from evaluations.live import LiveEvaluation
-from evaluations.metrics import frechet_distance, gaussian_statistics, kernel_distance
+from evaluations.metrics import frechet_distance, gaussian_statistics
 from masked_diffusion import load_model
 from masked_diffusion.latents.autoencoder import IdentityFirstStage
 from masked_diffusion.sampling import during_training
@@ -82,24 +82,30 @@ def test_ranks_share_the_images(images, reference, tmp_path, monkeypatch):
     assert two == pytest.approx(one, rel=1e-3)
 
 
-def test_inception_is_used_where_it_is_at_hand(inception_graph, tmp_path, monkeypatch):
+def test_training_finds_what_the_evaluator_finds(inception_graph, tmp_path, monkeypatch, capsys):
+    """The same images through both code paths, in other batches, where Inception is at hand."""
     monkeypatch.setenv("INCEPTION_V3_PATH", str(inception_graph))
-    reference, samples, network = crops(3, seed=0), crops(4, seed=1), TorchInception(inception_graph)
-    expected, drawn = (network(batch)["pool"].numpy() for batch in (reference, samples))
-    mu, sigma = gaussian_statistics(expected)
+    reference, samples = crops(3, seed=0), crops(4, seed=1)
+    mu, sigma = gaussian_statistics(TorchInception(inception_graph)(reference)["pool"].numpy())
     np.savez(tmp_path / "ready.npz", reference, mu=mu + 1, sigma=sigma)
+    np.savez(tmp_path / "samples.npz", samples)
     torch.manual_seed(3)
     before = torch.get_rng_state()
     found = LiveEvaluation(tmp_path / "ready.npz", (32, 32))([samples[:3], samples[3:]])
     assert torch.equal(torch.get_rng_state(), before)
-    fid = frechet_distance(*gaussian_statistics(drawn), mu + 1, sigma)
-    assert found["fid"] == pytest.approx(fid, rel=1e-4) and fid > 1000
-    assert found["kid"] == pytest.approx(kernel_distance(expected, drawn)[0], rel=1e-3)
+    files = [tmp_path / "ready.npz", tmp_path / "samples.npz", "--metrics=fid,kid", "--backend=torch"]
+    code, output, _ = evaluate(monkeypatch, capsys, *files)
+    assert code == 0 and found["fid"] > 1000
+    assert found["fid"] == pytest.approx(numbers(output)["FID"], rel=1e-6)
+    assert found["kid"] == pytest.approx(numbers(output)["KID"], rel=1e-5)
 
 
 def test_references_that_cannot_serve_are_refused(reference, tmp_path, images, monkeypatch, capsys):
     with pytest.raises(ValueError, match=r"images of \(8, 8\), the model draws \(16, 16\)"):
         LiveEvaluation(reference, (16, 16))
+    np.savez(tmp_path / "equal.npz", crops(1, seed=0, size=16).repeat(5, axis=0))
+    with pytest.raises(ValueError, match="all 5 images are the same"):
+        LiveEvaluation(tmp_path / "equal.npz", (16, 16))
     np.savez(tmp_path / "ready.npz", mu=np.zeros(3), sigma=np.eye(3))
     with pytest.raises(ValueError, match="is not at hand"):
         LiveEvaluation(tmp_path / "ready.npz", (16, 16))

@@ -5,6 +5,7 @@ import sys
 
 import measure_gpu
 import pytest
+from attention_benchmark import AttentionConfig
 from benchmark_steps import BenchmarkConfig
 from component_benchmark import ComponentConfig
 from measure_gpu import Row
@@ -12,6 +13,11 @@ from measure_gpu import Row
 from masked_diffusion import script_util
 from masked_diffusion.utils.errors import UserError
 
+FLAGS = {
+    measure_gpu.BENCHMARK: BenchmarkConfig,
+    measure_gpu.ATTENTION: AttentionConfig,
+    measure_gpu.COMPONENT: ComponentConfig,
+}
 WRITE = "import json, sys; json.dump({}, open(sys.argv[-1], 'w'))"
 GOOD = {"rows": [{"name": "train", "ms": 2.5, "share_of_peak": 0.5}], "matmul_tflops": {"bf16": 700.0}}
 
@@ -106,18 +112,18 @@ def test_the_result_of_tests(tmp_path):
 
 @pytest.mark.parametrize("tiny", [True, False])
 def test_rows_are_commands_with_flags_that_exist(tiny, monkeypatch):
-    monkeypatch.setattr(BenchmarkConfig, "check", lambda self: self)  # of a GPU that is not here
+    for kind in FLAGS.values():
+        monkeypatch.setattr(kind, "check", lambda self: self)  # of a GPU that is not here
     rows = measure_gpu.all_rows(tiny)
     assert len({row.name for row in rows}) == len(rows) and {row.group for row in rows} == set(measure_gpu.GROUPS)
     for row in rows:
         if row.words[0] == "pytest":
             continue
         assert (measure_gpu.REPO / row.words[0]).exists()
-        kind = BenchmarkConfig if row.words[0].endswith("/benchmark.py") else ComponentConfig
-        script_util.parse_flags(kind, "", row.words[1:])
+        script_util.parse_flags(FLAGS[row.words[0]], "", row.words[1:])
     text = " ".join(row.name for row in rows)
     for size in ("S", "B", "L", "XL"):
-        for how in ("naive fp32", "eager bf16", "compiled bf16 sdpa"):
+        for how in ("naive fp32", "eager bf16", "compiled bf16 sdpa", "compiled bf16 triton"):
             assert f"train {size}/2 {how}" in text
     assert "sample S/2" in text and "sample XL/2" in text and "attention width 72" in text
 

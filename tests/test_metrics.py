@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from evaluations.errors import UserError
 from evaluations.metrics import (
     GaussianStatistics,
     InceptionScore,
@@ -141,6 +142,30 @@ def test_statistics_that_disagree_are_refused(change, message):
     arguments = {"mu1": np.zeros(2), "sigma1": np.eye(2), "mu2": np.zeros(2), "sigma2": np.eye(2)} | change
     with pytest.raises(ValueError, match=message):
         frechet_distance(**arguments)
+
+
+@pytest.mark.parametrize(
+    "sigma, message",
+    [
+        (-np.eye(4), "has no eigenvalue below 0, but one is -1"),
+        (np.diag([1.0, 1.0, -0.01, 1.0]), "has no eigenvalue below 0, but one is -0.01"),
+        (np.eye(4) + 0.1 * np.eye(4, k=1), "two halves differ by 0.1"),
+    ],
+)
+def test_matrices_that_are_no_covariances_are_refused(sigma, message):
+    for arguments in ((sigma, np.eye(4)), (np.eye(4), sigma)):
+        with pytest.raises(UserError, match=message):
+            frechet_distance(np.zeros(4), arguments[0], np.zeros(4), arguments[1])
+
+
+def test_a_distance_below_zero_is_an_error_unless_it_is_rounding():
+    rng = np.random.default_rng(8)
+    rounded = random_covariance(rng, 50, rank=5).astype(np.float32)  # as other tools save it
+    assert np.linalg.eigvalsh(rounded.astype(np.float64)).min() < 0
+    assert 0 <= frechet_distance(np.zeros(50), rounded, np.zeros(50), rounded) < 1e-4
+    many = np.diag([1.0] + [-9e-7] * 200)  # each could be rounding; all of them are not
+    with pytest.raises(UserError, match=r"distance is -0\.000(36|35).*, which no covariances give"):
+        frechet_distance(np.zeros(201), many, np.zeros(201), many)
 
 
 def timed(function, *arguments):

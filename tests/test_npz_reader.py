@@ -70,11 +70,12 @@ def test_pickles_are_never_loaded(tmp_path):
         (IMAGES[:1], "holds 1 images"),
         (npy_header((10**9, 64, 64, 3)), "needs 12288000000000 bytes, but the file has 0"),
         (npy_header((-1, 64, 64, 3)) + b"x", "needs -12288 bytes"),
+        (npy_header((4, -2, -3, 3)) + bytes(72), r"\(4, -2, -3, 3\): images must be"),
         (b"\x93NUMPY\x01\x00\x10\x00__import__('os')", "no array that can be read"),
         (b"\x93NUMPY\x09\x00" + bytes(50), r"version is \(9, 0\)"),
         (b"", "no array that can be read"),
     ],
-    ids=range(10),
+    ids=range(11),
 )
 def test_wrong_arrays_are_refused_in_one_sentence(tmp_path, member, message):
     with pytest.raises(ValueError, match=message):
@@ -86,6 +87,8 @@ def test_wrong_arrays_are_refused_in_one_sentence(tmp_path, member, message):
     [
         (np.zeros(3), np.full((3, 3), np.nan), "sigma holds NaN"),
         (np.zeros(3), np.zeros((3, 2)), r"must be \(d,\) and \(d, d\)"),
+        (np.zeros(0), np.zeros((0, 0)), r"must be \(d,\) and \(d, d\)"),
+        (np.zeros(3), -np.eye(3), r"a\.npz: sigma: a covariance has no eigenvalue below 0, but one is -1"),
         (np.zeros(3, dtype=int), np.eye(3), "must be floats"),
     ],
 )

@@ -3,23 +3,24 @@ import pytest
 import torch
 from fill import tensor
 
-from masked_diffusion.training.optim import annealed_lr, create_optimizer, update_ema
+from masked_diffusion.training.optim import annealed_lr, clip_gradients, create_optimizer, update_ema
 
 SHAPES = [(4, 5), (7,), (2, 3, 3)]
 
 
-def test_adan_steps_as_the_authors_does(golden):
+@pytest.mark.parametrize("compile", [False, True])
+def test_adan_steps_as_the_authors_does(golden, compile):
     vectors = golden("adan")
     params = [torch.nn.Parameter(tensor(f"p{i}", shape)) for i, shape in enumerate(SHAPES)]
-    optimizer = create_optimizer("adan", params, lr=3e-3)
+    optimizer = create_optimizer("adan", params, lr=3e-3, compile=compile)
     for step in range(6):
         for i, param in enumerate(params):
             param.grad = tensor(f"g{i}/{step}", SHAPES[i])
-        torch.nn.utils.clip_grad_norm_(params, 1.0)
-        optimizer.step()
+        norm = torch.nn.utils.get_total_norm([param.grad for param in params])
+        optimizer.step(**clip_gradients(optimizer, params, norm, 1.0))
         for i, param in enumerate(params):
             difference = np.abs(param.detach().numpy() - vectors[f"wd0.0/step{step}/p{i}"]).max()
-            assert difference < 1e-7, (step, i, difference)
+            assert difference < (1e-6 if compile else 1e-7), (step, i, difference)
 
 
 @pytest.mark.parametrize("name", ["adan", "adan-pytorch", "adamw"])

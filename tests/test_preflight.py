@@ -52,7 +52,8 @@ def test_memory_is_that_of_the_tensors():
     num = sum(p.numel() for p in model.parameters())
     assert preflight.memory_estimate(num, 2, "adan", 1, "none") == 4 * num * 8
     assert preflight.memory_estimate(num, 1, "adamw", 4, "zero1") == 4 * num * (3 + 0.5)
-    assert preflight.memory_estimate(num, 1, "adamw", 4, "fsdp") == 4 * num * 5 / 4
+    for shard in ("fsdp", "hsdp"):
+        assert preflight.memory_estimate(num, 1, "adamw", 4, shard) == 4 * num * 5 / 4
 
 
 @pytest.mark.parametrize(
@@ -137,6 +138,7 @@ def test_the_screen_shows_what_is_trained_how(capsys):
         "960 images, no labels",
         "first stage: ema, diffusion in pixels of 4 x 8 x 8",
         "precision: fp32, not compiled",
+        "attention: sdpa (--attention auto)",
         "optimizer: adan, lr 0.0003, gradients clipped to a norm of 1",
         "batch: 32 images x 1 ranks = global batch 32 per step, in microbatches of 32; 30.0 steps per epoch",
     } <= set(show(capsys))

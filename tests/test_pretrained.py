@@ -176,6 +176,17 @@ def test_an_exported_folder_is_read_by_the_hub_and_by_us(family, name, options, 
         assert all(torch.equal(value, loaded.state_dict()[key]) for key, value in model.state_dict().items())
 
 
+def test_the_hub_draws_no_weights_that_it_overwrites(tmp_path):
+    model = fill(create_model("MDT_Nano_2", **SMALL)).half()
+    model.save_pretrained(tmp_path)
+    state = torch.get_rng_state()
+    loaded = MDT.from_pretrained(tmp_path)
+    assert torch.equal(torch.get_rng_state(), state) and not loaded.training
+    for name, value in loaded.state_dict().items():
+        expected = model.state_dict()[name]
+        assert torch.equal(value, expected.float() if expected.is_floating_point() else expected)
+
+
 def test_the_hub_refuses_the_folder_of_another_family(tmp_path):
     create_model("DiT_Nano_2", **SMALL).save_pretrained(tmp_path / "dit")
     create_model("MDT_Nano_2", **SMALL).save_pretrained(tmp_path / "mdt")

@@ -95,8 +95,9 @@ def test_stopped_with_4_ranks_it_goes_on_with_2(images, one_rank, tmp_path):
     np.testing.assert_allclose(losses(tmp_path), losses(one_rank), atol=1e-5)
 
 
+@pytest.mark.slow  # test_parallel.py tests the same with fewer processes
 @pytest.mark.parametrize("shard, atol", [("zero1", 1e-6), ("fsdp", 1e-5)])
-@pytest.mark.parametrize("optimizer", ["adan", pytest.param("adamw", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("optimizer", ["adan", "adamw"])
 def test_sharding_changes_nothing(images, tmp_path, shard, atol, optimizer):
     options = {"batch_size": 4, "optimizer": optimizer, "save_interval": 3, "sample_interval": 6}
     for kind in ("none", shard):

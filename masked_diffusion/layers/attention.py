@@ -1,36 +1,22 @@
 """Multi-head self-attention with an optional learned relative position bias."""
 
 import math
+from typing import Any
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 from ..utils.errors import UserError
-
-UNREAD_ROWS = 3  # at the end of each bias table; nothing reads them, but the published checkpoints have them
-
-
-def relative_position_index(height: int, width: int) -> torch.Tensor:
-    """The row of the bias table for every ordered pair of tokens on a (height, width) grid.
-
-    :return: (T, T) int64 with T = height * width; entry (i, j) is the row for the offset from token j to token i.
-    """
-    rows = torch.arange(height).repeat_interleave(width)
-    cols = torch.arange(width).repeat(height)
-    row_offset = rows[:, None] - rows[None, :] + height - 1
-    col_offset = cols[:, None] - cols[None, :] + width - 1
-    return row_offset * (2 * width - 1) + col_offset
-
-
-def gather_pairs(index: torch.Tensor, ids_keep: torch.Tensor) -> torch.Tensor:
-    """Restrict a pairwise table to the kept tokens of each sample.
-
-    :param index: (T, T) table over all ordered pairs.
-    :param ids_keep: (N, K) positions of the kept tokens.
-    :return: (N, K, K) table over the kept pairs.
-    """
-    return index[ids_keep[:, :, None], ids_keep[:, None, :]]
+from .relative_attention import (
+    UNREAD_ROWS,
+    KeptTokens,
+    PairBias,
+    gather_pairs,  # noqa: F401  (users import it from here)
+    relative_attention,
+    relative_position_index,
+    runs_kernel,
+)
 
 
 class RelativePositionBias(nn.Module):
@@ -41,10 +27,11 @@ class RelativePositionBias(nn.Module):
 
     def __init__(self, window_size: tuple[int, int], num_heads: int):
         super().__init__()
-        height, width = window_size
+        height, width = self.window_size = window_size
         num_offsets = (2 * height - 1) * (2 * width - 1) + UNREAD_ROWS
         self.relative_position_bias_table = nn.Parameter(torch.zeros(num_offsets, num_heads))
         self.register_buffer("relative_position_index", relative_position_index(height, width))
+        self.made: tuple | None = None  # see `dense`
 
     def forward(self, pair_index: torch.Tensor | None = None) -> torch.Tensor:
         """
@@ -53,7 +40,30 @@ class RelativePositionBias(nn.Module):
         """
         if pair_index is None:
             pair_index = self.relative_position_index[None]
-        return F.embedding(pair_index, self.relative_position_bias_table).permute(0, 3, 1, 2)
+        return PairBias.apply(self.relative_position_bias_table, pair_index, None, self.window_size)
+
+    def dense(self, dtype: torch.dtype) -> torch.Tensor | None:
+        """The bias of all pairs for use without gradients: made once, and again when a weight has changed.
+
+        A change is seen by the version that every in-place operation raises, by another place in memory, and on a CPU
+        by the values themselves, so also after `weight.data.copy_(...)`. On a GPU comparing values would wait for it.
+
+        :return: (1, heads, T, T); None for weights whose changes cannot be seen (sharded, or made for inference).
+        """
+        table, index = self.relative_position_bias_table, self.relative_position_index
+        if type(table) is not nn.Parameter or table.is_inference() or index.is_inference():
+            return None
+        key = (table._version, table.data_ptr(), index._version, index.data_ptr(), table.device, table.dtype, dtype)
+        made = self.made
+        if made is not None and made[0] == key and (table.device.type != "cpu" or torch.equal(made[1], table)):
+            return made[2]
+        bias = self().to(dtype).contiguous()
+        # The second `detach` keeps the memory of the weights, so that no other weights can come to lie there.
+        self.made = (key, table.detach().clone(), bias, table.detach(), index)
+        return bias
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"made": None}  # a copy has weights of its own
 
 
 class Attention(nn.Module):
@@ -62,6 +72,8 @@ class Attention(nn.Module):
     :param num_patches: number of tokens of the square grid for a relative position bias; None for no bias.
     :raises UserError: if `num_heads` does not divide `dim`.
     """
+
+    implementation: str = "auto"  # one of `relative_attention.IMPLEMENTATIONS`
 
     def __init__(self, dim: int, num_heads: int = 8, qkv_bias: bool = False, num_patches: int | None = None):
         super().__init__()
@@ -73,14 +85,51 @@ class Attention(nn.Module):
         window_size = (math.isqrt(num_patches),) * 2 if num_patches else None
         self.rel_pos_bias = RelativePositionBias(window_size, num_heads) if window_size else None
 
-    def forward(self, x: torch.Tensor, pair_index: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self,
+        x: torch.Tensor,
+        pair_index: torch.Tensor | KeptTokens | None = None,
+        bias: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """
         :param x: (N, T, D) tokens.
-        :param pair_index: (N, T, T) int64 from `gather_pairs` if x holds only the kept tokens of a masked pass.
+        :param pair_index: if x holds only the kept tokens of a masked pass: what `look_up_kept` made of their
+            positions, or (N, T, T) int64 from `gather_pairs`.
+        :param bias: from `dense_bias`, instead of looking it up.
         :return: (N, T, D).
         """
         N, T, D = x.shape
         q, k, v = self.qkv(x).view(N, T, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # each (N, heads, T, D/heads)
-        bias = None if self.rel_pos_bias is None else self.rel_pos_bias(pair_index).to(q.dtype)
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        if self.rel_pos_bias is not None and bias is None and not isinstance(pair_index, torch.Tensor):
+            x = relative_attention(
+                q, k, v, self.rel_pos_bias.relative_position_bias_table, pair_index, self.rel_pos_bias.window_size,
+                self.implementation, self.rel_pos_bias.relative_position_index,
+            )  # fmt: skip
+        else:
+            if self.rel_pos_bias is not None:
+                bias = (self.rel_pos_bias(pair_index) if bias is None else bias).to(q.dtype)
+            x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
         return self.proj(x.transpose(1, 2).reshape(N, T, D))
+
+    def runs_kernel(self, x: torch.Tensor) -> bool:
+        """Whether attention of these tokens runs in the Triton kernel."""
+        return runs_kernel(self.implementation, x.device, compute_dtype(x), x.shape[-1] // self.num_heads)
+
+    def dense_bias(self, x: torch.Tensor) -> torch.Tensor | None:
+        """The bias for all T tokens in evaluation without gradients: made once for the weights, not once per call.
+
+        :param x: (N, T, D) tokens. :return: (1, heads, T, T), or None where `forward` looks the bias up.
+        """
+        if self.rel_pos_bias is None:
+            return None
+        if self.training or torch.is_grad_enabled():
+            self.rel_pos_bias.made = None
+            return None
+        return None if self.runs_kernel(x) else self.rel_pos_bias.dense(compute_dtype(x))
+
+
+def compute_dtype(x: torch.Tensor) -> torch.dtype:
+    """The number format that a matrix product of x has, with or without autocast."""
+    kind = x.device.type
+    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if autocast else x.dtype

@@ -8,10 +8,13 @@ from typing import Any
 import torch
 import torch.nn as nn
 from huggingface_hub import PyTorchModelHubMixin
+from typing_extensions import Self
 
 from ..utils.errors import UserError
 from ..utils.model_card import MODEL_CARD
+from ..utils.safetensors_files import read_safetensors
 from .blocks import DiTBlock
+from .relative_attention import check_implementation, runs_kernel
 
 
 class BlockModel(
@@ -25,11 +28,12 @@ class BlockModel(
 ):
     """A model of transformer blocks.
 
-    Subclasses set `in_channels` and `input_size`, the shape of their inputs.
+    Subclasses set `in_channels` and `input_size`, the shape of their inputs, and `hidden_size`, the width D.
     """
 
     in_channels: int
     input_size: int
+    hidden_size: int
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> "BlockModel":
@@ -51,14 +55,34 @@ class BlockModel(
     @classmethod
     def _from_pretrained(cls, *, model_id: str, strict: bool = True, **options: Any) -> "BlockModel":
         # strict=True: by default huggingface_hub ignores missing keys, and so takes the weights of another family.
+        # Then all weights come from the file, and none are drawn that it would overwrite.
         try:
-            return super()._from_pretrained(model_id=model_id, strict=strict, **options)
+            with torch.device("meta" if strict else "cpu"):
+                return super()._from_pretrained(model_id=model_id, strict=strict, **options)
         except (RuntimeError, TypeError, UserError) as error:
             reason = textwrap.shorten(str(error), 300, placeholder=" ...")
             raise UserError(
                 f"{model_id} does not hold the weights of a {cls.__name__} ({reason}): use the class that was saved, "
                 "or masked_diffusion.load_model, which finds the class"
             ) from error
+
+    @classmethod
+    def _load_as_safetensor(cls, model: Self, model_file: str, map_location: str, strict: bool) -> Self:
+        with torch.device("cpu"):
+            return model._take_weights(read_safetensors(model_file), map_location, strict)
+
+    @classmethod
+    def _load_as_pickle(cls, model: Self, model_file: str, map_location: str, strict: bool) -> Self:
+        with torch.device("cpu"):
+            state = torch.load(model_file, map_location="cpu", weights_only=True)
+            return model._take_weights(state, map_location, strict)
+
+    def _take_weights(self, state: dict[str, torch.Tensor], device: str, strict: bool) -> Self:
+        own = self.state_dict()
+        for name in state.keys() & own.keys():
+            state[name] = state[name].to(own[name].dtype)
+        self.load_state_dict(state, strict=strict, assign=True)
+        return self.to(device).eval()
 
     def check_input(self, x: torch.Tensor) -> None:
         """Check the shape of an input.
@@ -81,6 +105,28 @@ class BlockModel(
         """Turn on activation checkpointing: the backward pass recomputes the activations of a block, to save memory."""
         for block in self.all_blocks():
             block.grad_checkpoint = True
+
+    def set_attention(self, implementation: str, device: torch.device) -> None:
+        """Choose what computes attention with a relative position bias.
+
+        :param implementation: one of `relative_attention.IMPLEMENTATIONS`.
+        :param device: where the model computes, which may still be on the meta device.
+        :raises UserError: for one that this machine does not have.
+        """
+        check_implementation(implementation, device)
+        for block in self.all_blocks():
+            block.attn.implementation = implementation
+
+    def attention_in_use(self, device: torch.device, dtype: torch.dtype | None) -> str:
+        """What computes attention, `sdpa` or `triton`, for a log.
+
+        :param device: where the model computes, which may still be on the meta device.
+        :param dtype: of the matrix products; None: that of the weights.
+        """
+        attention, own_dtype = self.all_blocks()[0].attn, next(self.parameters()).dtype
+        width = self.hidden_size // attention.num_heads
+        kernel = runs_kernel(attention.implementation, device, dtype or own_dtype, width)
+        return "triton" if kernel and attention.rel_pos_bias is not None else "sdpa"
 
     def compile_blocks(self, dynamic: bool = False) -> None:
         """Compile every block with torch.compile. The blocks do nearly all of the model's computation.

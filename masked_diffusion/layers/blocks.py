@@ -1,6 +1,7 @@
 """Transformer blocks with adaLN-Zero conditioning, and the final layer."""
 
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -8,6 +9,7 @@ from timm.layers import Mlp
 from torch.utils.checkpoint import checkpoint
 
 from .attention import Attention
+from .relative_attention import KeptTokens
 
 
 def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -32,31 +34,55 @@ class DiTBlock(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
         self.skip_linear = None
 
+    def __call__(
+        self,
+        x: torch.Tensor,
+        c: torch.Tensor,
+        skip: torch.Tensor | None = None,
+        pair_index: torch.Tensor | KeptTokens | None = None,
+        **options: Any,
+    ) -> torch.Tensor:
+        """`forward`, with the bias from `Attention.dense_bias`.
+
+        Here, because `compile_blocks` compiles what is called from here on: compiled code takes the bias as an input,
+        and cannot hold the one of old weights.
+        """
+        if pair_index is None and not torch.compiler.is_compiling():
+            bias = self.attn.dense_bias(x)
+            options = options if bias is None else {"bias": bias} | options
+        return super().__call__(x, c, skip=skip, pair_index=pair_index, **options)
+
     def forward(
         self,
         x: torch.Tensor,
         c: torch.Tensor,
         skip: torch.Tensor | None = None,
-        pair_index: torch.Tensor | None = None,
+        pair_index: torch.Tensor | KeptTokens | None = None,
+        bias: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """
         :param x: (N, T, D) tokens. :param c: (N, D) conditioning vectors.
         :param skip: (N, T, D) tokens of the long skip connection, for an `MDTBlock` that has one.
-        :param pair_index: see `Attention.forward`.
+        :param pair_index, bias: see `Attention.forward`.
         :return: (N, T, D).
         """
         if self.grad_checkpoint and torch.is_grad_enabled():
-            return checkpoint(self.compute, x, c, skip, pair_index, use_reentrant=False)
-        return self.compute(x, c, skip, pair_index)
+            return checkpoint(self.compute, x, c, skip, pair_index, bias, use_reentrant=False)
+        return self.compute(x, c, skip, pair_index, bias)
 
     def compute(
-        self, x: torch.Tensor, c: torch.Tensor, skip: torch.Tensor | None, pair_index: torch.Tensor | None
+        self,
+        x: torch.Tensor,
+        c: torch.Tensor,
+        skip: torch.Tensor | None,
+        pair_index: torch.Tensor | KeptTokens | None,
+        bias: torch.Tensor | None,
     ) -> torch.Tensor:
         """`forward` without activation checkpointing."""
         if self.skip_linear is not None:
             x = self.skip_linear(torch.cat([x, skip], dim=-1))
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(6, dim=1)
-        x = x + gate_msa[:, None] * self.attn(modulate(self.norm1(x), shift_msa, scale_msa), pair_index)
+        x = x + gate_msa[:, None] * self.attn(modulate(self.norm1(x), shift_msa, scale_msa), pair_index, bias)
         return x + gate_mlp[:, None] * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
 
 

@@ -9,12 +9,14 @@ from .. import dist_util, logger
 from ..config import CFG_SCALE, SCALE_POW, GuidanceConfig, RunConfig, SampleConfig, WeightsConfig
 from ..guidance import Guidance
 from ..latents.autoencoder import create_first_stage
+from ..layers.relative_attention import check_implementation
 from ..models import MDT, create_model, model_class
 from ..utils.errors import UserError
 from ..utils.files import file_hash
-from ..utils.precision import check_precision, choose_precision, set_matmul_precision
+from ..utils.precision import PRECISIONS, check_precision, choose_precision, set_matmul_precision
 from ..weights.pretrained import OpenedWeights, build_model, configured_architecture, open_weights
 from .class_names import class_names
+from .cuda_graphs import GraphedForward
 from .image_sampler import ImageSampler
 from .solvers import create_solver
 
@@ -59,6 +61,7 @@ def load_weights(config: SampleConfig) -> LoadedWeights:
     if config.precision == "auto":
         logger.log(f"precision: {precision}, chosen by --precision auto for the {device.type.upper()} of this machine")
     check_precision(precision, device)
+    check_implementation(config.weights.attention, device)
     set_matmul_precision(precision)
     with dist_util.main_first():
         opened = open_weights(config.weights.model_path)
@@ -69,6 +72,10 @@ def load_weights(config: SampleConfig) -> LoadedWeights:
     model = build_model(opened, device, **open_options)
     check_agreement(config.weights, model)
     guide_model = build_guide(guide, model, device) if guide else None
+    for network in filter(None, (model, guide_model)):
+        network.set_attention(config.weights.attention, device)
+    in_use = model.attention_in_use(device, PRECISIONS[precision])
+    logger.log(f"attention: {in_use} (--attention {config.weights.attention})")
     run = opened.run or RunConfig()
     diffusion = run.diffusion.options(model.default_snr_gamma) | {"learn_sigma": model.learn_sigma}
     names = class_names(run.classes, model.num_classes)
@@ -84,6 +91,7 @@ def load_weights(config: SampleConfig) -> LoadedWeights:
     if config.weights.compile:
         for network in filter(None, (model, guide_model)):
             network.compile_blocks()
+            network.forward = GraphedForward(network)
     files = {"weights": opened.path, "guide": guide.path if guide else None}
     return LoadedWeights(model, guide_model, first_stage, diffusion, names, files, vae)
 

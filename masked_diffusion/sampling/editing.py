@@ -112,7 +112,7 @@ def inpaint_progressive(
             beta = float(diffusion.betas[time])
             x = (1 - beta) ** 0.5 * x + beta**0.5 * options["randn_like"](x)
             continue
-        out = step(image_sampler.denoise, x, torch.full((len(x),), time - 1, device=x.device), **options)
+        out = step(image_sampler.denoise, x, time - 1, **options)
         known = x_start
         if following > 0:
             t = torch.full((len(x),), following - 1, device=x.device)
@@ -161,6 +161,6 @@ def vary_progressive(
     t = torch.full((len(noise),), first, device=noise.device)
     x = diffusion.q_sample(encode(image_sampler, image).expand_as(noise), t, noise)
     for i in range(first, -1, -1):
-        out = step(image_sampler.denoise, x, torch.full_like(t, i), **options)
+        out = step(image_sampler.denoise, x, i, **options)
         x = out["sample"]
         yield out

@@ -73,7 +73,11 @@ class ImageSampler:
         # Guidance amplifies differences, so it is computed in full precision whatever the network computes in.
         guide = autocast(guide_model, precision) if guide_model is not None else None
         self.denoise = GuidedDenoiser(autocast(model, precision), guidance or Guidance(), model.null_label, guide)
-        self.device = next(model.parameters()).device
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is now."""
+        return next(self.model.parameters()).device
 
     @property
     def size(self) -> int:

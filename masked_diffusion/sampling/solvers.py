@@ -9,8 +9,10 @@ from importlib import import_module
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from ..config import SOLVERS
+from ..guidance import at_timestep
 from ..respace import SpacedDiffusion, create_diffusion
 from ..utils.errors import UserError
 
@@ -57,9 +59,22 @@ class DiffusionSolver:
 
     def __init__(self, diffusion: SpacedDiffusion, use_ddim: bool = False):
         self.diffusion, self.original_num_steps = diffusion, diffusion.original_num_steps
-        self.loop = diffusion.ddim_sample_loop_progressive if use_ddim else diffusion.p_sample_loop_progressive
-        self.step = diffusion.ddim_sample if use_ddim else diffusion.p_sample
-        self.num_evaluations = diffusion.num_timesteps
+        self.use_ddim, self.num_evaluations = use_ddim, diffusion.num_timesteps
+
+    @torch.no_grad()
+    def step(
+        self, denoise: Callable[..., torch.Tensor], x: torch.Tensor, index: int, **options: Any
+    ) -> dict[str, torch.Tensor]:
+        """One step from `index` of the respaced process, whose last step is 0. Arguments: see `progressive`.
+
+        The timestep is known on the host, so that nothing here waits for the device.
+
+        :return: dict of `sample` and `pred_xstart`, each (N, C, H, W).
+        """
+        t = torch.full((len(x),), index, device=x.device)
+        timestep = self.diffusion.model_timesteps(torch.tensor([index])).item()
+        take = self.diffusion.ddim_sample if self.use_ddim else self.diffusion.p_sample
+        return take(at_timestep(denoise, timestep), x, t, **options)
 
     def progressive(
         self,
@@ -77,8 +92,25 @@ class DiffusionSolver:
         :param randn_like: where the noise on the way comes from.
         :return: a generator of dicts of `sample` and `pred_xstart`, each (N, C, H, W); the last `sample` is the result.
         """
-        options = {"clip_denoised": clip_denoised, "model_kwargs": model_kwargs, "randn_like": randn_like}
-        yield from self.loop(denoise, noise.shape, noise=noise, **options)
+        if self.use_ddim:
+            randn_like = torch.zeros_like  # eta is 0: noise would be multiplied by zero
+        options, x = {"clip_denoised": clip_denoised, "model_kwargs": model_kwargs, "randn_like": randn_like}, noise
+        for index in reversed(range(self.num_evaluations)):
+            out = self.step(denoise, x, index, **options)
+            yield out
+            x = out["sample"]
+
+
+class SolveWithoutWaiting(TorchFunctionMode):
+    """Within it, `torch.linalg.solve` does not wait for the device to check that the matrix is invertible.
+
+    UniPC solves a system of two equations in every step, whose matrix is known to be.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.linalg.solve:
+            return torch.linalg.solve_ex(*args, **(kwargs or {})).result
+        return func(*args, **(kwargs or {}))
 
 
 class SchedulerSolver:
@@ -97,15 +129,21 @@ class SchedulerSolver:
         self.num_evaluations = 2 * self.num_steps - 1 if name == "heun" else self.num_steps
 
     def make_scheduler(self, device: torch.device) -> Any:
-        """A fresh scheduler: each holds the state of one run."""
+        """A fresh scheduler: each holds the state of one run. Its timesteps are on the CPU.
+
+        :param device: of the samples.
+        """
         class_name, options = SCHEDULERS[self.name]
         scheduler = getattr(import_module("diffusers"), class_name)(trained_betas=self.diffusion.betas, **options)
         if self.name not in ("heun", "euler"):
-            scheduler.set_timesteps(self.num_steps, device=device)
+            scheduler.set_timesteps(self.num_steps)
         else:  # these would evaluate between timesteps
             stride = self.original_num_steps / self.num_steps
             timesteps = [round(self.original_num_steps - i * stride) - 1 for i in range(self.num_steps)]
-            scheduler.set_timesteps(timesteps=timesteps, device=device)
+            scheduler.set_timesteps(timesteps=timesteps)
+        scheduler.set_begin_index(0)  # or it searches the timesteps for its place
+        if self.name == "unipc":  # copies single numbers to the device in every step, unless they are there
+            scheduler.sigmas = scheduler.sigmas.to(device, non_blocking=True)
         return scheduler
 
     @torch.no_grad()
@@ -123,8 +161,10 @@ class SchedulerSolver:
         for timestep in scheduler.timesteps:
             x_t = scheduler.scale_model_input(x, timestep)  # some schedulers hold x_t / sqrt(alpha_bar)
             t = torch.full((len(x),), int(timestep), device=x.device)
-            out = self.diffusion.p_mean_variance(denoise, x_t, t, clip_denoised, model_kwargs=model_kwargs)
+            denoise_now = at_timestep(denoise, int(timestep))
+            out = self.diffusion.p_mean_variance(denoise_now, x_t, t, clip_denoised, model_kwargs=model_kwargs)
             eps = self.diffusion._predict_eps_from_xstart(x_t, t, out["pred_xstart"])
             noises = {"variance_noise": randn_like(x)} if self.name == "sde-dpm++" else {}
-            x = scheduler.step(eps, timestep, x, **noises).prev_sample
+            with SolveWithoutWaiting():
+                x = scheduler.step(eps, timestep, x, **noises).prev_sample
             yield {"sample": x, "pred_xstart": out["pred_xstart"]}

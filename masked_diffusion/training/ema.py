@@ -9,7 +9,7 @@ named `posthoc_ema_{sigma_rel}_{step:06d}.pt`, which neither `newest_ema` nor a 
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,8 +19,11 @@ from .. import dist_util
 from ..utils.errors import UserError
 from ..utils.files import atomic_write
 from ..utils.flag_values import MAX_SIGMA_REL
+from ..weights.torch_file import LateTensor, convert_late, save_tensors
+from .adan import Average
 from .optim import update_ema
-from .parallel import gather_full, shard_like
+from .parallel import fill, gather_late
+from .receive import SentTensor
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 
@@ -111,18 +114,22 @@ class PowerEMA:
         self.gammas = {f"{sigma_rel:.3f}": sigma_rel_to_gamma(sigma_rel) for sigma_rel in sigma_rels}
         self.averages = {width: [p.detach().clone() for p in params] for width in self.gammas}
 
+    def at_step(self, step: int) -> list[Average]:
+        """The averages and their betas for an update with the weights after `step`, counted from 1."""
+        return [(average, power_function_beta(self.gammas[width], step)) for width, average in self.averages.items()]
+
     def update(self, params: Iterable[torch.Tensor], step: int) -> None:
         """Update the averages with the weights after `step`, counted from 1. Skipped steps need an update, too."""
         params = list(params)
-        for width, averages in self.averages.items():
-            update_ema(averages, params, power_function_beta(self.gammas[width], step))
+        for average, beta in self.at_step(step):
+            update_ema(average, params, beta)
 
-    def state_dict(self) -> dict[str, list[torch.Tensor]]:
-        """Lists of unsharded tensors by width. All ranks call it together."""
-        return {width: list(map(gather_full, averages)) for width, averages in self.averages.items()}
+    def state_dict(self) -> dict[str, list[torch.Tensor | LateTensor]]:
+        """Lists of tensors by width; sharded ones are gathered when they are written."""
+        return {width: list(map(gather_late, averages)) for width, averages in self.averages.items()}
 
-    def load_state_dict(self, state: dict[str, list[torch.Tensor]]) -> None:
-        """Load a state dict of unsharded tensors.
+    def load_state_dict(self, state: dict[str, list[torch.Tensor | SentTensor]]) -> None:
+        """Load a state dict of unsharded tensors. All ranks call it together.
 
         :raises UserError: when it holds averages of other widths.
         """
@@ -134,28 +141,38 @@ class PowerEMA:
             )
         for width, averages in self.averages.items():
             for average, saved in zip(averages, state[width], strict=True):
-                average.copy_(shard_like(saved, average))
+                fill(average, saved)
 
 
-def save_snapshots(
-    folder: str | Path,
+def snapshot_files(
     step: int,
-    averages: dict[str, list[torch.Tensor]],
-    model_state: dict[str, torch.Tensor],
+    averages: dict[str, list[torch.Tensor | LateTensor]],
+    model_state: dict[str, torch.Tensor | LateTensor],
     names: Sequence[str],
     dtype: str = "fp32",
-) -> None:
-    """Write one snapshot per width.
+) -> dict[str, dict[str, torch.Tensor | LateTensor]]:
+    """The states of the snapshots, one per width, by name of the file.
 
     :param averages: `PowerEMA.state_dict()`.
     :param model_state: the model's state dict, for the entries that are not averaged.
     :param names: the keys of the averaged entries in it.
     :param dtype: number format of the averages on disk, `fp32` or `fp16`.
     """
-    for width, tensors in averages.items():
-        tensors = [tensor.to(DTYPES[dtype]) for tensor in tensors]
-        with atomic_write(Path(folder, f"phema_{width}_{step:06d}.pt")) as file:
-            torch.save(model_state | dict(zip(names, tensors, strict=True)), file)
+    return {
+        f"phema_{width}_{step:06d}.pt": model_state
+        | {name: convert_late(tensor, DTYPES[dtype]) for name, tensor in zip(names, tensors, strict=True)}
+        for width, tensors in averages.items()
+    }
+
+
+def save_snapshots(folder: str | Path, step: int, *states: Any) -> None:
+    """Write one snapshot per width.
+
+    :param states: as `snapshot_files` takes them.
+    """
+    for name, state in snapshot_files(step, *states).items():
+        with atomic_write(Path(folder, name)) as file:
+            save_tensors(state, file)
 
 
 def remove_snapshots(folder: str | Path, step: int) -> None:

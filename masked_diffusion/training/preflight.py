@@ -8,13 +8,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch.nn as nn
 
-from .. import logger
+from .. import dist_util, logger
 from ..config import RunConfig, TrainConfig
 from ..image_sequence import ImageSequence
 from ..utils.errors import UserError
 from ..utils.flag_values import split_numbers
 from ..utils.flops import forward_flops
 from ..utils.image_headers import read_headers
+from ..utils.precision import PRECISIONS
 
 SHOWN_CLASSES, SHOWN_BAD_IMAGES, BAR = 10, 20, 40
 PAPER_MASK_RATIO = 0.3
@@ -134,11 +135,14 @@ def check_classes(data_dir: str, names: Sequence[str], num_classes: int) -> None
 # ---------------------------------------------------------------- the run
 
 
-def memory_estimate(num_params: int, num_emas: int, optimizer: str, world_size: int, shard: str) -> float:
-    """Bytes per rank for weights, gradients, optimizer state and EMAs, all float32, without activations."""
+def memory_estimate(num_params: int, num_emas: int, optimizer: str, num_shards: int, shard: str) -> float:
+    """Bytes per rank for weights, gradients, optimizer state and EMAs, all float32, without activations.
+
+    :param num_shards: number of ranks over which one copy is spread: those of a node for `hsdp`, else all.
+    """
     states = {"adan": 4, "adan-pytorch": 4, "adamw": 2}[optimizer]
-    sharded = {"none": 0, "zero1": states, "fsdp": 2 + states + num_emas}[shard]
-    return 4 * num_params * (2 + states + num_emas - sharded + sharded / world_size)
+    sharded = {"none": 0, "zero1": states, "fsdp": 2 + states + num_emas, "hsdp": 2 + states + num_emas}[shard]
+    return 4 * num_params * (2 + states + num_emas - sharded + sharded / num_shards)
 
 
 def report(
@@ -161,6 +165,8 @@ def report(
     logger.log(_describe_masking(model, config.model.model))
     logger.log(_describe_first_stage(model, first_stage, config.model.vae))
     logger.log(f"precision: {config.precision}, {'compiled blocks' if train.compile else 'not compiled'}")
+    attention = model.attention_in_use(dist_util.dev(), PRECISIONS[config.precision])
+    logger.log(f"attention: {attention} (--attention {train.attention})")
     logger.log(f"optimizer: {', '.join(_describe_optimizer(train))}")
     world_size = config.global_batch // train.batch_size
     micro = train.microbatch if 0 < train.microbatch < train.batch_size else train.batch_size
@@ -168,8 +174,9 @@ def report(
         f"batch: {train.batch_size} images x {world_size} ranks = global batch {config.global_batch} per step, in "
         f"microbatches of {micro}; {num_images / config.global_batch:.1f} steps per epoch"
     )
+    num_shards = len(dist_util.node_group().ranks) if train.shard == "hsdp" else world_size
     num_emas = len(train.ema_rate.split(",")) + len(split_numbers(train.phema))
-    memory = memory_estimate(num_params, num_emas, train.optimizer, world_size, train.shard)
+    memory = memory_estimate(num_params, num_emas, train.optimizer, num_shards, train.shard)
     logger.log(
         f"memory: about {memory / 2**30:.2f} GiB per rank for weights, gradients, optimizer state and EMA, plus "
         "activations"

@@ -54,10 +54,15 @@ class PerSampleRandom:
 
     def __init__(self, seed: int, indices: Iterable[int], device: torch.device | str) -> None:
         self.generators = [torch.Generator(device).manual_seed(fold_seed(seed, int(i))) for i in indices]
+        self.device = device
 
     def randn(self, *shape: int) -> torch.Tensor:
         """(len(indices), *shape) normal numbers."""
-        return torch.stack([torch.randn(shape, generator=g, device=g.device) for g in self.generators])
+        rows = torch.empty(len(self.generators), *shape, device=self.device)
+        # One call per image: a generator for the whole batch would make an image depend on its batch.
+        for row, generator in zip(rows, self.generators, strict=True):
+            row.normal_(generator=generator)
+        return rows
 
     def randn_like(self, x: torch.Tensor) -> torch.Tensor:
         """Normal numbers with the shape and dtype of `x`, whose rows are the images."""

@@ -18,8 +18,8 @@ SCHEMES = "gs:// (Google), az:// and https://ACCOUNT.blob.core.windows.net (Azur
 CACHE_ADVICE = f"make room there, or name another folder (export {CACHE_FOLDER}=PATH)"
 
 
-def is_remote(path: str) -> bool:
-    return "://" in path
+def is_remote(path: str | Path) -> bool:
+    return "://" in str(path)
 
 
 def check_scheme(path: str, flag: str) -> None:

@@ -13,11 +13,10 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..config import RunConfig
 from ..utils.errors import UserError
 from ..utils.files import DiskError, atomic_write
+from .torch_file import save_tensors
 
 CONFIG_NAME = "config.json"
 SAVE_ADVICE = "free some disk space and run the same command again to resume; the last checkpoint is intact"
@@ -40,22 +39,30 @@ def opt_name(step: int) -> str:
     return f"opt{step:06d}.pt"
 
 
+def checkpoint_files(
+    step: int, model_state: dict[str, Any], ema_states: dict[str, dict[str, Any]], train_state: dict[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """The states of the files of a checkpoint by name, in the order in which they are written."""
+    states = {opt_name(step): train_state}
+    states |= {ema_name(rate, step): state for rate, state in ema_states.items()}
+    return states | {model_name(step): model_state}
+
+
 def save_checkpoint(
     folder: str | Path,
     step: int,
-    model_state: dict[str, torch.Tensor],
-    ema_states: dict[str, dict[str, torch.Tensor]],
+    model_state: dict[str, Any],
+    ema_states: dict[str, dict[str, Any]],
     train_state: dict[str, Any],
 ) -> None:
-    """Write a complete checkpoint, or nothing.
+    """Write a complete checkpoint, or nothing. Tensors that are gathered from ranks are in memory one at a time.
 
+    :param model_state: the model's state dict, of tensors or `torch_file.LateTensor`s.
     :param ema_states: a state dict for each EMA rate; the rates are spelled as in `--ema_rate`.
     :param train_state: everything else that a resumed run needs.
     :raises DiskError: for example when the disk is full. No file of this step is left.
     """
-    states = {opt_name(step): train_state}
-    states |= {ema_name(rate, step): state for rate, state in ema_states.items()}
-    states[model_name(step)] = model_state
+    states = checkpoint_files(step, model_state, ema_states, train_state)
     files, renaming = [Path(folder, name) for name in states], False
     try:
         # All files are completely on the disk before the first one gets its final name. The stack renames them in
@@ -63,7 +70,7 @@ def save_checkpoint(
         with ExitStack() as stack:
             for path, state in zip(files, states.values(), strict=True):
                 file = stack.enter_context(atomic_write(path, SAVE_ADVICE))
-                torch.save(state, file)
+                save_tensors(state, file)
                 file.flush()
                 os.fsync(file.fileno())
             # An older checkpoint of this step must not look complete while its files are replaced one by one.

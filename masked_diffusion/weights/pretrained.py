@@ -14,6 +14,7 @@ from ..config import RunConfig
 from ..layers.attention import UNREAD_ROWS
 from ..models import SIZES, DiT, create_model, model_class
 from ..utils.errors import UserError
+from ..utils.safetensors_files import read_safetensors
 from .checkpoint import CONFIG_NAME, newest_ema, read_config
 
 ARCHITECTURE_KEYS = {
@@ -100,12 +101,17 @@ def _fetch(repository: str, names: tuple[str, ...]) -> Path:
 # ---------------------------------------------------------------- reading
 
 
-def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
+def read_weights(path: str | Path, mmap: bool = False) -> dict[str, torch.Tensor]:
     """The state dict in a file. In checkpoints of other codebases it is the entry `ema`, `model` or `state_dict`.
+
+    :param mmap: see `dist_util.load_state_dict`; only for files that this code wrote.
 
     :raises UserError: for a file that cannot be read or holds no state dict of these models; see `check_state_dict`.
     """
-    state = read_safetensors(path) if Path(path).suffix == ".safetensors" else dist_util.load_state_dict(str(path))
+    if Path(path).suffix == ".safetensors":
+        state = read_safetensors(path)
+    else:
+        state = dist_util.load_state_dict(str(path), mmap=mmap)
     for key in ("ema", "model", "state_dict"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
@@ -119,29 +125,6 @@ def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
     except UserError as error:
         raise UserError(f"{path} is damaged or of another program: {error}; name another file") from error
     return state
-
-
-def read_safetensors(path: str | Path) -> dict[str, torch.Tensor]:
-    """The tensors of a safetensors file.
-
-    :raises UserError: for a file that cannot be read, is truncated or of another format.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    state = {}
-    try:
-        with safe_open(path, "pt") as file:
-            names = list(file.keys())
-        for first in range(0, len(names), 16):
-            # These are views of the mapped file: they would change with it, and its pages count as this process's
-            # memory until the file is closed. So they are copied, and it is opened again for the next few.
-            with safe_open(path, "pt") as file:
-                state |= {name: file.get_tensor(name).clone() for name in names[first : first + 16]}
-        return state
-    except (SafetensorError, OSError) as error:
-        raise UserError(
-            f"{path} cannot be read as safetensors ({error}): it is truncated or of another format; name another file"
-        ) from error
 
 
 def check_state_dict(state: dict[str, Any]) -> None:
