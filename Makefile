@@ -1,8 +1,9 @@
 PYTHON ?= python3
 VENV := .venv
 DEMO_FLAGS ?=
+GPU_FLAGS ?=
 
-.PHONY: demo test lint clean
+.PHONY: demo gpu test lint clean
 
 # A venv of its own with everything that the tests and the demo need.
 $(VENV)/installed: setup.py
@@ -14,6 +15,10 @@ $(VENV)/installed: setup.py
 # Train a small masked MDTv2 on real handwritten digits, draw and grade 1,000 of them.
 demo: $(VENV)/installed
 	$(VENV)/bin/python scripts/digits/demo.py $(DEMO_FLAGS)
+
+# Measure this machine's GPU in 9 minutes: benchmarks/DATE-DEVICE.md and .json. Run again, it goes on where it stopped.
+gpu: $(VENV)/installed
+	$(VENV)/bin/python scripts/measure_gpu.py $(GPU_FLAGS)
 
 test: $(VENV)/installed
 	$(VENV)/bin/python -m pytest

@@ -29,7 +29,7 @@ setup(
         "safetensors>=0.4.5",
         "adan-pytorch>=0.1.0",
         "blobfile>=3.0",
-        "Pillow>=10.0",
+        "Pillow>=10.1",
         "tqdm>=4.66",
         "tensorboard>=2.16",
     ],

@@ -16,7 +16,7 @@ from .utils import flag_values
 from .utils.config_json import check_config_json
 from .utils.errors import UserError
 from .utils.options import Config, option
-from .utils.precision import PRECISIONS, check_fp16
+from .utils.precision import PRECISIONS, PRECISIONS_OR_AUTO, check_fp16
 
 OPTIMIZERS = ("adan", "adan-pytorch", "adamw")
 SHARDS = ("none", "zero1", "fsdp", "hsdp")
@@ -349,8 +349,9 @@ class WeightsConfig(Config):
         None, "number of images that the VAE decodes at once; None: the whole batch", at_least=1
     )
     precision: str = option(
-        "fp32", "number format of the network; bf16 and fp16 are mixed precision", choices=tuple(PRECISIONS)
-    )
+        "fp32", "number format of the network; bf16 and fp16 are mixed precision; auto: bf16 where this machine "
+        "computes it faster, else fp32", choices=PRECISIONS_OR_AUTO,
+    )  # fmt: skip
     use_fp16: bool = option(False, "the same as --precision fp16")
     attention: str = option("auto", ATTENTION_HELP, choices=IMPLEMENTATIONS)
     compile: bool = option(
@@ -456,5 +457,5 @@ class SampleConfig(Config):
 
     @property
     def precision(self) -> str:
-        """The number format in use: fp16 with `--use_fp16`, else `--precision`."""
+        """The number format that was asked for: fp16 with `--use_fp16`, else `--precision`, which may be auto."""
         return "fp16" if self.weights.use_fp16 else self.weights.precision

@@ -4,24 +4,31 @@ import argparse
 import json
 import shutil
 import sys
+from pathlib import Path
 from unittest import mock
 
 import attention_benchmark
 import benchmark
+import benchmark_steps
 import loading_benchmark
 import pytest
+import step_profile
 import torch
 from fill import fill, tensor
 from helpers import write_images
+from PIL import Image
 
 from masked_diffusion import create_diffusion, create_model
 from masked_diffusion.models import MDT
 from masked_diffusion.training.objective import TwoPassObjective
-from masked_diffusion.utils.flops import forward_flops
+from masked_diffusion.utils import precision
+from masked_diffusion.utils.errors import UserError
+from masked_diffusion.utils.flops import attention_flops, attention_values, forward_flops
 from masked_diffusion.utils.precision import autocast
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="compiling needs g++")
 NANO = ["--model", "MDTv2_Nano_2", "--input_size", "8", "--batch_size", "4", "--steps", "2", "--device", "cpu"]
+NANO += ["--precision", "fp32"]
 KEYS = ("name", "ms", "images_per_second", "gflop_per_image", "tflops", "share_of_peak")
 
 
@@ -47,7 +54,8 @@ def run(monkeypatch, tmp_path, *flags):
 )
 def test_the_numbers_are_consistent(flags, monkeypatch, tmp_path, capsys):
     report = run(monkeypatch, tmp_path, *flags)
-    (row,) = report["rows"]
+    row, *others = report["rows"]
+    assert [other["name"] for other in others] == (["train, no optimizer"] if "--optimizer" in flags else [])
     assert row["images_per_second"] * row["ms"] / 1e3 == pytest.approx(4)
     assert row["tflops"] == pytest.approx(row["gflop_per_image"] * row["images_per_second"] / 1e3)
     assert row["share_of_peak"] == pytest.approx(row["tflops"])
@@ -64,11 +72,26 @@ def test_the_numbers_are_consistent(flags, monkeypatch, tmp_path, capsys):
     assert all(key in printed for key in KEYS)
 
 
+def test_whole_sampling_counts_all_its_steps(monkeypatch, tmp_path):
+    (row,) = run(monkeypatch, tmp_path, "--mode", "draw", "--num_sampling_steps", "3")["rows"]
+    (step,) = run(monkeypatch, tmp_path, "--mode", "sample")["rows"]
+    assert row["gflop_per_image"] == pytest.approx(3 * step["gflop_per_image"])
+    assert row["seconds_per_image"] * 4 == pytest.approx(row["ms"] / 1e3)
+    assert "seconds_per_image" in row and step["seconds_per_image"] is None
+
+
+def test_auto_takes_bf16_where_it_is_faster(monkeypatch, tmp_path):
+    for faster in (True, False):
+        monkeypatch.setattr(precision, "computes_bf16", lambda device_type, faster=faster: faster)
+        report = run(monkeypatch, tmp_path, "--precision", "auto")
+        assert report["settings"]["precision"] == ("bf16" if faster else "fp32")
+
+
 def test_compare_runs_the_same_step_in_every_variant(monkeypatch, tmp_path):
     # Compiling is tested below, with fewer forms.
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: None)
     rows = {row["name"]: row for row in run(monkeypatch, tmp_path, "--compare")["rows"]}
-    assert rows.keys() == benchmark.VARIANTS.keys()
+    assert rows.keys() == benchmark_steps.VARIANTS.keys()
     assert rows["naive"]["speedup"] == 1
     for row in rows.values():
         assert row["speedup"] == pytest.approx(rows["naive"]["ms"] / row["ms"])
@@ -78,20 +101,98 @@ def test_compare_runs_the_same_step_in_every_variant(monkeypatch, tmp_path):
 def test_the_written_out_attention_is_the_same_maths():
     args = argparse.Namespace(batch_size=2, device="cpu", optimizer=None)
     model = fill(create_model("MDTv2_Nano_2", input_size=8, mask_ratio=0.3))
-    step, num_kept = benchmark.training_step(model, args, "fp32")
-    assert num_kept == 9
+    step = benchmark_steps.training_step(model, args, "fp32")
+    assert step.num_kept == 9
     loss = step()
     gradients = [p.grad for p in model.parameters()]
-    with benchmark.naive_attention():
+    with benchmark_steps.naive_attention():
         torch.testing.assert_close(step(), loss, rtol=1e-5, atol=1e-6)
     for param, gradient in zip(model.parameters(), gradients, strict=True):
         torch.testing.assert_close(param.grad, gradient, rtol=1e-3, atol=1e-5)
 
 
 def test_a_wrong_closed_form_is_an_error(monkeypatch, tmp_path):
-    monkeypatch.setattr(benchmark, "counted_flops", lambda args, num_kept: 1e6)
+    monkeypatch.setattr(benchmark_steps, "counted_flops", lambda args, num_kept: 1e6)
     with pytest.raises(ValueError, match="PyTorch counts"):
         run(monkeypatch, tmp_path)
+
+
+PARTS = ["matrix products", "attention", "norms and elementwise", "bias", "optimizer", "host gaps"]
+
+
+def test_the_profile_adds_up(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(benchmark, "memory_bandwidth", lambda device: 1e10)
+    monkeypatch.setattr(step_profile, "REPEATS", 1)
+    picture = tmp_path / "profile.png"
+    profile = run(monkeypatch, tmp_path, "--optimizer", "adan", "--profile", str(picture))["profile"]
+    rows = {row["part"]: row for row in profile["rows"]}
+    assert list(rows) == PARTS
+    assert sum(row["share"] for row in rows.values()) == pytest.approx(1)
+    assert all(row["ms"] > 0 for row in rows.values())
+    model = create_model("MDTv2_Nano_2", input_size=8, mask_ratio=0.3)
+    linear, attention = (
+        12 * sum(count(model, kept) for kept in (None, 9)) / 1e9  # 4 images, forward and backward, at 1e12 FLOP/s
+        for count in (lambda *on: forward_flops(*on) - attention_flops(*on), attention_flops)
+    )
+    assert rows["matrix products"]["least_ms"] == pytest.approx(linear)
+    moved = 12 * sum(attention_values(model, kept) for kept in (None, 9)) * 4 / 1e7  # fp32, at 1e10 bytes/s
+    assert rows["attention"]["least_ms"] == pytest.approx(max(attention, moved))
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    # Adan's state: three moments and the last gradient; weights are read and written, gradients are read twice.
+    assert rows["optimizer"]["least_ms"] == pytest.approx(4 * trained * (2 * 4 + 4) / 1e7, rel=0.01)
+    assert Image.open(picture).size[0] > 500
+    out = capsys.readouterr().out
+    assert all(part in out for part in PARTS) and "aten::addmm" in out
+
+
+def test_a_profile_is_of_one_step(monkeypatch, tmp_path):
+    for flags in (["--compare"], ["--mode", "draw"]):
+        with pytest.raises(UserError, match="--profile is of one step"):
+            run(monkeypatch, tmp_path, *flags, "--profile", str(tmp_path / "profile.png"))
+    with pytest.raises(UserError, match="extension of a picture"):
+        run(monkeypatch, tmp_path, "--profile", str(tmp_path / "profile"))
+
+
+@pytest.mark.parametrize(
+    "part, names",
+    {
+        "matrix products": [
+            "nvjet_hsh_128x256_64x4_1x2_h_bz_coopA_NTN", "sm90_xmma_gemm_bf16bf16_bf16f32", "aten::addmm",
+            "void cutlass::Kernel2<cutlass_80_wmma_tensorop_bf16_s161616gemm>", "aten::mm", "mkldnn::_linear_pointwise",
+            "aten::mkldnn_convolution", "ampere_bf16_s16816gemm_bf16_128x128", "void cublasLt::splitKreduce_kernel",
+        ],
+        "attention": [
+            "fmha_cutlassF_bf16_aligned_64x64_rf_sm80(PyTorchMemEffAttention)", "void pytorch_flash::flash_fwd_kernel",
+            "aten::_scaled_dot_product_flash_attention_for_cpu", "aten::softmax", "_backward_keys_kernel",
+            "masked_diffusion::relative_attention_backward", "_forward_kernel", "aten::bmm", "aten::baddbmm",
+        ],
+        "bias": [
+            "aten::embedding_dense_backward", "aten::index", "triton_poi_fused__to_copy_embedding_3",
+            "void at::native::vectorized_gather_kernel", "masked_diffusion::table_gradient", "_fold_kernel",
+        ],
+        "norms and elementwise": [
+            "triton_per_fused_addmm_native_layer_norm_7", "graph_0_cpp_fused_addmm_gelu_mul_3", "aten::mul",
+            "aten::sum", "void at::native::vectorized_elementwise_kernel<4, CUDAFunctor_add>", "Memcpy DtoD",
+        ],
+    }.items(),
+)  # fmt: skip
+def test_kernels_belong_to_parts(part, names):
+    assert {name: step_profile.part_of(name) for name in names} == dict.fromkeys(names, part)
+
+
+def test_kernels_are_read_from_the_trace():
+    class Profiler:
+        def export_chrome_trace(self, path):
+            events = [
+                {"cat": "kernel", "name": "gemm", "dur": 2000.0},
+                {"cat": "gpu_user_annotation", "name": "Torch-Compiled Region", "dur": 9000.0},
+                {"cat": "gpu_memset", "name": "Memset", "dur": 1.0},
+                {"cat": "cpu_op", "name": "aten::mm", "dur": 5.0},
+                {"ph": "M", "name": "process_name"},
+            ]
+            Path(path).write_text(json.dumps({"traceEvents": events}))
+
+    assert list(step_profile.kernels(Profiler())) == [("gemm", 2e-3), ("Memset", 1e-6)]
 
 
 @needs_compiler

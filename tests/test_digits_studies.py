@@ -57,6 +57,19 @@ def test_without_the_demo_a_study_says_what_to_run(demo_folder):
         demo_run.open_demo(demo_folder)
 
 
+def test_the_demo_trains_and_samples_in_the_precision_that_is_faster_here(tmp_path, monkeypatch, capsys):
+    calls = {}
+    monkeypatch.setattr(demo, "run_script", lambda *words: None)
+    monkeypatch.setattr(demo, "run_timed", lambda name, script, flags, out: calls.update({name: flags["precision"]}))
+    monkeypatch.setattr(demo, "write_report", lambda out, *_: (out / "report.json").write_text("{}"))
+    monkeypatch.setattr(demo, "choose_precision", lambda name, device: {"auto": "bf16"}.get(name, name))
+    for flags, expected in (([], "bf16"), (["--precision", "fp32"], "fp32")):
+        monkeypatch.setattr(sys, "argv", ["demo.py", "--out", str(tmp_path / expected), *flags])
+        demo.main()
+        assert calls == {"train": expected, "sample": expected}
+        assert f"precision: {expected} (--precision" in capsys.readouterr().out
+
+
 def test_a_script_that_fails_ends_the_demo_with_its_exit_code(tmp_path):
     (tmp_path / "stop.py").write_text("raise SystemExit(7)")
     with pytest.raises(SystemExit) as stop:

@@ -6,7 +6,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from masked_diffusion import create_model
-from masked_diffusion.utils.flops import forward_flops
+from masked_diffusion.utils.flops import (
+    attention_flops,
+    attention_values,
+    block_inputs,
+    elementwise_values,
+    forward_flops,
+)
 
 
 def counted(model, num_kept=None):
@@ -48,3 +54,14 @@ def test_masking_saves_encoder_work_and_adds_the_side_block():
 def test_sizes_follow_the_paper():
     # DiT's paper counts 118.6 billion multiply-adds for DiT-XL/2 at 256.
     assert forward_flops(meta("DiT_XL_2")) / 2e9 == pytest.approx(118.6, rel=0.005)
+
+
+def test_the_blocks_that_a_pass_runs():
+    model = meta(
+        "MDTv2_Nano_2", input_size=8, mask_ratio=0.3
+    )  # one block in, one out with a skip, two decoders, a side
+    assert block_inputs(model) == [(16, False), (16, True), (16, True), (16, True)]
+    assert block_inputs(model, 9) == [(9, False), (9, True), (16, True), (16, True), (16, False)]
+    assert attention_flops(model, 9) == 4 * 128 * (2 * 9**2 + 3 * 16**2)
+    assert attention_values(model, 9) == 4 * 128 * (2 * 9 + 3 * 16)
+    assert elementwise_values(model, 9) == 128 * (17 * 9 + 21 * 9 + 2 * 21 * 16 + 17 * 16)

@@ -38,7 +38,7 @@ def free_port():
         return probe.getsockname()[1]
 
 
-INITIAL = ("--seed", 7, "--num_sampling_steps", 30, "--cfg_scale", 2, "--scale_pow", 1)
+INITIAL = ("--seed", 7, "--num_sampling_steps", 30, "--cfg_scale", 2, "--scale_pow", 1, "--precision", "fp32")
 
 
 def start(checkpoint, port, output, temporary):
@@ -334,6 +334,13 @@ def test_wrong_flags_end_in_one_sentence(named_checkpoint, others, message, monk
         script_util.run(page.main)
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert stop.value.code == 2 and error.startswith("error: ") and message in error
+
+
+def test_the_page_takes_the_precision_that_is_faster_here(named_checkpoint, monkeypatch):
+    import page
+
+    monkeypatch.setattr(sys, "argv", ["page.py", "--model_path", str(named_checkpoint)])
+    assert page.parse_flags().sample.weights.precision == "auto"
 
 
 # ---------------------------------------------------------------- a browser

@@ -13,8 +13,9 @@ from masked_diffusion import create_model
 from masked_diffusion.config import RunConfig
 from masked_diffusion.training import preflight
 from masked_diffusion.training.resume import resolve
+from masked_diffusion.utils import precision
 from masked_diffusion.utils.errors import UserError
-from masked_diffusion.utils.precision import check_precision, set_matmul_precision
+from masked_diffusion.utils.precision import check_precision, choose_precision, set_matmul_precision
 
 
 def test_bad_images_are_listed_with_their_reason(tmp_path):
@@ -150,6 +151,37 @@ def test_the_screen_shows_what_is_trained_how(capsys):
         "optimizer: adamw, lr 0.0003 annealed to 0 at step 70, weight decay 0.1, gradients not clipped",
         "batch: 32 images x 8 ranks = global batch 256 per step, in microbatches of 16; 3.8 steps per epoch",
     } <= set(show(capsys, vae_factor=8, **changes))
+
+
+CPU = torch.device("cpu")
+FLAGS = "processor\t: 0\nflags\t\t: fpu avx512f avx512_{}\n"
+
+
+@pytest.mark.parametrize(
+    "flags, speedup, chosen",
+    [
+        (FLAGS.format("bf16"), 2.0, "bf16"),
+        (FLAGS.format("bf16"), 0.5, "fp32"),  # instructions that are slow, as a Xeon's without AMX
+        (FLAGS.format("vnni"), 2.0, "fp32"),  # no instructions: whatever was measured was noise
+        ("Features\t: fp asimd bf16 i8mm\n", 2.0, "bf16"),  # ARM
+        (None, 2.0, "bf16"),
+        (None, 1.1, "fp32"),
+    ],
+)
+def test_auto_is_bf16_where_the_processor_computes_it_faster(flags, speedup, chosen, tmp_path, monkeypatch):
+    monkeypatch.setattr(precision, "CPU_FLAGS", tmp_path / "cpuinfo")
+    monkeypatch.setattr(precision, "bf16_speedup", lambda: speedup)
+    if flags is not None:
+        (tmp_path / "cpuinfo").write_text(flags)
+    precision.computes_bf16.cache_clear()
+    assert choose_precision("auto", CPU) == chosen
+    precision.computes_bf16.cache_clear()
+    assert choose_precision("fp32", CPU) == "fp32" and choose_precision("bf16", CPU) == "bf16"
+
+
+def test_the_speedup_is_measured_quickly():
+    precision.bf16_speedup(64)
+    assert 0.01 < precision.bf16_speedup(64) < 100
 
 
 def test_checking_a_precision_changes_nothing():

@@ -18,12 +18,14 @@ from helpers import REPO, make_image_sampler, read, run_sample, run_script, samp
 from PIL import Image
 
 from masked_diffusion import create_model
-from masked_diffusion.config import SOLVERS, RunConfig
+from masked_diffusion.config import SOLVERS, RunConfig, SampleConfig, WeightsConfig
 from masked_diffusion.guidance import Guidance
 from masked_diffusion.latents.autoencoder import IdentityFirstStage
+from masked_diffusion.sampling.build import describe, load_image_sampler
 from masked_diffusion.sampling.during_training import Evaluation, SampleGrid
 from masked_diffusion.sampling.image_sampler import ImageSampler, choose_labels, last_sample, to_uint8
 from masked_diffusion.sampling.shards import ShardStore, draw_samples
+from masked_diffusion.utils import precision
 from masked_diffusion.utils.errors import UserError
 from masked_diffusion.utils.files import file_hash
 
@@ -313,6 +315,16 @@ def test_the_npz_is_truncated_and_says_so(checkpoint, tmp_path, monkeypatch, cap
 def test_classes_alone_are_a_list(checkpoint, tmp_path, monkeypatch):
     run_sample(monkeypatch, sample_flags(checkpoint, tmp_path, num_samples=5, classes="2=0"))
     assert read(tmp_path / "samples_5x8x8x3.npz")[1].tolist() == [2, 0, 2, 0, 2]
+
+
+@pytest.mark.parametrize("faster", [True, False])
+def test_auto_precision_is_chosen_and_said(faster, checkpoint, monkeypatch, capsys):
+    monkeypatch.setattr(precision, "computes_bf16", lambda device_type: faster)
+    config = SampleConfig(WeightsConfig(model_path=str(checkpoint), precision="auto"))
+    sampler, weights = load_image_sampler(config)
+    chosen = "bf16" if faster else "fp32"
+    assert sampler.precision == chosen == describe(config, sampler, weights)["precision"]
+    assert f"precision: {chosen}, chosen by --precision auto" in capsys.readouterr().out
 
 
 def test_guidance_flags_without_guidance_are_said_to_be_unused(checkpoint, tmp_path, monkeypatch, capsys):

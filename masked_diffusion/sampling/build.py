@@ -13,7 +13,7 @@ from ..layers.relative_attention import check_implementation
 from ..models import MDT, create_model, model_class
 from ..utils.errors import UserError
 from ..utils.files import file_hash
-from ..utils.precision import PRECISIONS, check_precision, set_matmul_precision
+from ..utils.precision import PRECISIONS, check_precision, choose_precision, set_matmul_precision
 from ..weights.checkpoint import MANIFEST_NAME
 from ..weights.pretrained import OpenedWeights, build_model, configured_architecture, open_weights
 from .class_names import class_names
@@ -58,9 +58,12 @@ def load_weights(config: SampleConfig) -> LoadedWeights:
     :raises UserError: for weights that cannot be had, and for flags that contradict them.
     """
     device = dist_util.dev()
-    check_precision(config.precision, device)
+    precision = choose_precision(config.precision, device)
+    if config.precision == "auto":
+        logger.log(f"precision: {precision}, chosen by --precision auto for the {device.type.upper()} of this machine")
+    check_precision(precision, device)
     check_implementation(config.weights.attention, device)
-    set_matmul_precision(config.precision)
+    set_matmul_precision(precision)
     with dist_util.main_first():
         opened = open_weights(config.weights.model_path)
         guide = open_weights(config.guidance.guide_path) if config.guidance.guide_path else None
@@ -72,7 +75,7 @@ def load_weights(config: SampleConfig) -> LoadedWeights:
     guide_model = build_guide(guide, model, device) if guide else None
     for network in filter(None, (model, guide_model)):
         network.set_attention(config.weights.attention, device)
-    in_use = model.attention_in_use(device, PRECISIONS[config.precision])
+    in_use = model.attention_in_use(device, PRECISIONS[precision])
     logger.log(f"attention: {in_use} (--attention {config.weights.attention})")
     run = opened.run or RunConfig()
     diffusion = run.diffusion.options(model.default_snr_gamma) | {"learn_sigma": model.learn_sigma}
@@ -109,7 +112,7 @@ def make_image_sampler(
         guidance=create_guidance(config.guidance, weights.model, solver.original_num_steps),
         guide_model=weights.guide_model,
         clip_denoised=config.solver.clip_denoised,
-        precision=config.precision,
+        precision=choose_precision(config.precision, dist_util.dev()),
         decode_batch=config.weights.decode_batch,
         batch_size=batch_size if config.weights.compile else None,
         quantize=quantize,
@@ -146,7 +149,7 @@ def describe(config: SampleConfig, image_sampler: ImageSampler, weights: LoadedW
     hashes = {key: path and _hash(path) for key, path in weights.files.items()} if dist_util.is_main() else None
     return {
         "vae": weights.vae,
-        "precision": config.precision,
+        "precision": image_sampler.precision,
         "seed": config.solver.seed,
         "solver": config.solver.name,
         "num_sampling_steps": config.solver.num_sampling_steps,

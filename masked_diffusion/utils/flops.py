@@ -20,16 +20,44 @@ def forward_flops(model: nn.Module, num_kept: int | None = None) -> int:
     :param num_kept: number of tokens that a masked pass keeps; None: the full pass.
     """
     tokens, width, patch = model.num_patches, model.hidden_size, model.patch_size
-
-    def stack(blocks: Iterable[nn.Module], num_tokens: int) -> int:
-        return sum(block_flops(num_tokens, width, model.mlp_ratio, b.skip_linear is not None) for b in blocks)
-
-    blocks = model.all_blocks()
-    side = list(getattr(model, "sideblocks", ()))
-    decoder = model.decoder_blocks()
-    encoder = [b for b in blocks if all(b is not other for other in (*side, *decoder))]
-    total = stack(encoder, num_kept or tokens) + stack(decoder, tokens) + (stack(side, tokens) if num_kept else 0)
+    total = sum(block_flops(n, width, model.mlp_ratio, skip) for n, skip in block_inputs(model, num_kept))
     embed = 2 * tokens * width * model.in_channels * patch**2
     condition = 2 * (model.t_embedder.frequency_embedding_size * width + width**2)
     final = 2 * (tokens * width * model.out_channels * patch**2 + 2 * width**2)
     return total + embed + condition + final
+
+
+def attention_flops(model: nn.Module, num_kept: int | None = None) -> int:
+    """The part of `forward_flops` that q k^T and the product with v have."""
+    return sum(4 * n**2 * model.hidden_size for n, _ in block_inputs(model, num_kept))
+
+
+def attention_values(model: nn.Module, num_kept: int | None = None) -> int:
+    """Numbers that attention reads and writes at least in the forward pass of one image: q, k, v and its output."""
+    return sum(4 * n * model.hidden_size for n, _ in block_inputs(model, num_kept))
+
+
+def elementwise_values(model: nn.Module, num_kept: int | None = None) -> int:
+    """Numbers that the blocks read and write at least between the matrix products of the forward pass of one image.
+
+    Each tensor between two matrix products is counted once where it is read and once where it is written. In units of
+    (T, D): norm and modulation before attention 2; gate, sum, norm and modulation after it 4; GELU twice the MLP's
+    ratio; gate and sum after it 3; the concatenation of a long skip 4.
+    """
+    per_block = 2 + 4 + 2 * model.mlp_ratio + 3
+    return int(sum(n * model.hidden_size * (per_block + 4 * skip) for n, skip in block_inputs(model, num_kept)))
+
+
+def block_inputs(model: nn.Module, num_kept: int | None = None) -> list[tuple[int, bool]]:
+    """For every block that the forward pass of one image runs: its number of tokens, and whether it has a long skip.
+
+    :param num_kept: number of tokens that a masked pass keeps; None: the full pass.
+    """
+
+    def stack(blocks: Iterable[nn.Module], num_tokens: int) -> list[tuple[int, bool]]:
+        return [(num_tokens, block.skip_linear is not None) for block in blocks]
+
+    side, decoder = list(getattr(model, "sideblocks", ())), model.decoder_blocks()
+    encoder = [block for block in model.all_blocks() if all(block is not other for other in (*side, *decoder))]
+    tokens = model.num_patches
+    return stack(encoder, num_kept or tokens) + stack(decoder, tokens) + (stack(side, tokens) if num_kept else [])

@@ -14,9 +14,10 @@ from typing import Any
 import demo_run
 from demo_run import grade_digits
 
-from masked_diffusion import script_util
+from masked_diffusion import dist_util, script_util
 from masked_diffusion.utils.files import write_json
 from masked_diffusion.utils.options import Config, option
+from masked_diffusion.utils.precision import PRECISIONS_OR_AUTO, choose_precision
 
 REPO = Path(__file__).resolve().parents[2]
 TRAIN_FLAGS = {
@@ -48,6 +49,10 @@ class DemoConfig(Config):
     out: str = option("output_demo", "folder for everything that is made")
     train_steps: int = option(3000, "training steps", at_least=1)
     num_samples: int = option(1000, "images to draw and grade", at_least=2)
+    precision: str = option(
+        "auto", "number format of the network, in training and sampling; auto: bf16 where this machine computes it "
+        "faster, else fp32", choices=PRECISIONS_OR_AUTO,
+    )  # fmt: skip
 
 
 def run_script(script: str, *words: Any) -> None:
@@ -94,15 +99,17 @@ def main() -> None:
     out = Path(config.out)
     train, data = out / "train", out / "data"
     samples = out / "samples" / f"samples_{config.num_samples}x8x8x3.npz"
+    precision = choose_precision(config.precision, dist_util.dev())
+    print(f"precision: {precision} (--precision {config.precision})", flush=True)
     out.mkdir(parents=True, exist_ok=True)
     if not (data / "test").exists():
         run_script("datasets/digits.py", data)
     if not (train / f"opt{config.train_steps:06d}.pt").exists():
         flags = TRAIN_FLAGS | {"data_dir": data / "train", "log_dir": train, "lr_anneal_steps": config.train_steps}
-        run_timed("train", "scripts/image_train.py", flags, out)
+        run_timed("train", "scripts/image_train.py", flags | {"precision": precision}, out)
     if not samples.exists():
         flags = SAMPLE_FLAGS | {"model_path": train, "log_dir": samples.parent, "num_samples": config.num_samples}
-        run_timed("sample", "scripts/image_sample.py", flags, out)
+        run_timed("sample", "scripts/image_sample.py", flags | {"precision": precision}, out)
     if not (out / "report.json").exists():
         write_report(out, samples, config.train_steps)
     print((out / "report.json").read_text())

@@ -64,7 +64,7 @@ class Flags(Config):
 def parse_flags() -> Flags:
     """The command line, with defaults that show something soon."""
     quick = {"solver": "ddim", "num_sampling_steps": "50", "cfg_cond": True, "cfg_scale": 4.0, "scale_pow": 0.01}
-    return script_util.parse_flags(Flags, __doc__, **quick)
+    return script_util.parse_flags(Flags, __doc__, **quick, precision="auto")
 
 
 # ---------------------------------------------------------------- what comes from the browser
