@@ -14,7 +14,6 @@ from tqdm.auto import tqdm
 
 from . import dist_util, logger
 from .config import RunConfig
-from .image_datasets import LoaderWorkerDied
 from .published import (  # noqa: F401  (ADM's and MDT's users import them from here)
     find_ema_checkpoint,
     find_resume_checkpoint,
@@ -24,6 +23,7 @@ from .published import (  # noqa: F401  (ADM's and MDT's users import them from 
 )
 from .resample import create_named_schedule_sampler
 from .training.data import TrainingData
+from .training.data_wait import DataWait
 from .training.finetune import load_pretrained
 from .training.guardian import Guardian
 from .training.metrics import TrainMetrics
@@ -137,7 +137,8 @@ class TrainLoop:
         )
         global_batch = self.config.train.batch_size * dist_util.get_world_size()
         num_timesteps = self.objective.diffusion.num_timesteps
-        self.metrics = TrainMetrics(self.device, num_timesteps, global_batch, self.last_step)
+        data_wait = DataWait(self.config, self.source.names)
+        self.metrics = TrainMetrics(self.device, num_timesteps, global_batch, self.last_step, data_wait)
         self._start_data()
 
     def _first_weights(self, path: Path | None) -> dict[str, SentTensor]:
@@ -206,7 +207,8 @@ class TrainLoop:
         """Train to the end, with logging and checkpoints; return at once if the run is finished already.
 
         :raises TrainingFault: when the loss or gradients of too many steps in a row are not finite.
-        :raises LoaderWorkerDied: when a data loading process was killed. A checkpoint is saved first.
+        :raises UserError: when the data cannot be read any more, or (LoaderWorkerDied) a data loading process was
+            killed. A checkpoint is saved first.
         """
         if self.state is None:
             self.resume()
@@ -228,8 +230,9 @@ class TrainLoop:
         while not self.last_step or self.step < self.last_step:
             self.watchdog.phase(f"loading the data of step {self.step}")
             try:
-                batch, cond = next(self.data)
-            except LoaderWorkerDied as error:
+                with self.metrics.data_wait.waiting():
+                    batch, cond = next(self.data)
+            except UserError as error:  # an image is gone or damaged, a data loading process was killed
                 failure = error
             self.watchdog.phase(f"waiting for the other ranks before step {self.step}")
             # All ranks must leave the loop at the same step: in the next one the others would wait for this rank.
@@ -256,7 +259,8 @@ class TrainLoop:
         if failure is not None:
             raise failure
         if stopped:
-            logger.log(f"stopped by a signal at step {self.step}: the same command resumes from here")
+            cause = "by a signal" if self._stop_signal is not None else "since another rank stopped"
+            logger.log(f"stopped {cause} at step {self.step}: the same command resumes from here")
 
     def _log_row(self) -> str:
         lr, bad_steps = self.state.opt.param_groups[0]["lr"], self.guardian.bad_steps

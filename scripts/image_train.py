@@ -24,6 +24,7 @@ from masked_diffusion.training.resume import (
     resolve,
     write_run_config,
 )
+from masked_diffusion.utils import last_words
 from masked_diffusion.utils.errors import UserError
 from masked_diffusion.utils.evaluations import load_evaluations
 from masked_diffusion.utils.precision import check_precision, set_matmul_precision
@@ -66,7 +67,7 @@ def main() -> None:
     check_implementation(config.train.attention, dist_util.dev())
     set_matmul_precision(config.precision)
     logger.configure(config.log.log_dir, quiet=not dist_util.is_main())
-    with own_log_dir(logger.get_dir()):
+    with own_log_dir(logger.get_dir()), last_words.of_signals(logger.get_dir()):
         train(config, logger.get_dir())
 
 

@@ -84,6 +84,8 @@ def stream(start_step, seed, batch_size=8):
 class Batches:
     """`training.data.TrainingData` in memory."""
 
+    names = ()
+
     def stream(self, start_step, seed, first_stage):
         return stream(start_step, seed)
 
