@@ -191,6 +191,11 @@ def _hosts() -> dist.ProcessGroup:
     return _host_group
 
 
+def new_host_group() -> dist.ProcessGroup | None:
+    """Another gloo group of all ranks, for a thread of its own. All ranks call it together; None without a group."""
+    return dist.new_group(backend="gloo", timeout=HOST_TIMEOUT) if dist.is_initialized() else None
+
+
 class RankGroup(NamedTuple):
     """Some ranks of the job, and how they communicate. Without a process group: rank 0 alone.
 

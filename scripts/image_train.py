@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import torch
 
@@ -29,6 +28,7 @@ from masked_diffusion.utils import last_words
 from masked_diffusion.utils.errors import UserError
 from masked_diffusion.utils.evaluations import load_evaluations
 from masked_diffusion.utils.precision import check_precision, set_matmul_precision
+from masked_diffusion.weights.checkpoint import run_folder
 
 
 def make_model(config: RunConfig) -> torch.nn.Module:
@@ -85,7 +85,7 @@ def train(config: RunConfig, log_dir: str) -> None:
     )
 
     before = dist_util.run_on_main(read_run_config, log_dir)
-    origin = log_dir if before or not config.log.continue_from else Path(config.log.continue_from).parent
+    origin = log_dir if before or not config.log.continue_from else run_folder(config.log.continue_from)
     begun = before or dist_util.run_on_main(read_run_config, origin)
     check_same_run(origin, config, begun and resolve(begun))
     model = build_model(config)
