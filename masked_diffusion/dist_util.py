@@ -5,6 +5,7 @@ Without a launcher, all functions work for a single process without a process gr
 
 import argparse
 import os
+import re
 import signal
 import socket
 import sys
@@ -31,6 +32,8 @@ MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK")  # Open MPI, MPICH
 GPUS_PER_NODE = 8  # ADM's constant, for its users; nothing here uses it, since the launcher assigns the GPUs
 
 HOST_TIMEOUT = timedelta(days=1)  # the gloo group of the hosts waits as long; it notices a dead rank at once
+
+LOST_PEER = re.compile("closed by peer|reset by peer|broken pipe|socket closed|remote process exited", re.IGNORECASE)
 
 _host_group: dist.ProcessGroup | None = None  # see `_hosts`
 _node_group: "RankGroup | None" = None  # see `node_group`
@@ -188,6 +191,11 @@ def _hosts() -> dist.ProcessGroup:
     return _host_group
 
 
+def new_host_group() -> dist.ProcessGroup | None:
+    """Another gloo group of all ranks, for a thread of its own. All ranks call it together; None without a group."""
+    return dist.new_group(backend="gloo", timeout=HOST_TIMEOUT) if dist.is_initialized() else None
+
+
 class RankGroup(NamedTuple):
     """Some ranks of the job, and how they communicate. Without a process group: rank 0 alone.
 
@@ -299,7 +307,19 @@ def _describe_failure(error: BaseException) -> tuple[bool, str]:
 def _raise_failure(failure: tuple[bool, str] | None, rank: int = 0) -> None:
     if failure is not None:
         is_user_error, message = failure
-        raise UserError(message) if is_user_error else RuntimeError(f"rank {rank} failed: {message}")
+        error = UserError(message) if is_user_error else RuntimeError(f"rank {rank} failed: {message}")
+        error.is_repeated = True
+        raise error
+
+
+def is_repeated(error: BaseException) -> bool:
+    """Whether another rank has raised the error first, and this one only repeats it."""
+    return getattr(error, "is_repeated", False)
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """Whether an error only means that another rank has ended, which waiting for it has shown."""
+    return dist.is_initialized() and isinstance(error, RuntimeError) and bool(LOST_PEER.search(str(error)))
 
 
 def is_first(key: str) -> bool:

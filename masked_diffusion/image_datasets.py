@@ -4,8 +4,6 @@ Determinism: the order of the images depends only on the seed and the position i
 seed, epoch and image. Neither the number of ranks nor the number of data loading processes changes them.
 """
 
-import io
-import math
 import random
 import sys
 from collections.abc import Iterator, Sequence
@@ -17,14 +15,25 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from . import dist_util
+from .image_decoding import (
+    Box,
+    center_crop_arr,
+    decode_image,
+    decode_reduced,
+    largest_short_side,
+    random_crop_arr,
+)
+from .image_decoding import read_image as read_image  # for whoever imports it from here
 from .image_index import no_class_message
 from .image_listing import Listing, check_listed, check_name, list_names, log_other_formats
-from .image_sequence import ImageFiles, ImageSequence, image_errors, signature_of
+from .image_sequence import ImageFiles, ImageSequence, signature_of
 from .image_shards import DamagedShard, is_packed, open_packed
 from .utils.errors import UserError
 from .utils.loader_processes import LoaderIterator, init_loader_process
 from .utils.loader_processes import LoaderWorkerDied as LoaderWorkerDied  # what `next()` of `load_data` may raise
 from .utils.random_numbers import fold_seed
+
+MOST_SKIPPED = 100  # images in a row: then the disk is gone, and going on would only skip all the others
 
 
 def load_data(
@@ -41,6 +50,7 @@ def load_data(
     start_step: int = 0,
     paths: Sequence[str] | None = None,
     on_bad_image: str = "error",
+    fast_decode: bool = False,
 ) -> Iterator[tuple[torch.Tensor, dict[str, torch.Tensor]]]:
     """An endless iterator over `(batch, cond)`.
 
@@ -59,6 +69,7 @@ def load_data(
     :param start_step: number of global batches to skip at the start of the stream, as a resumed run does.
     :param paths: the images of `data_dir`, if they have been listed already.
     :param on_bad_image: `error`, or `skip` to replace an image that cannot be read by the next one.
+    :param fast_decode: decode large JPEGs at a fraction of their size; see `image_decoding.decode_reduced`.
     :raises UserError: for a folder without images, with fewer than a global batch, or with file names without a class;
         and from `next()` for an image that cannot be read.
     :raises LoaderWorkerDied: from `next()`, when a data loading process was killed, usually for lack of memory.
@@ -72,6 +83,7 @@ def load_data(
         random_flip=random_flip,
         seed=seed,
         on_bad_image=on_bad_image,
+        fast_decode=fast_decode,
     )
     return stream(dataset, data_dir, batch_size, num_workers, seed, start_step, shuffle=not deterministic)
 
@@ -222,7 +234,7 @@ class ImageDataset(Dataset):
     :param classes: a label for each path, or None.
     :param shard, num_shards: use every num_shards-th image, beginning at `shard`. `load_data` does not use them: its
         `StreamSampler` divides the images among the ranks.
-    :param on_bad_image: see `load_data`.
+    :param on_bad_image, fast_decode: see `load_data`.
     """
 
     def __init__(
@@ -236,13 +248,15 @@ class ImageDataset(Dataset):
         random_flip: bool = True,
         seed: int = 0,
         on_bad_image: str = "error",
+        fast_decode: bool = False,
     ) -> None:
         self.resolution, self.image_paths = resolution, image_paths[shard::num_shards]
         is_sequence = isinstance(self.image_paths, ImageSequence)
         self.images = self.image_paths if is_sequence else ImageFiles(self.image_paths)
         self.classes = None if classes is None else classes[shard::num_shards]
         self.random_crop, self.random_flip, self.seed = random_crop, random_flip, seed
-        self.on_bad_image = on_bad_image
+        self.on_bad_image, self.fast_decode = on_bad_image, fast_decode
+        self._largest_short_side = largest_short_side(resolution) if random_crop else resolution
 
     def __len__(self) -> int:
         return len(self.image_paths)
@@ -250,85 +264,35 @@ class ImageDataset(Dataset):
     def __getitem__(self, key: int | tuple[int, int]) -> tuple[np.ndarray, dict[str, np.int64]]:
         index, epoch = key if isinstance(key, tuple) else (key, 0)
         rng = random.Random(fold_seed(self.seed, epoch, index))
-        index, image = self._read(index)
+        index, image, box = self._read(index)
         if self.random_crop:
-            pixels = random_crop_arr(image, self.resolution, rng=rng)
+            pixels = random_crop_arr(image, self.resolution, rng=rng, box=box)
         else:
-            pixels = center_crop_arr(image, self.resolution)
+            pixels = center_crop_arr(image, self.resolution, box)
+        item = pixels.transpose(2, 0, 1).astype(np.float32, order="C")
+        item /= 127.5
+        item -= 1
         if self.random_flip and rng.random() < 0.5:
-            pixels = pixels[:, ::-1]
-        cond = {} if self.classes is None else {"y": np.int64(self.classes[index])}
-        return np.ascontiguousarray(pixels.transpose(2, 0, 1)).astype(np.float32) / 127.5 - 1, cond
+            item = np.ascontiguousarray(item[:, :, ::-1])
+        return item, {} if self.classes is None else {"y": np.int64(self.classes[index])}
 
-    def _read(self, index: int) -> tuple[int, Image.Image]:
-        """The index and the image; with `skip`, those of the first readable image from this index on."""
-        for _ in range(len(self)):
+    def _read(self, index: int) -> tuple[int, Image.Image, Box | None]:
+        """The index, the image, and the `box` of `decode_reduced`; with `skip`, those of the first readable image from
+        this index on."""
+        first = index
+        for _ in range(min(len(self), MOST_SKIPPED)):
             try:
-                return index, decode_image(self.images.read(index), self.images.name(index))
+                data, name = self.images.read(index), self.images.name(index)
+                if self.fast_decode:
+                    return index, *decode_reduced(data, name, self._largest_short_side)
+                return index, decode_image(data, name), None
             except UserError as error:
                 if self.on_bad_image == "error" or isinstance(error, DamagedShard):
                     raise
                 print(f"skipped: {error}", file=sys.stderr, flush=True)
                 index = (index + 1) % len(self)
-        raise UserError(f"none of the {len(self)} images can be read, for example {self.image_paths[index]}")
-
-
-def read_image(path: str) -> Image.Image:
-    """Read and decode an image as RGB. As in ADM, an EXIF rotation is not applied.
-
-    :raises UserError: for a file that does not exist, is not an image, is truncated or is a decompression bomb; the
-        message names it.
-    """
-    return decode_image(ImageFiles([path]).read(0), path)
-
-
-def decode_image(data: bytes, name: str) -> Image.Image:
-    """`read_image` of a file's bytes.
-
-    :param name: what an error calls it.
-    """
-    with image_errors(name), Image.open(io.BytesIO(data)) as image:
-        return _to_rgb(image)
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):
-        # 16-bit grey: Pillow's own conversion clips values at 255, so that nearly all pixels become white. Take the
-        # high byte instead, as Pillow does for 16-bit colour.
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
-    return image.convert("RGB")
-
-
-def center_crop_arr(pil_image: Image.Image, image_size: int) -> np.ndarray:
-    """The centre crop of ADM: (image_size, image_size, 3) uint8."""
-    pixels = np.array(_resize_short_side(pil_image, image_size))
-    crop_y = (pixels.shape[0] - image_size) // 2
-    crop_x = (pixels.shape[1] - image_size) // 2
-    return pixels[crop_y : crop_y + image_size, crop_x : crop_x + image_size]
-
-
-def random_crop_arr(
-    pil_image: Image.Image,
-    image_size: int,
-    min_crop_frac: float = 0.8,
-    max_crop_frac: float = 1.0,
-    rng: random.Random = random,
-) -> np.ndarray:
-    """The random crop of ADM: (image_size, image_size, 3) uint8.
-
-    :param min_crop_frac, max_crop_frac: smallest and largest size of the crop, as a fraction of the short side.
-    :param rng: its `randrange` draws the resized short side, then the row, then the column.
-    """
-    smallest, largest = math.ceil(image_size / max_crop_frac), math.ceil(image_size / min_crop_frac)
-    pixels = np.array(_resize_short_side(pil_image, rng.randrange(smallest, largest + 1)))
-    crop_y = rng.randrange(pixels.shape[0] - image_size + 1)
-    crop_x = rng.randrange(pixels.shape[1] - image_size + 1)
-    return pixels[crop_y : crop_y + image_size, crop_x : crop_x + image_size]
-
-
-def _resize_short_side(image: Image.Image, size: int) -> Image.Image:
-    # Halve with a box filter first: bicubic alone would cause aliasing when the reduction is large.
-    while min(*image.size) >= 2 * size:
-        image = image.resize(tuple(x // 2 for x in image.size), resample=Image.BOX)
-    scale = size / min(*image.size)
-    return image.resize(tuple(round(x * scale) for x in image.size), resample=Image.BICUBIC)
+        others = min(len(self), MOST_SKIPPED) - 1
+        raise UserError(
+            f"{self.images.name(first)} and the {others} images after it cannot be read: check that their folder is "
+            "still there"
+        )

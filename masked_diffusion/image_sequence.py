@@ -186,4 +186,7 @@ def image_errors(name: str) -> Iterator[None]:
     except MemoryError:
         raise
     except Exception as error:  # on damaged files Pillow's readers raise nearly anything
+        folder = os.path.dirname(name) or "."
+        if isinstance(error, FileNotFoundError) and not is_remote(name) and not os.path.isdir(folder):
+            raise UserError(f"{name} cannot be read, its folder is gone: put or mount {folder} again") from error
         raise UserError(f"{name} cannot be read as an image ({error}): repair or remove it") from error

@@ -8,9 +8,7 @@ import sys
 import traceback
 import typing
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import Field
-from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from . import dist_util, logger
@@ -23,6 +21,7 @@ from .published import (  # noqa: F401  (ADM's and MDT's scripts import them fro
     str2bool,
 )
 from .respace import create_gaussian_diffusion  # noqa: F401  (so do ADM's users)
+from .utils import last_words
 from .utils.errors import UserError
 from .utils.not_rebuilt import module_getattr
 from .utils.options import Config, is_optional
@@ -121,12 +120,13 @@ def run(main: Callable[[], None]) -> None:
 
     A `UserError`, which the user can fix, is printed as one sentence, once for all ranks, with exit code 2; torchrun
     does not restart the job after it. Ctrl-C ends with exit code 130 and without a traceback. Any other exception is a
-    bug of the program: its traceback is printed and written to log.txt.
+    bug of the program, and its traceback is printed; but a rank that ends only because another one has died says so in
+    one sentence. All but Ctrl-C are written down with tracebacks; see `utils.last_words`.
     """
     try:
         main()
     except UserError as error:
-        _keep_traceback()
+        _write_down(error)
         key = "error " + hashlib.sha256(str(error).encode()).hexdigest()
         if dist_util.is_first_of_node(key):
             if dist_util.is_first(key):
@@ -137,14 +137,22 @@ def run(main: Callable[[], None]) -> None:
         if dist_util.is_main():
             print("interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
-    except Exception:
-        _keep_traceback()
-        raise
+    except Exception as error:
+        _write_down(error)
+        if not (logger.get_dir() and dist_util.is_lost_peer(error)):
+            raise
+        if dist_util.is_first("lost"):
+            print(
+                f"error: {last_words.describe_rank()} ends, because another rank has ended; what it said last is in "
+                f"log.txt (rank 0) or rank*.txt of {logger.get_dir()}",
+                file=sys.stderr,
+                flush=True,
+            )
+        sys.exit(1)
     finally:
         dist_util.cleanup()
 
 
-def _keep_traceback() -> None:
-    if logger.get_dir() and dist_util.is_main():
-        with suppress(OSError), Path(logger.get_dir(), "log.txt").open("a") as file:
-            file.write(traceback.format_exc())
+def _write_down(error: Exception) -> None:
+    if not dist_util.is_repeated(error):  # the rank that raised it first has written it
+        last_words.write(logger.get_dir(), "".join(traceback.format_exception(error)))

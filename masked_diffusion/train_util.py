@@ -14,7 +14,6 @@ from tqdm.auto import tqdm
 
 from . import dist_util, logger
 from .config import RunConfig
-from .image_datasets import LoaderWorkerDied
 from .published import (  # noqa: F401  (ADM's and MDT's users import them from here)
     find_ema_checkpoint,
     find_resume_checkpoint,
@@ -24,20 +23,23 @@ from .published import (  # noqa: F401  (ADM's and MDT's users import them from 
 )
 from .resample import create_named_schedule_sampler
 from .training.data import TrainingData
+from .training.data_wait import DataWait
 from .training.finetune import load_pretrained
 from .training.guardian import Guardian
 from .training.metrics import TrainMetrics
 from .training.objective import TwoPassObjective
 from .training.optim import annealed_lr
-from .training.parallel import accumulating, gather_full, load_model_state, parallelize, shard_model
+from .training.parallel import accumulating, gather_full, load_model_state, make_empty, parallelize, shard_model
 from .training.receive import SentTensor, send_state
 from .training.resume import Start, agree_on_start, read_run_config
+from .training.saving import Saver, create_saver
+from .training.sharded import load_sharded
 from .training.state import TrainState, read_on_nodes
 from .training.watchdog import Watchdog
 from .utils.errors import UserError
 from .utils.not_rebuilt import module_getattr
 from .utils.random_numbers import GlobalBatchRandom, fold_seed
-from .weights.checkpoint import latest_step, model_name, prune_checkpoints
+from .weights.checkpoint import checkpoint_path, is_sharded, latest_step, remove_leftovers
 from .weights.pretrained import read_weights
 
 __getattr__ = module_getattr(__name__)
@@ -93,6 +95,7 @@ class TrainLoop:
         self.watchdog = Watchdog(config.guardian.hang_timeout, log_dir)
         self.last_step = config.train.lr_anneal_steps or config.train.max_steps or None
         self.state: TrainState | None = None
+        self.saver: Saver | None = None
         self._stop_signal, self._stop_time = None, 0.0
 
     @property
@@ -112,21 +115,30 @@ class TrainLoop:
         """
         if start is None:
             start = agree_on_start(self.log_dir, self.config, dist_util.run_on_main(read_run_config, self.log_dir))
-        weights = self._read_weights(start.path) if start.step else self._first_weights(start.path)
+        resumes_sharded = start.step and is_sharded(start.path)
+        if not resumes_sharded:
+            weights = self._read_weights(start.path) if start.step else self._first_weights(start.path)
         shard_model(self.model, self.config.train.shard)
-        load_model_state(self.model, weights, self.device)
+        if resumes_sharded:
+            make_empty(self.model, self.device)  # `load_sharded` below reads this rank's part
+        else:
+            load_model_state(self.model, weights, self.device)
         self.ddp = parallelize(self.objective, self.config.train.shard)
         self.state = TrainState(self.config, self.objective, self.schedule_sampler, self.guardian)
-        if start.step:
+        if is_sharded(start.path or "") and start.step:
+            load_sharded(self.state, start.path)
+        elif start.step:
             self.state.load(start.path, start.step)
-        dist_util.run_on_main(prune_checkpoints, self.log_dir, 0)  # removes the partial files of killed processes
+        dist_util.run_on_main(remove_leftovers, self.log_dir)
+        self.saver = create_saver(self.config.log, self.log_dir, self.device)
         logger.rewind(self.step)
         logger.log(
             f"starting at step {self.step}" + (f", weights from {start.path}" if start.path else ", fresh weights")
         )
         global_batch = self.config.train.batch_size * dist_util.get_world_size()
         num_timesteps = self.objective.diffusion.num_timesteps
-        self.metrics = TrainMetrics(self.device, num_timesteps, global_batch, self.last_step)
+        data_wait = DataWait(self.config, self.source.names)
+        self.metrics = TrainMetrics(self.device, num_timesteps, global_batch, self.last_step, data_wait)
         self._start_data()
 
     def _first_weights(self, path: Path | None) -> dict[str, SentTensor]:
@@ -163,24 +175,25 @@ class TrainLoop:
         self.metrics.clear()
 
     def save(self) -> None:
-        """Write a complete checkpoint of the current step. All ranks call it together."""
+        """Write a complete checkpoint of the current step, or begin to. All ranks call it together."""
         self.watchdog.phase(f"saving step {self.step}")
         with self.metrics.paused():
-            self.state.save(self.log_dir)
             # While steps are skipped the run may have diverged: the checkpoints before are then kept.
-            keep = 0 if self.guardian.bad_in_a_row else self.config.log.keep
-            dist_util.run_on_main(prune_checkpoints, self.log_dir, keep)
-        logger.log(f"saved {self.state.model_path(self.log_dir)}")
+            self.saver.save(self.state, 0 if self.guardian.bad_in_a_row else self.config.log.keep)
 
     def _roll_back(self) -> None:
         """Roll back to the last checkpoint, and continue from there with other data and noise."""
+        self.saver.finish()
         step = dist_util.run_on_main(latest_step, self.log_dir)
         rollbacks, allowed = self.state.rollbacks + 1, self.config.guardian.rollback_on_spike
         if step is None or rollbacks > allowed:
             return
-        path = self.log_dir / model_name(step)
-        load_model_state(self.model, self._read_weights(path), self.device)
-        self.state.load(path, step)
+        path = checkpoint_path(self.log_dir, step)
+        if is_sharded(path):
+            load_sharded(self.state, path)
+        else:
+            load_model_state(self.model, self._read_weights(path), self.device)
+            self.state.load(path, step)
         self.state.rollbacks = rollbacks
         logger.rewind(step)
         logger.log(
@@ -194,7 +207,8 @@ class TrainLoop:
         """Train to the end, with logging and checkpoints; return at once if the run is finished already.
 
         :raises TrainingFault: when the loss or gradients of too many steps in a row are not finite.
-        :raises LoaderWorkerDied: when a data loading process was killed. A checkpoint is saved first.
+        :raises UserError: when the data cannot be read any more, or (LoaderWorkerDied) a data loading process was
+            killed. A checkpoint is saved first.
         """
         if self.state is None:
             self.resume()
@@ -206,6 +220,7 @@ class TrainLoop:
             tqdm(total=self.last_step, initial=self.step, unit="step", disable=not dist_util.is_main() or None) as bar,
             self._signals(),
             self.watchdog.watching(),
+            self.saver.finishing(),
         ):
             self._run_steps(bar)
 
@@ -215,12 +230,13 @@ class TrainLoop:
         while not self.last_step or self.step < self.last_step:
             self.watchdog.phase(f"loading the data of step {self.step}")
             try:
-                batch, cond = next(self.data)
-            except LoaderWorkerDied as error:
+                with self.metrics.data_wait.waiting():
+                    batch, cond = next(self.data)
+            except UserError as error:  # an image is gone or damaged, a data loading process was killed
                 failure = error
             self.watchdog.phase(f"waiting for the other ranks before step {self.step}")
             # All ranks must leave the loop at the same step: in the next one the others would wait for this rank.
-            if dist_util.any_rank(failure is not None or self._stop_signal is not None):
+            if dist_util.any_rank(failure is not None or self._stop_signal is not None or self.saver.has_failed()):
                 break
             self.watchdog.phase(f"step {self.step}")
             self.run_step(batch, cond)
@@ -232,15 +248,19 @@ class TrainLoop:
             if self.step % log.save_interval == 0:
                 self.save()
                 saved_step = self.step
+        self.watchdog.phase("writing the last checkpoints")
+        self.saver.finish()
         stopped = not self.last_step or self.step < self.last_step
         if self.metrics.steps:
             self._log_row()
         if saved_step != self.step:
             self.save()
+        self.saver.finish()
         if failure is not None:
             raise failure
         if stopped:
-            logger.log(f"stopped by a signal at step {self.step}: the same command resumes from here")
+            cause = "by a signal" if self._stop_signal is not None else "since another rank stopped"
+            logger.log(f"stopped {cause} at step {self.step}: the same command resumes from here")
 
     def _log_row(self) -> str:
         lr, bad_steps = self.state.opt.param_groups[0]["lr"], self.guardian.bad_steps
@@ -331,6 +351,7 @@ class TrainLoop:
         :return: the mean loss over the ranks (None for a skipped step), and the gradient norm.
         """
         state, train = self.state, self.config.train
+        self.saver.before_update()
         for group in state.opt.param_groups:
             group["lr"] = annealed_lr(train.lr, self.step, train.lr_anneal_steps)
         # Remove the loss scale of fp16 first: clipping needs the norm of the true gradients.

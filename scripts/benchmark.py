@@ -212,9 +212,12 @@ def device_name(device: str) -> str:
     return f"{os.cpu_count()} cores of {names[0] if names else platform.processor()}"
 
 
-def format_table(rows: list[dict[str, Any]]) -> str:
-    """Aligned text with one line per row and the columns that some row has."""
-    columns = {key: form for key, form in COLUMNS.items() if any(row.get(key) is not None for row in rows)}
+def format_table(rows: list[dict[str, Any]], columns: dict[str, str] = COLUMNS) -> str:
+    """Aligned text with one line per row and the columns that some row has.
+
+    :param columns: how the values of each are formatted.
+    """
+    columns = {key: form for key, form in columns.items() if any(row.get(key) is not None for row in rows)}
     cells = [list(columns)] + [[form.format(row[key]) for key, form in columns.items()] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in cells)

@@ -38,6 +38,7 @@ class EncodeConfig(Config):
     )
     batch_size: int = option(32, "images per rank (GPU) that are encoded at once", at_least=1)
     shard_size: int = option(1024, "images per file", at_least=1)
+    fast_decode: bool = option(False, "decode large JPEGs at a fraction of their size; training then needs it, too")
     num_workers: int = option(4, "data loading processes per rank; 0: load in the encoding process", at_least=0)
     verify: bool = option(False, "compare the existing shards with their checksums, and encode damaged ones again")
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import torch
 
@@ -25,9 +24,11 @@ from masked_diffusion.training.resume import (
     resolve,
     write_run_config,
 )
+from masked_diffusion.utils import last_words
 from masked_diffusion.utils.errors import UserError
 from masked_diffusion.utils.evaluations import load_evaluations
 from masked_diffusion.utils.precision import check_precision, set_matmul_precision
+from masked_diffusion.weights.checkpoint import run_folder
 
 
 def make_model(config: RunConfig) -> torch.nn.Module:
@@ -66,7 +67,7 @@ def main() -> None:
     check_implementation(config.train.attention, dist_util.dev())
     set_matmul_precision(config.precision)
     logger.configure(config.log.log_dir, quiet=not dist_util.is_main())
-    with own_log_dir(logger.get_dir()):
+    with own_log_dir(logger.get_dir()), last_words.of_signals(logger.get_dir()):
         train(config, logger.get_dir())
 
 
@@ -84,7 +85,7 @@ def train(config: RunConfig, log_dir: str) -> None:
     )
 
     before = dist_util.run_on_main(read_run_config, log_dir)
-    origin = log_dir if before or not config.log.continue_from else Path(config.log.continue_from).parent
+    origin = log_dir if before or not config.log.continue_from else run_folder(config.log.continue_from)
     begun = before or dist_util.run_on_main(read_run_config, origin)
     check_same_run(origin, config, begun and resolve(begun))
     model = build_model(config)

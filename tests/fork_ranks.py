@@ -18,8 +18,8 @@ from importlib import import_module
 import torch
 
 
-def start(script, flags, ranks):
-    """Fork the ranks of one life. Returns their process ids."""
+def start(script, flags, ranks, prepare=lambda rank: None):
+    """Fork the ranks of one life, each of which calls `prepare` first. Returns their process ids."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -35,6 +35,7 @@ def start(script, flags, ranks):
         code = 1
         try:
             sys.argv = [script, *flags]
+            prepare(rank)
             SCRIPT_UTIL.run(import_module(script.removesuffix(".py")).main)
             code = 0
         except SystemExit as stop:
@@ -69,10 +70,15 @@ def main():
     sys.exit(max(wait(start(script, flags, options["ranks"])), key=abs))
 
 
-if __name__ == "__main__":
+def import_all():
+    global SCRIPT_UTIL
     torch.set_num_threads(1)
     sys.path.insert(0, os.path.join(os.path.dirname(__file__), "..", "scripts"))
     SCRIPT_UTIL = import_module("masked_diffusion.script_util")
     import_module("image_train")
     import_module("image_sample")
+
+
+if __name__ == "__main__":
+    import_all()
     main()

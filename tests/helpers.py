@@ -8,6 +8,7 @@ import zipfile
 from importlib.util import find_spec
 from pathlib import Path
 
+import export
 import image_sample
 import image_train
 import numpy as np
@@ -83,6 +84,8 @@ def stream(start_step, seed, batch_size=8):
 class Batches:
     """`training.data.TrainingData` in memory."""
 
+    names = ()
+
     def stream(self, start_step, seed, first_stage):
         return stream(start_step, seed)
 
@@ -133,6 +136,13 @@ def tensors(folder, step):
             elif isinstance(value, dict):
                 stack += [(f"{name}/{key}", item) for key, item in value.items()]
     return found
+
+
+def whole_tensors(folder, step, out):
+    """The checkpoint of a step as `export.py --format whole` writes it."""
+    out.mkdir(exist_ok=True)
+    export.export_whole(folder / f"sharded{step:06d}", out)
+    return tensors(out, step)
 
 
 def assert_same(ours, theirs, **tolerance):

@@ -34,9 +34,13 @@ KINDS = ("none", "zero1", "fsdp", "hsdp")
 class OwnRows(Batches):
     """Other rows on each rank."""
 
+    def __init__(self, global_batch=RANKS * ROWS):
+        self.global_batch = global_batch
+
     def stream(self, start_step, seed, first_stage):
-        for images, cond in stream(start_step, seed, RANKS * ROWS):
-            own = slice(dist_util.get_rank() * ROWS, (dist_util.get_rank() + 1) * ROWS)
+        rows = self.global_batch // dist_util.get_world_size()
+        for images, cond in stream(start_step, seed, self.global_batch):
+            own = slice(dist_util.get_rank() * rows, (dist_util.get_rank() + 1) * rows)
             yield images[own], {"y": cond["y"][own]}
 
 
@@ -128,23 +132,24 @@ def check(folder):
     return seen
 
 
-def main():
-    folder, children = Path(sys.argv[1]), []
+def fork_ranks(folder, ranks, function, *arguments):
+    """Run a function on ranks of pretended nodes, and write what each returns to `rank{r}.json` of a folder."""
+    children = []
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    for rank in range(RANKS):
+    for rank in range(ranks):
         child = os.fork()
         if child:
             children.append(child)
             continue
         # On true nodes the local ranks begin anew; here they choose the GPUs.
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS)}
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
         os.environ |= {"GROUP_RANK": str(rank // PER_NODE), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         code = 1
         try:
             dist_util.join_process_group()
-            Path(folder, f"rank{rank}.json").write_text(json.dumps(check(folder)))
+            Path(folder, f"rank{rank}.json").write_text(json.dumps(function(*arguments)))
             dist.barrier()
             code = 0
         except BaseException:
@@ -153,9 +158,11 @@ def main():
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(code)
-    sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children))
+    code = max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children)
+    if code:
+        sys.exit(code)
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main()
+    fork_ranks(Path(sys.argv[1]), RANKS, check, Path(sys.argv[1]))

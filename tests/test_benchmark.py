@@ -10,10 +10,12 @@ from unittest import mock
 import attention_benchmark
 import benchmark
 import benchmark_steps
+import loading_benchmark
 import pytest
 import step_profile
 import torch
 from fill import fill, tensor
+from helpers import write_images
 from PIL import Image
 
 from masked_diffusion import create_diffusion, create_model
@@ -250,6 +252,26 @@ def test_compiled_blocks_compute_the_same_in_bf16():
     with torch.no_grad():
         ours, theirs = (autocast(model, "bf16")(x, t, y) for model in (eager, compiled))
     torch.testing.assert_close(theirs, ours, rtol=0.02, atol=0.02 * ours.abs().max().item())
+
+
+def test_loading_is_measured_from_everything_that_is_loaded(tmp_path, monkeypatch, capsys):
+    write_images(tmp_path / "images", [f"a_{i}.jpg" for i in range(5)], size=(40, 40))
+    monkeypatch.setattr(loading_benchmark, "MANY_SHARDS", 64)
+    flags = ["--data_dir", str(tmp_path / "images"), "--image_size", "16", "--batch_size", "2", "--batches", "2"]
+    flags += ["--rounds", "2", "--json", str(tmp_path / "out.json"), "--scratch", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["loading_benchmark.py", *flags])
+    loading_benchmark.main()
+    report = json.loads((tmp_path / "out.json").read_text())
+    names = [row["name"] for row in report["rows"]]
+    assert names[:4] == ["folder", "folder, --fast_decode", "packed shards", "decoding alone"]
+    assert names[4:] == ["latents, 1 shards", "latents, 64 shards", "latents, 64 shards, not in memory"]
+    for row in report["rows"]:
+        speed = row["images_per_core_second"]
+        assert speed > 0 and row["ms_per_image"] == pytest.approx(1000 / speed)
+        assert row["cores for 8 x S/2"] == pytest.approx(8 * 1572 / speed)
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in names)
+    assert {path.name for path in tmp_path.iterdir()} == {"images", "out.json"}, "the scratch folder is empty again"
 
 
 def test_attention_alone_is_measured_for_both_implementations():

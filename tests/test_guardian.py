@@ -161,7 +161,7 @@ def test_a_killed_removal_is_finished_later(tmp_path):
     trained(tmp_path, max_steps=4)
     (tmp_path / "opt000002.pt").rename(tmp_path / ".opt000002.pt.pruned")
     (tmp_path / ".model000009.pt.123.partial").write_bytes(b"half")
-    checkpoint.prune_checkpoints(tmp_path, keep=0)
+    checkpoint.remove_leftovers(tmp_path)
     assert complete_steps(tmp_path) == [4]
     left = {path.name for path in [*tmp_path.glob("*000002*"), *tmp_path.glob(".*")]}
     assert left == {"ema_0.9_000002.pt", "ema_0.99_000002.pt"}, "every EMA is kept"

@@ -1,12 +1,9 @@
-"""Crops byte for byte, order, sharding, classes, bad folders."""
+"""Items, order, sharding, classes, bad folders."""
 
-import io
 import os
-import random
 import signal
 import subprocess
 import sys
-import tarfile
 import time
 from pathlib import Path
 
@@ -21,85 +18,14 @@ from masked_diffusion.image_datasets import (
     ImageDataset,
     LoaderWorkerDied,
     StreamSampler,
-    center_crop_arr,
     image_classes,
     list_image_files,
     load_data,
-    random_crop_arr,
     read_image,
 )
 from masked_diffusion.utils import loader_processes
 from masked_diffusion.utils.errors import UserError
 from masked_diffusion.weights.checkpoint import complete_steps
-
-PHOTOS = REPO.parent / "shared" / "data" / "imagenet_sample_120.tar"
-
-
-# ---------------------------------------------------------------- crops
-
-
-@pytest.fixture(scope="module")
-def photos():
-    if not PHOTOS.exists():
-        pytest.skip(f"{PHOTOS.name} is not here")
-    with tarfile.open(PHOTOS) as tar:
-        return {Path(m.name).name: tar.extractfile(m).read() for m in tar if m.isfile()}
-
-
-def test_crops_of_photos_are_byte_equal(photos, golden):
-    vectors = golden("loader")
-    for key in vectors.files:
-        kind, size, name = key.split("/")
-        image = Image.open(io.BytesIO(photos[name])).convert("RGB")
-        if kind == "center":
-            pixels = center_crop_arr(image, int(size))
-            pixels = pixels[::8, ::8] if size == "256" else pixels
-        else:
-            random.seed(5)
-            pixels = random_crop_arr(image, int(size))
-        np.testing.assert_array_equal(pixels, vectors[key], err_msg=key)
-
-
-@pytest.mark.parametrize("shape", [(64, 64), (65, 200), (31, 30), (500, 129)])
-def test_crops_have_the_asked_size(shape):
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8))
-    assert center_crop_arr(image, 32).shape == (32, 32, 3)
-    for seed in range(20):
-        assert random_crop_arr(image, 32, rng=random.Random(seed)).shape == (32, 32, 3)
-
-
-def test_center_crop_of_an_image_of_the_right_size_is_the_image():
-    pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
-    np.testing.assert_array_equal(center_crop_arr(Image.fromarray(pixels), 16), pixels)
-
-
-# ---------------------------------------------------------------- kinds of pixels
-
-
-def test_16_bit_grey_stays_a_ramp(tmp_path):
-    ramp = np.arange(65536, dtype=np.uint16).reshape(256, 256)
-    Image.fromarray(ramp).save(tmp_path / "ramp.png")
-    pixels = np.asarray(read_image(str(tmp_path / "ramp.png")))
-    np.testing.assert_array_equal(pixels, np.repeat((ramp >> 8)[..., None], 3, axis=2))
-
-
-@pytest.mark.parametrize("mode", ["I;16B", "I"])
-def test_16_bit_grey_in_pillows_other_modes(mode):
-    values = np.array([[0, 255, 256, 40000, 65535]])
-    image = Image.frombytes(mode, (5, 1), values.astype({"I;16B": ">u2", "I": np.int32}[mode]).tobytes())
-    assert np.asarray(image_datasets._to_rgb(image))[0, :, 1].tolist() == [0, 0, 1, 156, 255]
-
-
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK"])
-def test_other_pixels_are_converted_as_in_adm(tmp_path, mode):
-    rng = np.random.default_rng(0)
-    image = Image.fromarray(rng.integers(0, 256, (8, 8, 4), dtype=np.uint8)).convert("RGB").convert(mode)
-    path = tmp_path / ("a.jpg" if mode == "CMYK" else "a.png")
-    image.save(path)
-    with Image.open(path) as saved:
-        assert saved.mode == mode
-        np.testing.assert_array_equal(read_image(str(path)), saved.convert("RGB"))
-
 
 # ---------------------------------------------------------------- the dataset
 

@@ -244,6 +244,7 @@ def test_two_ranks_make_the_shards_of_one(images, vae_folder, tmp_path):
         ({"image_size": 64}, r"made with image_size 32 \(--vae some\), now it is 64"),
         ({"shard_size": 4}, r"made with shard_size 5 .*, now it is 4"),
         ({"class_cond": False}, r"made with class_cond True .*, now it is False"),
+        ({"fast_decode": True}, r"made with fast_decode False .*, now it is True"),
     ],
 )
 def test_a_cache_of_other_settings_is_not_continued(images, stages, copied, options, message):
@@ -279,6 +280,7 @@ def load(folder, stage, **options):
     [
         ({"image_size": 64}, r"made with image_size 32 \(--vae some\), now it is 64"),
         ({"random_crop": True}, r"made with crop center .*, now it is random"),
+        ({"fast_decode": True}, r"made with fast_decode False .*, now it is True"),
         ({"batch_size": 14}, r"holds 13 images, fewer than one global batch of 14"),
     ],
 )
@@ -427,5 +429,28 @@ def test_the_header_says_how_the_cache_was_made(stages, caches):
     expected = {
         "version": 1, "vae": "some", "vae_fingerprint": fingerprint(stages["vae"]), "channels": 4, "latent_size": 4,
         "image_size": SIZE, "crop": "center", "num_images": NUM_IMAGES, "shard_size": 5, "class_cond": True,
+        "fast_decode": False,
     }  # fmt: skip
     assert header | expected == header and len(header["shards"]) == 3
+
+
+def test_a_cache_says_that_its_images_were_decoded_fast(stages, tmp_path):
+    images, stage = tmp_path / "images", stages["identity"]
+    write_images(images, [f"{'ab'[i % 2]}_{i}.jpg" for i in range(4)], size=(70, 91))
+    encode(str(images), tmp_path / "fast", stage, fast_decode=True)
+    with pytest.raises(UserError, match=r"made with fast_decode True .*, now it is False"):
+        load(tmp_path / "fast", stage)
+    data = load_data(
+        data_dir=str(images), batch_size=4, image_size=SIZE, class_cond=True, num_workers=0, fast_decode=True
+    )
+    (pixels, _), (moments, _) = next(data), next(load(tmp_path / "fast", stage, fast_decode=True))
+    torch.testing.assert_close(moments[:, 0], pixels, rtol=1e-3, atol=1e-3)
+
+
+def test_a_cache_that_says_nothing_of_decoding_holds_exact_crops(stages, copied):
+    header = json.loads((copied / "latents.json").read_text())
+    del header["fast_decode"]
+    (copied / "latents.json").write_text(json.dumps(header))
+    assert len(next(load(copied, stages["vae"]))[0]) == 4
+    with pytest.raises(UserError, match=r"made with fast_decode False"):
+        load(copied, stages["vae"], fast_decode=True)

@@ -88,8 +88,8 @@ FLOORS = [
         "reverse_process", "utils",
     },
     {
-        "find_images", "gaussian_diffusion", "image_datasets", "image_index", "image_listing", "image_packing",
-        "image_sequence", "image_shards", "models", "resample",
+        "find_images", "gaussian_diffusion", "image_datasets", "image_decoding", "image_index", "image_listing",
+        "image_packing", "image_sequence", "image_shards", "models", "resample",
     },
     {"respace", "weights"},
     {"latents", "training"},

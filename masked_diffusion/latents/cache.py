@@ -62,6 +62,7 @@ class LatentCache:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self.header = _read_json(self.folder / HEADER_NAME, {"shards": list} | dict.fromkeys(HEADER_NUMBERS, int))
+        self.header.setdefault("fast_decode", False)  # unknown to older versions
         self.check(version=VERSION)
 
     def check(self, **wanted: Any) -> None:
@@ -171,6 +172,7 @@ def encode_latents(
     class_cond: bool,
     num_workers: int,
     verify: bool,
+    fast_decode: bool = False,
     paths: Sequence[str] | None = None,
     on_bad_image: str = "error",
 ) -> None:
@@ -184,6 +186,7 @@ def encode_latents(
     :param class_cond: take labels from the file names; see `image_classes`.
     :param num_workers: data loading processes per rank; 0: load in this process.
     :param verify: compare complete shards with their checksums, and encode damaged ones again.
+    :param fast_decode: see `load_data`.
     :param paths: the images of `data_dir`, if they have been listed already.
     :param on_bad_image: `error`, or `skip` to put the next image, with its name and label, in the place of one that
         cannot be read, as training does.
@@ -202,6 +205,7 @@ def encode_latents(
         "version": VERSION,
         "image_size": image_size,
         "crop": "center",
+        "fast_decode": fast_decode,
         "vae_fingerprint": fingerprint(first_stage),
         "channels": first_stage.channels,
         "latent_size": image_size // first_stage.downsample,
@@ -218,7 +222,12 @@ def encode_latents(
     batches = [rows[i : i + batch_size] for rows in map(cache.rows, own) for i in range(0, len(rows), batch_size)]
     # Each image's own index is its label here: with `skip` it tells which image was read in the place of another.
     dataset = ImageDataset(
-        image_size, paths, classes=np.arange(len(files)), random_flip=False, on_bad_image=on_bad_image
+        image_size,
+        paths,
+        classes=np.arange(len(files)),
+        random_flip=False,
+        on_bad_image=on_bad_image,
+        fast_decode=fast_decode,
     )
     pin = dist_util.dev().type == "cuda"
     loader = DataLoader(
@@ -297,6 +306,7 @@ def load_latents(
     class_cond: bool = False,
     random_crop: bool = False,
     random_flip: bool = True,
+    fast_decode: bool = False,
     num_workers: int = 1,
     seed: int = 0,
     start_step: int = 0,
@@ -308,12 +318,16 @@ def load_latents(
 
     :param latent_dir: a folder made by `encode_latents`; the images themselves are not needed.
     :param random_crop: must be False, since a cache holds centre crops.
-    :raises UserError: for a cache of another first stage, size or crop, without labels although `class_cond` is True,
-        with fewer images than a global batch, or with a shard that is missing or truncated.
+    :param fast_decode: must be that of `encode_latents`.
+    :raises UserError: for a cache of another first stage, size, crop or decoding, without labels although `class_cond`
+        is True, with fewer images than a global batch, or with a shard that is missing or truncated.
     """
     dataset = LatentDataset(latent_dir, class_cond=class_cond, random_flip=random_flip, seed=seed)
     dataset.cache.check(
-        image_size=image_size, crop="random" if random_crop else "center", vae_fingerprint=fingerprint(first_stage)
+        image_size=image_size,
+        crop="random" if random_crop else "center",
+        fast_decode=fast_decode,
+        vae_fingerprint=fingerprint(first_stage),
     )
     return stream(dataset, latent_dir, batch_size, num_workers, seed, start_step)
 

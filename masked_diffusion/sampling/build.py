@@ -14,6 +14,7 @@ from ..models import MDT, create_model, model_class
 from ..utils.errors import UserError
 from ..utils.files import file_hash
 from ..utils.precision import PRECISIONS, check_precision, choose_precision, set_matmul_precision
+from ..weights.checkpoint import MANIFEST_NAME
 from ..weights.pretrained import OpenedWeights, build_model, configured_architecture, open_weights
 from .class_names import class_names
 from .cuda_graphs import GraphedForward
@@ -135,12 +136,17 @@ def create_guidance(config: GuidanceConfig, model: torch.nn.Module, diffusion_st
     )
 
 
+def _hash(path: Path) -> str:
+    """Of a file of weights; of a subfolder of a sharded checkpoint, its name and the checksums in the manifest."""
+    return f"{file_hash(path.parent / MANIFEST_NAME)} {path.name}" if path.is_dir() else file_hash(path)
+
+
 def describe(config: SampleConfig, image_sampler: ImageSampler, weights: LoadedWeights) -> dict[str, Any]:
     """What images are a function of, but for their labels, as JSON values. All ranks call it together.
 
     The files are hashed, which takes seconds for a large model.
     """
-    hashes = {key: path and file_hash(path) for key, path in weights.files.items()} if dist_util.is_main() else None
+    hashes = {key: path and _hash(path) for key, path in weights.files.items()} if dist_util.is_main() else None
     return {
         "vae": weights.vae,
         "precision": image_sampler.precision,

@@ -57,7 +57,7 @@ def find_data(config: RunConfig) -> TrainingData:
 
 
 def _stream_options(config: RunConfig) -> dict[str, Any]:
-    names = ("class_cond", "random_crop", "random_flip", "num_workers")
+    names = ("class_cond", "random_crop", "random_flip", "fast_decode", "num_workers")
     options = {name: getattr(config.data, name) for name in names}
     return options | {"batch_size": config.train.batch_size, "image_size": config.model.image_size}
 

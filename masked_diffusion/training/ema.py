@@ -15,10 +15,11 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 
-from .. import dist_util
 from ..utils.errors import UserError
 from ..utils.files import atomic_write
 from ..utils.flag_values import MAX_SIGMA_REL
+from ..weights.checkpoint import parse_step, sharded_folders
+from ..weights.pretrained import read_tensors
 from ..weights.torch_file import LateTensor, convert_late, save_tensors
 from .adan import Average
 from .optim import update_ema
@@ -133,15 +134,22 @@ class PowerEMA:
 
         :raises UserError: when it holds averages of other widths.
         """
-        if state.keys() != self.averages.keys():
-            raise UserError(
-                f"the checkpoint has averages of sigma_rel {', '.join(state) or '(none)'}, but this run tracks "
-                f"{', '.join(self.averages) or '(none)'}: give the same widths to --phema, as an average cannot start "
-                "in the middle of a run"
-            )
+        self.check_widths(state)
         for width, averages in self.averages.items():
             for average, saved in zip(averages, state[width], strict=True):
                 fill(average, saved)
+
+    def check_widths(self, widths: Iterable[str]) -> None:
+        """Refuse the averages of a checkpoint when they are of other widths.
+
+        :raises UserError: for other widths.
+        """
+        if set(widths) != self.averages.keys():
+            raise UserError(
+                f"the checkpoint has averages of sigma_rel {', '.join(widths) or '(none)'}, but this run tracks "
+                f"{', '.join(self.averages) or '(none)'}: give the same widths to --phema, as an average cannot start "
+                "in the middle of a run"
+            )
 
 
 def snapshot_files(
@@ -207,7 +215,11 @@ def plan_reconstruction(folder: str | Path, sigma_rel: float, step: int | None =
     """
     gamma = sigma_rel_to_gamma(sigma_rel)
     names = (re.fullmatch(r"phema_(0\.\d{3})_(\d{6,})\.pt", path.name) for path in Path(folder).glob("phema_*.pt"))
-    found = sorted((int(name[2]), name[1], name[0]) for name in names if name)
+    found = [(int(name[2]), name[1], name[0]) for name in names if name]
+    for checkpoint in sharded_folders(folder):
+        names = (re.fullmatch(r"phema_(0\.\d{3})", path.name) for path in checkpoint.glob("phema_*"))
+        found += [(parse_step(checkpoint), name[1], f"{checkpoint.name}/{name[0]}") for name in names if name]
+    found.sort()
     if not found:
         raise UserError(
             f"{folder} holds no snapshots (no phema_SIGMA_STEP.pt): name the folder of a run trained with --phema"
@@ -230,7 +242,7 @@ def mix_snapshots(recipe: Recipe) -> dict[str, torch.Tensor]:
     """
     mixed = {}
     for path, weight in zip(recipe.paths, recipe.weights, strict=True):
-        state = dist_util.load_state_dict(str(path))
+        state = read_tensors(path)
         if mixed and {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in mixed.items()}:
             raise UserError(f"{path} belongs to another model than the earlier snapshots: keep one run in a folder")
         for key in list(state):

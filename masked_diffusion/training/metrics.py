@@ -9,6 +9,7 @@ from datetime import timedelta
 import torch
 
 from .. import dist_util, logger
+from .data_wait import DataWait
 
 NUM_QUARTILES = 4
 
@@ -19,15 +20,24 @@ class TrainMetrics:
     :param num_timesteps: timesteps of the diffusion; the loss is also logged per quartile of the timestep.
     :param global_batch: images per step over all ranks.
     :param last_step: the step at which the run ends, or None.
+    :param data_wait: measures how much of the time goes by waiting for data.
     """
 
-    def __init__(self, device: torch.device, num_timesteps: int, global_batch: int, last_step: int | None) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        num_timesteps: int,
+        global_batch: int,
+        last_step: int | None,
+        data_wait: DataWait,
+    ) -> None:
         self.device, self.num_timesteps = device, num_timesteps
-        self.global_batch, self.last_step = global_batch, last_step
+        self.global_batch, self.last_step, self.data_wait = global_batch, last_step, data_wait
         self.clear()
 
     def clear(self) -> None:
-        """Discard the steps since the last row."""
+        """Discard the steps since the last row; the data stream begins anew."""
+        self.data_wait.restart()
         self._sums, self.steps = defaultdict(lambda: torch.zeros((), device=self.device)), 0
         self._last_row = time.perf_counter()
 
@@ -65,7 +75,7 @@ class TrainMetrics:
         row = {"step": step, "samples": step * self.global_batch}
         summary = "no finite step"
         if steps:
-            means = self._means()
+            means, waited = self._means()
             speed = steps * self.global_batch / seconds
             row |= {key: value / steps for key, value in means.items() if "_q" not in key}
             row |= {
@@ -74,7 +84,7 @@ class TrainMetrics:
                 if means[f"count_q{q}"]
             }
             row |= {"lr": lr, "images_per_second": speed, "train_seconds": train_seconds + seconds}
-            row |= {"bad_steps": bad_steps}
+            row |= {"bad_steps": bad_steps, "data_wait": self.data_wait.report(waited, seconds, steps)}
             eta = ""
             if self.last_step:
                 row["eta_seconds"] = (self.last_step - step) * seconds / steps
@@ -86,10 +96,14 @@ class TrainMetrics:
             logger.logkv(key, value)
         logger.dumpkvs()
         self._sums.clear()
+        self.data_wait.clear()
         self.steps = 0
         return summary, train_seconds + seconds
 
-    def _means(self) -> dict[str, float]:
-        keys = sorted(self._sums)
-        means = dist_util.mean_over_ranks(torch.stack([self._sums[key] for key in keys])).tolist()
-        return dict(zip(keys, means, strict=True))
+    def _means(self) -> tuple[dict[str, float], list[float]]:
+        """The sums, averaged over the ranks, and the seconds that each rank has waited for data."""
+        keys, world_size = sorted(self._sums), dist_util.get_world_size()
+        waited = torch.zeros(world_size, device=self.device)
+        waited[dist_util.get_rank()] = self.data_wait.seconds * world_size
+        means = dist_util.mean_over_ranks(torch.cat([torch.stack([self._sums[key] for key in keys]), waited])).tolist()
+        return dict(zip(keys, means[: len(keys)], strict=True)), means[len(keys) :]

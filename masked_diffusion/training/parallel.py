@@ -245,6 +245,12 @@ def shard_like(whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return DTensor.from_local(part, like.device_mesh, like.placements, run_check=False, **sizes)
 
 
+def make_empty(model: torch.nn.Module, device: torch.device) -> None:
+    """Give a model on the meta device memory without values; any other one stays as it is."""
+    if any(param.is_meta for param in model.parameters()):
+        model.to_empty(device=device)
+
+
 @torch.no_grad()
 def fill(target: torch.Tensor, source: torch.Tensor | SentTensor) -> None:
     """Overwrite a tensor of any kind of sharding with a full one. For a `SentTensor`, all ranks call it together."""
@@ -258,8 +264,7 @@ def load_model_state(model: torch.nn.Module, state: dict[str, SentTensor], devic
 
     :param model: sharded or not; from the meta device it is moved to `device`.
     """
-    if any(param.is_meta for param in model.parameters()):
-        model.to_empty(device=device)
+    make_empty(model, device)
     for name, value in model.state_dict().items():
         fill(value, state[name])
 

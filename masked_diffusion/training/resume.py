@@ -18,16 +18,22 @@ from ..utils.files import DiskError, write_json
 from ..utils.locks import FileLock
 from ..weights.checkpoint import (
     CONFIG_NAME,
+    STATE_NAME,
+    checkpoint_path,
     ema_name,
     find_aside,
+    is_sharded,
     latest_step,
     model_name,
     opt_name,
     parse_step,
     read_config,
+    run_folder,
     set_aside,
+    sharded_name,
 )
 from ..weights.pretrained import find_weights, read_weights
+from ..weights.sharded import check_parts, section_parts
 from .optim import default_grad_clip
 
 LOCK_SECONDS = 10  # that a killed run may take to let go of its folder
@@ -69,7 +75,8 @@ def own_log_dir(log_dir: str | Path) -> Iterator[None]:
 class Start(NamedTuple):
     """The checkpoint or weights that a run starts from.
 
-    :param path: `model{step}.pt`; or, with step 0, a file or folder of weights; None for random initial weights.
+    :param path: `model{step}.pt`, or the folder of a sharded checkpoint; or, with step 0, a file or folder of weights;
+        None for random initial weights.
     :param step: step of the checkpoint.
     :param begins: True if this starts a new run in `log_dir`, whose flags are then recorded in `config.json`; False if
         it resumes the run there.
@@ -92,7 +99,7 @@ def find_start(log_dir: str | Path, log: LogConfig, before: RunConfig | None = N
     :raises UserError: for a file that does not exist or is not a checkpoint, and for a `log_dir` with another run.
     """
     newest, origin = latest_step(log_dir), log.continue_from or log.resume_checkpoint
-    resumed = Start(None if newest is None else Path(log_dir, model_name(newest)), newest or 0, newest is None)
+    resumed = Start(None if newest is None else checkpoint_path(log_dir, newest), newest or 0, newest is None)
     if log.continue_from and log.resume_checkpoint != "auto":
         raise UserError(
             f"--continue_from {log.continue_from} and --resume_checkpoint {log.resume_checkpoint} cannot be used "
@@ -107,9 +114,11 @@ def find_start(log_dir: str | Path, log: LogConfig, before: RunConfig | None = N
     path = Path(origin)
     if path.resolve() == Path(log_dir).resolve():
         return resumed
-    if not path.exists() and path.parent.resolve() == Path(log_dir).resolve():
+    inside = run_folder(path).resolve() == Path(log_dir).resolve()
+    if not path.exists() and inside:
         # The weights that this run was to start from were moved, and it was killed before its first checkpoint.
-        path = find_aside(log_dir, path.name) or path
+        path = find_aside(log_dir, str(path.relative_to(run_folder(path)))) or path
+        inside = run_folder(path).resolve() == Path(log_dir).resolve()
     if not path.exists():
         flag = "continue_from" if log.continue_from else "resume_checkpoint"
         raise UserError(f"--{flag} {path} does not exist: name a file or folder, or leave the flag out")
@@ -117,9 +126,10 @@ def find_start(log_dir: str | Path, log: LogConfig, before: RunConfig | None = N
     if log.continue_from and step is None:
         raise UserError(
             f"--continue_from {path} is not a checkpoint to resume from: name a file such as {model_name(1000)} that "
-            f"has {opt_name(1000)} beside it, or start from its weights with --resume_checkpoint"
+            f"has {opt_name(1000)} beside it, or a folder such as {sharded_name(1000)}; or start from its weights with "
+            "--resume_checkpoint"
         )
-    if path.parent.resolve() == Path(log_dir).resolve():
+    if inside:
         return Start(path, step or 0, True)
     if newest is not None:
         raise UserError(
@@ -130,11 +140,16 @@ def find_start(log_dir: str | Path, log: LogConfig, before: RunConfig | None = N
 
 
 def step_of(path: Path) -> int | None:
-    """The step of a `model{step}.pt` with `opt{step}.pt` beside it, from which a run can resume; else None."""
+    """The step of a checkpoint that a run can resume from, else None.
+
+    :param path: a `model{step}.pt`, which needs `opt{step}.pt` beside it; or the folder of a sharded checkpoint.
+    """
     try:
         step = parse_step(path)
     except ValueError:
         return None
+    if is_sharded(path):
+        return step if (path / STATE_NAME).exists() else None
     return step if path.name == model_name(step) and path.with_name(opt_name(step)).exists() else None
 
 
@@ -150,10 +165,11 @@ def agree_on_start(log_dir: str | Path, config: RunConfig, before: RunConfig | N
     """
     start = dist_util.run_on_main(find_start, log_dir, config.log, before)
     if start.path is not None:
-        needed = [start.path]
-        if start.step:
+        needed, rates = [start.path], config.train.ema_rate.split(",")
+        if start.step and is_sharded(start.path):
+            needed += [start.path / name for name in (STATE_NAME, *(f"ema_{rate}" for rate in rates))]
+        elif start.step:
             needed.append(start.path.with_name(opt_name(start.step)))
-            rates = config.train.ema_rate.split(",")
             needed += [start.path.with_name(ema_name(rate, start.step)) for rate in rates]
         missing = next((str(path) for path in needed if not path.exists()), None)
         places = dist_util.gather_objects(
@@ -177,15 +193,17 @@ def _leave_behind(log_dir: str | Path, start: Start) -> Start:
     """Move the checkpoints that a run leaves behind. Returns its start, whose weights may have been among them."""
     if not start.begins:
         return start
-    inside = start.path is not None and start.path.parent.resolve() == Path(log_dir).resolve()
-    if inside:
-        read_weights(find_weights(start.path))  # a damaged file is refused before anything moves
+    inside = start.path is not None and run_folder(start.path).resolve() == Path(log_dir).resolve()
+    if inside:  # a damaged file is refused before anything moves
+        read_weights(find_weights(start.path))
+        if start.step and is_sharded(start.path):
+            check_parts(start.path, section_parts(start.path))
     step = start.step if inside else 0
     left = set_aside(log_dir, step)
     if left:
         logger.log(f"the checkpoints after step {step} are moved to {left}")
     moved = inside and left is not None and not start.path.exists()
-    return start._replace(path=left / start.path.name) if moved else start
+    return start._replace(path=left / start.path.relative_to(run_folder(start.path))) if moved else start
 
 
 # ---------------------------------------------------------------- configuration

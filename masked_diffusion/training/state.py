@@ -110,7 +110,7 @@ class TrainState:
         :raises UserError: on every rank, if rank 0 could not write it. No file of this step is left.
         :raises TrainingFault: on every rank, for weights that are not finite.
         """
-        self._check_finite()
+        self.check_finite()
         weights = {key: gather_late(value) for key, value in self.model.state_dict().items()}
         emas = {
             rate: weights | dict(zip(self.names, map(gather_late, ema), strict=True)) for rate, ema in self.ema.items()
@@ -122,12 +122,14 @@ class TrainState:
         run_with_gathering(self._write, files, folder, snapshots, checkpoint)
 
     def _train_state(self) -> dict[str, Any]:
+        return {"optimizer": optimizer_state(self.opt, self.params), "phema": self.phema.state_dict()} | self.counters()
+
+    def counters(self) -> dict[str, Any]:
+        """All of a checkpoint that is small: neither weights nor averages nor the optimizer's state."""
         return {
-            "optimizer": optimizer_state(self.opt, self.params),
             "scaler": self.scaler.state_dict(),
             "schedule_sampler": self.schedule_sampler.state_dict(),
             "guardian": self.guardian.state_dict(),
-            "phema": self.phema.state_dict(),
             "step": self.step,
             "seed": self.config.train.seed,
             "rollbacks": self.rollbacks,
@@ -135,10 +137,14 @@ class TrainState:
             "config": json.dumps(self.config.to_json()),
         }
 
-    def _check_finite(self) -> None:
+    def check_finite(self) -> None:
+        """Refuse weights that are not finite: with --keep the good checkpoints would go for them. For all ranks.
+
+        :raises TrainingFault: on every rank.
+        """
         own = (value.to_local() if isinstance(value, DTensor) else value for value in self.model.state_dict().values())
         finite = all(value.isfinite().all() for value in own)
-        if dist_util.any_rank(not finite):  # with --keep the good checkpoints would go for this one
+        if dist_util.any_rank(not finite):
             raise TrainingFault(
                 f"the weights of step {self.step} are NaN or infinite and are not saved: lower --lr; the last "
                 "checkpoint is intact"
@@ -159,15 +165,21 @@ class TrainState:
             for tensor, name in zip(average, self.names, strict=True):
                 fill(tensor, state[name])
         state = read_on_nodes(model_path.with_name(opt_name(step)))
-        parts = {"scaler": self.scaler, "schedule_sampler": self.schedule_sampler, "guardian": self.guardian}
-        keys = {"optimizer", "phema", "rollbacks", "train_seconds"} | parts.keys()
+        parts = {"scaler", "schedule_sampler", "guardian"}
+        keys = {"optimizer", "phema", "rollbacks", "train_seconds"} | parts
         if not isinstance(state, dict) or not state.keys() >= keys or "state" not in state["optimizer"]:
             raise UserError(f"{model_path.with_name(opt_name(step))} is no training state of this code: restore it")
         load_optimizer_state(self.opt, state["optimizer"], self.params)
         self.phema.load_state_dict(state["phema"])
-        for name, part in parts.items():
-            part.load_state_dict(receive_all(state[name], self.params[0].device))
-        self.step, self.rollbacks, self.train_seconds = step, state["rollbacks"], state["train_seconds"]
+        state |= {name: receive_all(state[name], self.params[0].device) for name in parts}
+        self.load_counters(state | {"step": step})
+
+    def load_counters(self, state: dict[str, Any]) -> None:
+        """Load what `counters` gave."""
+        self.scaler.load_state_dict(state["scaler"])
+        self.schedule_sampler.load_state_dict(state["schedule_sampler"])
+        self.guardian.load_state_dict(state["guardian"])
+        self.step, self.rollbacks, self.train_seconds = state["step"], state["rollbacks"], state["train_seconds"]
 
     def model_path(self, folder: Path) -> Path:
         """The file of the weights at the current step."""

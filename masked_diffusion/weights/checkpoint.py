@@ -2,6 +2,9 @@
 
 File names are the published ones: `model{step:06d}.pt`, `ema_{rate}_{step:06d}.pt`, `opt{step:06d}.pt`. The first two
 are plain state dicts. `opt` is written last, so that its presence means that the checkpoint is complete.
+
+With `--checkpoint_format sharded` a checkpoint is one folder, `sharded{step:06d}`, that gets its name when all of it is
+on the disk; see `weights.sharded`. Its subfolders are `model`, `optimizer`, `ema_{rate}` and `phema_{width}`.
 """
 
 import itertools
@@ -19,6 +22,9 @@ from ..utils.files import DiskError, atomic_write
 from .torch_file import save_tensors
 
 CONFIG_NAME = "config.json"
+STATE_NAME = "state.pt"  # of a sharded checkpoint: with it, a run can be resumed from the folder
+MANIFEST_NAME = "manifest.json"  # of a sharded checkpoint: size and checksum of each of its files
+PARTIAL_FILES = (".model*.partial", ".ema_*.partial", ".phema_*.partial", ".opt*.partial")
 SAVE_ADVICE = "free some disk space and run the same command again to resume; the last checkpoint is intact"
 
 # ---------------------------------------------------------------- writing
@@ -37,6 +43,11 @@ def ema_name(rate: float | str, step: int) -> str:
 def opt_name(step: int) -> str:
     """File name of the optimizer state, and everything else that resuming needs, at a step."""
     return f"opt{step:06d}.pt"
+
+
+def sharded_name(step: int) -> str:
+    """Name of the folder of a sharded checkpoint of a step."""
+    return f"sharded{step:06d}"
 
 
 def checkpoint_files(
@@ -82,22 +93,37 @@ def save_checkpoint(
         raise
 
 
+def remove_leftovers(folder: str | Path) -> None:
+    """Remove what killed processes left half-written. Only a run that owns the folder may call it, before it saves."""
+    folder = Path(folder)
+    for old in folder.glob(".sharded*.replaced"):
+        name = old.name[1:].removesuffix(".replaced")
+        if not (folder / name).exists():  # killed before the new checkpoint of this step got its name
+            old.rename(folder / name)
+    for pattern in (*PARTIAL_FILES, ".sharded*.partial", ".sharded*.replaced"):
+        for path in folder.glob(pattern):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    prune_checkpoints(folder, 0)
+
+
 def prune_checkpoints(folder: str | Path, keep: int) -> None:
-    """Remove the partial files of killed processes, and all but the newest `keep` checkpoints, except for their EMAs.
+    """Remove all but the newest `keep` checkpoints, except for their EMAs and snapshots.
 
     :param keep: 0 keeps all checkpoints.
     """
-    for pattern in (".model*.partial", ".ema_*.partial", ".phema_*.partial", ".opt*.partial"):
-        for path in Path(folder).glob(pattern):
-            path.unlink()
+    # Without `opt` or `state.pt` a checkpoint no longer counts as complete. If this is killed, what is left of it tells
+    # the next call which checkpoint to finish removing.
     for step in complete_steps(folder)[:-keep] if keep else ():
-        Path(folder, opt_name(step)).rename(Path(folder, f".{opt_name(step)}.pruned"))
-    # Without `opt` the checkpoint no longer counts as complete. If this is killed here, the mark tells the next call
-    # which checkpoint to finish removing.
+        if _is_whole(folder, step):
+            Path(folder, opt_name(step)).rename(Path(folder, f".{opt_name(step)}.pruned"))
+        Path(folder, sharded_name(step), STATE_NAME).unlink(missing_ok=True)
     for mark in Path(folder).glob(".opt*.pt.pruned"):
         step = parse_step(mark.name[1:].removesuffix(".pruned"))
         for path in (Path(folder, model_name(step)), mark):
             path.unlink(missing_ok=True)
+    for path in sharded_folders(folder):
+        for section in ("model", "optimizer") if not (path / STATE_NAME).exists() else ():
+            shutil.rmtree(path / section, ignore_errors=True)
 
 
 def set_aside(folder: str | Path, step: int) -> Path | None:
@@ -112,6 +138,7 @@ def set_aside(folder: str | Path, step: int) -> Path | None:
         if re.fullmatch(r"(model|opt|ema_.+_|phema_.+_)\d{6,}\.pt", path.name)
     )
     files = [path for path in found if int(re.search(r"(\d+)\.pt$", path.name)[1]) > step]
+    files += [path for path in sharded_folders(folder) if parse_step(path) > step]
     if not files:
         return None
     number = next(n for n in itertools.count(1) if not Path(folder, f"earlier_run_{n}").exists())
@@ -127,29 +154,56 @@ def set_aside(folder: str | Path, step: int) -> Path | None:
 
 
 def find_aside(folder: str | Path, name: str) -> Path | None:
-    """The file of that name that `set_aside` moved last, or None."""
-    found = Path(folder).glob(f"earlier_run_*/{name}")
-    return max(found, key=lambda path: int(path.parent.name.rpartition("_")[2]), default=None)
+    """The file of that name that `set_aside` moved last, or None.
+
+    :param name: relative to `folder`.
+    """
+    number = re.compile(r"earlier_run_(\d+)")
+    return max(
+        Path(folder).glob(f"earlier_run_*/{name}"), key=lambda path: int(number.search(str(path))[1]), default=None
+    )
 
 
 # ---------------------------------------------------------------- finding
 
 
 def parse_step(path: str | Path) -> int:
-    """The step in a checkpoint's file name.
+    """The step in the name of a checkpoint's file, or of the folder of a sharded one.
 
     :raises UserError: for a name without a step.
     """
-    match = re.fullmatch(r"(?:model|opt|ema_[^/]*_)(\d{6,})\.pt", Path(path).name)
+    match = re.fullmatch(r"(?:(?:model|opt|ema_[^/]*_)(\d{6,})\.pt|sharded(\d{6,}))", Path(path).name)
     if not match:
         raise UserError(f"{path} has no step in its name: it should be named like {model_name(1000)}")
-    return int(match.group(1))
+    return int(match[1] or match[2])
+
+
+def is_sharded(path: str | Path) -> bool:
+    """Whether a path is named like the folder of a sharded checkpoint."""
+    return re.fullmatch(r"sharded\d{6,}", Path(path).name) is not None
+
+
+def sharded_folders(folder: str | Path) -> list[Path]:
+    """The sharded checkpoints in a folder, in the order of their steps; of pruned ones the EMAs are left."""
+    return sorted(
+        (path for path in Path(folder).glob("sharded*") if is_sharded(path) and path.is_dir()), key=parse_step
+    )
+
+
+def run_folder(path: str | Path) -> Path:
+    """The folder that a checkpoint is in; for a subfolder of a sharded checkpoint, the one that this is in."""
+    return Path(path).parent.parent if is_sharded(Path(path).parent) else Path(path).parent
+
+
+def _is_whole(folder: str | Path, step: int) -> bool:
+    return Path(folder, opt_name(step)).exists() and Path(folder, model_name(step)).exists()
 
 
 def complete_steps(folder: str | Path) -> list[int]:
-    """The steps of all complete checkpoints in a folder, ascending."""
+    """The steps of all complete checkpoints in a folder, of both formats, ascending."""
     steps = [parse_step(path) for path in Path(folder).glob("opt*.pt") if re.fullmatch(r"opt\d{6,}\.pt", path.name)]
-    return sorted(step for step in steps if Path(folder, model_name(step)).exists())
+    sharded = {parse_step(path) for path in sharded_folders(folder) if (path / STATE_NAME).exists()}
+    return sorted({step for step in steps if _is_whole(folder, step)} | sharded)
 
 
 def latest_step(folder: str | Path) -> int | None:
@@ -157,15 +211,25 @@ def latest_step(folder: str | Path) -> int | None:
     return max(complete_steps(folder), default=None)
 
 
-def newest_ema(folder: str | Path) -> Path:
-    """The newest EMA file of a training folder; if there are several rates, the one of the highest rate.
+def checkpoint_path(folder: str | Path, step: int) -> Path:
+    """What to resume from at a complete step: `model{step}.pt`, or the folder of a sharded checkpoint."""
+    return Path(folder, model_name(step) if _is_whole(folder, step) else sharded_name(step))
 
+
+def newest_ema(folder: str | Path) -> Path:
+    """The newest EMA of a training folder or a sharded checkpoint; of several rates, the one of the highest rate.
+
+    :return: a file, or a subfolder of a sharded checkpoint.
     :raises UserError: when the folder holds no checkpoint.
     """
     emas = []
     for path in Path(folder).glob("ema_*_*.pt"):
         with suppress(ValueError):  # a file of another program
             emas.append((parse_step(path), float(path.name.split("_")[1]), path))
+    for checkpoint in [*sharded_folders(folder), Path(folder)]:
+        for path in checkpoint.glob("ema_*/.metadata"):
+            with suppress(ValueError):
+                emas.append((parse_step(checkpoint), float(path.parent.name.split("_")[1]), path.parent))
     if not emas:
         raise UserError(f"{folder} holds no checkpoint (no ema_RATE_STEP.pt): name a file, or train first")
     return max(emas)[-1]
@@ -178,7 +242,8 @@ def read_config(path: str | Path) -> RunConfig | None:
     :return: the configuration, or None if there is no `config.json`.
     :raises UserError: for a file that cannot be read or holds something else; the message names the file.
     """
-    file = Path(path if Path(path).is_dir() else Path(path).parent, CONFIG_NAME)
+    in_sharded = is_sharded(path) or is_sharded(Path(path).parent)
+    file = Path(path if Path(path).is_dir() and not in_sharded else run_folder(path), CONFIG_NAME)
     if not file.exists():
         return None
     try:

@@ -15,7 +15,7 @@ from ..layers.attention import UNREAD_ROWS
 from ..models import SIZES, DiT, create_model, model_class
 from ..utils.errors import UserError
 from ..utils.safetensors_files import read_safetensors
-from .checkpoint import CONFIG_NAME, newest_ema, read_config
+from .checkpoint import CONFIG_NAME, is_sharded, newest_ema, read_config
 
 ARCHITECTURE_KEYS = {
     "pos_embed",
@@ -36,13 +36,17 @@ PUBLISHED = "https://huggingface.co/shgao/MDT-XL2"
 def find_weights(source: str | Path) -> Path:
     """The path of a weights file; files on the hub are downloaded.
 
-    :param source: a file (`.pt`, `.safetensors`); a training folder, whose newest EMA is used; an exported folder; or a
-        hub id such as `shgao/MDT-XL2`, or `shgao/MDT-XL2/mdt_xl2_v1_ckpt.pt` for one of its files.
+    :param source: a file (`.pt`, `.safetensors`); a training folder, whose newest EMA is used; a sharded checkpoint,
+        whose EMA is used, or one of its subfolders; an exported folder; or a hub id such as `shgao/MDT-XL2`, or
+        `shgao/MDT-XL2/mdt_xl2_v1_ckpt.pt` for one of its files.
+    :return: the file, or the subfolder of a sharded checkpoint.
     :raises UserError: when there is no such file, or its first bytes are not those of a checkpoint.
     """
     path = Path(source)
-    if path.is_dir():
+    if path.is_dir() and not is_sharded(path.parent):
         path = path / EXPORTED_NAME if (path / EXPORTED_NAME).exists() else newest_ema(path)
+    if path.is_dir():
+        return path
     if path.exists():
         check_format(path)
         return path
@@ -108,10 +112,7 @@ def read_weights(path: str | Path, mmap: bool = False) -> dict[str, torch.Tensor
 
     :raises UserError: for a file that cannot be read or holds no state dict of these models; see `check_state_dict`.
     """
-    if Path(path).suffix == ".safetensors":
-        state = read_safetensors(path)
-    else:
-        state = dist_util.load_state_dict(str(path), mmap=mmap)
+    state = read_tensors(path, mmap)
     for key in ("ema", "model", "state_dict"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
@@ -125,6 +126,20 @@ def read_weights(path: str | Path, mmap: bool = False) -> dict[str, torch.Tensor
     except UserError as error:
         raise UserError(f"{path} is damaged or of another program: {error}; name another file") from error
     return state
+
+
+def read_tensors(path: str | Path, mmap: bool = False) -> Any:
+    """What a file of tensors holds, or a subfolder of a sharded checkpoint.
+
+    :param mmap: see `dist_util.load_state_dict`.
+    """
+    if is_sharded(Path(path).parent):
+        from .sharded import read_section
+
+        return read_section(Path(path))
+    if Path(path).suffix == ".safetensors":
+        return read_safetensors(path)
+    return dist_util.load_state_dict(str(path), mmap=mmap)
 
 
 def check_state_dict(state: dict[str, Any]) -> None:
