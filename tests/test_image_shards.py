@@ -124,7 +124,7 @@ def load_as(monkeypatch, rank, world_size, **options):
     return load_data(batch_size=8 // world_size, image_size=8, class_cond=True, seed=5, **options)
 
 
-@pytest.mark.parametrize("world_size, num_workers", [(1, 0), (2, 0), (4, 0), (1, 2), (4, 2)])
+@pytest.mark.parametrize("world_size, num_workers", [(1, 0), (2, 0), (4, 0), (1, 3), (2, 3), (4, 3)])
 def test_batches_are_the_folders(odd_folder, packed_folder, monkeypatch, world_size, num_workers):
     options = {"random_crop": True, "num_workers": num_workers}
     for rank in range(world_size):

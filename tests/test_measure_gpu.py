@@ -40,7 +40,9 @@ def run(monkeypatch, tmp_path, capsys):
 
     def call(rows, *flags):
         monkeypatch.setattr(measure_gpu, "all_rows", lambda tiny: rows)
-        monkeypatch.setattr(sys, "argv", ["measure_gpu.py", "--out", str(tmp_path), "--commit", "abc", *flags])
+        monkeypatch.setattr(
+            sys, "argv", ["measure_gpu.py", "--out", str(tmp_path), "--commit", "abc", "--tiny", "False", *flags]
+        )
         capsys.readouterr()
         measure_gpu.main()
         (file,) = tmp_path.glob("*.json")
@@ -129,9 +131,9 @@ def test_rows_are_commands_with_flags_that_exist(tiny, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_all_rows_run_at_tiny_sizes(monkeypatch, tmp_path):
-    monkeypatch.setattr(sys, "argv", ["measure_gpu.py", "--out", str(tmp_path), "--tiny", "True", "--minutes", "14"])
+    monkeypatch.setattr(sys, "argv", ["measure_gpu.py", "--out", str(tmp_path), "--tiny", "True", "--minutes", "28"])
     measure_gpu.main()
     (file,) = tmp_path.glob("*.json")
     rows = json.loads(file.read_text())["rows"]
