@@ -21,7 +21,7 @@ from helpers import REPO
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from masked_diffusion import image_datasets
+from masked_diffusion import image_datasets, image_listing
 from masked_diffusion.image_datasets import image_classes, list_image_files
 
 PHOTOS = REPO.parent / "shared" / "data" / "imagenet_sample_120.tar"
@@ -359,7 +359,7 @@ def test_class_ids(names, ids):
 
 
 def test_class_folders(tmp_path):
-    assert common.EXTENSIONS == image_datasets.EXTENSIONS
+    assert common.EXTENSIONS == image_listing.EXTENSIONS
     paths = ("polar_bear/1.jpg", "polar_bear/den/1.JPG", "cat/_a b.jpeg", "cat/cat_2.png", "dog/x_y.gif")
     tree = {path: path.encode() for path in paths}
     source = write_tree(tmp_path / "photos", tree | {"cat/notes.txt": b"", ".git/a.png": b"", "cat/.hidden.png": b""})
