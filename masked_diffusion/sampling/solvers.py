@@ -92,8 +92,6 @@ class DiffusionSolver:
         :param randn_like: where the noise on the way comes from.
         :return: a generator of dicts of `sample` and `pred_xstart`, each (N, C, H, W); the last `sample` is the result.
         """
-        if self.use_ddim:
-            randn_like = torch.zeros_like  # eta is 0: noise would be multiplied by zero
         options, x = {"clip_denoised": clip_denoised, "model_kwargs": model_kwargs, "randn_like": randn_like}, noise
         for index in reversed(range(self.num_evaluations)):
             out = self.step(denoise, x, index, **options)
