@@ -2,6 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 DEMO_FLAGS ?=
 GPU_FLAGS ?=
+TEST_FLAGS ?=
 
 .PHONY: demo gpu test lint clean
 
@@ -20,8 +21,9 @@ demo: $(VENV)/installed
 gpu: $(VENV)/installed
 	$(VENV)/bin/python scripts/measure_gpu.py $(GPU_FLAGS)
 
+# Two files of tests at a time, each in a process of one thread; files in the order of their names, which ends with quick ones.
 test: $(VENV)/installed
-	$(VENV)/bin/python -m pytest
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(TEST_FLAGS)
 
 lint: $(VENV)/installed
 	$(VENV)/bin/python -m ruff check .

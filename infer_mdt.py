@@ -9,8 +9,8 @@ from tqdm.auto import tqdm
 from typing_extensions import Self
 
 from masked_diffusion import logger, script_util
-from masked_diffusion.config import SampleConfig
 from masked_diffusion.image_datasets import center_crop_arr, read_image
+from masked_diffusion.sample_config import SampleConfig
 from masked_diffusion.sampling import editing
 from masked_diffusion.sampling.build import load_image_sampler
 from masked_diffusion.sampling.class_names import IMAGENET_CLASSES, find_label
@@ -55,6 +55,10 @@ class EditConfig(Config):
 
     inpaint: str | None = option(None, "image to fill a hole of")
     mask: str | None = option(None, "picture of the image's size, white where it is to be filled")
+    method: str = option(
+        "repaint", "how the hole is filled; side-interpolater: the encoder of an MDT or MDTv2 that was trained with "
+        "--mask_ratio sees only what is known, in steps that are otherwise those of repaint", choices=editing.METHODS,
+    )  # fmt: skip
     jump_length: int = option(10, "steps that inpainting goes back at a time", at_least=1)
     resamplings: int = option(10, "how often inpainting walks every stretch", at_least=1)
     variations: str | None = option(None, "image to vary")
@@ -64,6 +68,8 @@ class EditConfig(Config):
         super().check()
         if bool(self.inpaint) != bool(self.mask):
             raise UserError("--inpaint and --mask go together: give the image and the picture of what to fill")
+        if self.method != "repaint" and not self.inpaint:
+            raise UserError(f"--method {self.method} says how a hole is filled: give the image with --inpaint")
         if self.inpaint and self.variations:
             raise UserError("--inpaint and --variations exclude each other: choose one")
         return self
@@ -102,14 +108,14 @@ def draw(edit: EditConfig, image_sampler: ImageSampler, labels: torch.Tensor) ->
     if edit.inpaint:
         image, hole = editing.read_image_and_hole(edit.inpaint, edit.mask, image_sampler.size)
         jumps = {"jump_length": edit.jump_length, "resamplings": edit.resamplings}
-        steps = editing.inpaint_progressive(image_sampler, indices, labels, image, hole, **jumps)
-        total = editing.count_evaluations(image_sampler.solver.num_evaluations, **jumps)
+        steps = editing.inpaint_progressive(image_sampler, indices, labels, image, hole, method=edit.method, **jumps)
+        total = editing.count_evaluations(image_sampler.solver.num_steps, **jumps)
         return steps, total, lambda latents: editing.paste(image, hole, image_sampler.decode(latents))
     if edit.variations:
         image = center_crop_arr(read_image(edit.variations), image_sampler.size)
         steps = editing.vary_progressive(image_sampler, indices, labels, image, edit.strength)
         return steps, None, image_sampler.decode
-    return image_sampler.progressive(indices, labels), image_sampler.solver.num_evaluations, image_sampler.decode
+    return image_sampler.progressive(indices, labels), image_sampler.solver.num_outputs, image_sampler.decode
 
 
 def main() -> None:

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Train on one node. Every setting comes from the environment; the defaults are MDTv2-S/2 as published.
+# Train on one node. Every setting comes from the environment: PRESET, and MODEL, IMAGE_SIZE, MASK_RATIO, DECODE_LAYER, LR,
+# BATCH_SIZE (per GPU) and VAE, which override its values. The default is MDTv2-S/2 as published, whatever NUM_GPUS is.
 #   DATA_DIR=data/imagenet ./run.sh
 # Relative paths are taken from where this is called. Further flags of scripts/image_train.py may follow.
 # Run the same command again to resume from the newest checkpoint.
@@ -16,20 +17,16 @@ export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 export OPENAI_LOGDIR=${OPENAI_LOGDIR:-output_mdt_s2}
 NUM_GPUS=${NUM_GPUS:-8}
 MAX_RESTARTS=${MAX_RESTARTS:-3}
-MODEL=${MODEL:-MDTv2_S_2}
-IMAGE_SIZE=${IMAGE_SIZE:-256}
-MASK_RATIO=${MASK_RATIO:-0.30}
-DECODE_LAYER=${DECODE_LAYER:-6}
-LR=${LR:-5e-4}
-BATCH_SIZE=${BATCH_SIZE:-32}
-VAE=${VAE:-ema}
+PRESET=${PRESET:-mdtv2-s2}
 
 command=(
   torchrun --standalone --nproc_per_node="$NUM_GPUS" --max-restarts="$MAX_RESTARTS"
   "$here/scripts/image_train.py"
-  --data_dir "$DATA_DIR" --image_size "$IMAGE_SIZE" --vae "$VAE"
-  --model "$MODEL" --decode_layer "$DECODE_LAYER" --mask_ratio "$MASK_RATIO"
-  --lr "$LR" --batch_size "$BATCH_SIZE" "$@"
+  --data_dir "$DATA_DIR" --preset "$PRESET"
 )
+for name in MODEL IMAGE_SIZE MASK_RATIO DECODE_LAYER LR BATCH_SIZE VAE; do
+  [[ -z ${!name:-} ]] || command+=("--${name,,}" "${!name}")
+done
+command+=("$@")
 echo "OPENAI_LOGDIR=$OPENAI_LOGDIR ${command[*]}"
 exec "${command[@]}"

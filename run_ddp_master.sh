@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Train on several nodes: run this on the first one, run_ddp_worker.sh on the others, with the same settings.
-# Every setting comes from the environment; the defaults are MDTv2-XL/2 as published.
+# Every setting comes from the environment, as for run.sh; the default is MDTv2-XL/2 as published.
 #   MASTER_ADDR=node0 DATA_DIR=data/imagenet ./run_ddp_master.sh
 # Relative paths are taken from where this is called. Further flags of scripts/image_train.py may follow.
 # Run the same command again to resume from the newest checkpoint.
@@ -23,13 +23,7 @@ NUM_GPUS=${NUM_GPUS:-8}
 MAX_RESTARTS=${MAX_RESTARTS:-3}
 LOCAL_ADDR=${LOCAL_ADDR:-} # this node's address, where its host name does not resolve on the others
 RUN_ID=${RUN_ID:-mdt}
-MODEL=${MODEL:-MDTv2_XL_2}
-IMAGE_SIZE=${IMAGE_SIZE:-256}
-MASK_RATIO=${MASK_RATIO:-0.30}
-DECODE_LAYER=${DECODE_LAYER:-4}
-LR=${LR:-3e-4}
-BATCH_SIZE=${BATCH_SIZE:-4}
-VAE=${VAE:-ema}
+PRESET=${PRESET:-mdtv2-xl2}
 
 # The rendezvous lives on the first node; a node that restarts joins it again, and all go on from the checkpoint.
 command=(
@@ -37,9 +31,11 @@ command=(
   --rdzv_id="$RUN_ID" --rdzv_backend=c10d --rdzv_endpoint="$MASTER_ADDR:$MASTER_PORT"
   --rdzv_conf="is_host=$([ "$NODE_RANK" = 0 ] && echo 1 || echo 0)" ${LOCAL_ADDR:+--local_addr="$LOCAL_ADDR"}
   "$here/scripts/image_train.py"
-  --data_dir "$DATA_DIR" --image_size "$IMAGE_SIZE" --vae "$VAE"
-  --model "$MODEL" --decode_layer "$DECODE_LAYER" --mask_ratio "$MASK_RATIO"
-  --lr "$LR" --batch_size "$BATCH_SIZE" "$@"
+  --data_dir "$DATA_DIR" --preset "$PRESET"
 )
+for name in MODEL IMAGE_SIZE MASK_RATIO DECODE_LAYER LR BATCH_SIZE VAE; do
+  [[ -z ${!name:-} ]] || command+=("--${name,,}" "${!name}")
+done
+command+=("$@")
 echo "node $NODE_RANK of $NUM_NODES: OPENAI_LOGDIR=$OPENAI_LOGDIR ${command[*]}"
 exec "${command[@]}"

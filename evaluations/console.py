@@ -1,5 +1,6 @@
 """How a command ends: what the user can mend is one sentence, and a fault of the program keeps its traceback."""
 
+import os
 import sys
 
 from . import ranks
@@ -17,7 +18,10 @@ def run(main):
         sys.exit(main() or 0)
     except UserError as error:
         if ranks.rank() == 0:
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        if ranks.has_met():  # threads of the process group may abort an ordinary exit, with another status
+            sys.stdout.flush()
+            os._exit(2)
         sys.exit(2)
     except KeyboardInterrupt:
         if ranks.rank() == 0:

@@ -98,11 +98,10 @@ def check_network_flags(args):
 
 def create_network(args):
     """The Inception network that flags describe, and the path of its weights; `auto` prefers the published graph."""
-    has_tensorflow = find_spec("tensorflow") is not None
-    backend = ("tensorflow" if has_tensorflow else "torch") if args.backend == "auto" else args.backend
-    if args.backend == "auto" and str(args.inception).endswith((".pth", ".pt")):
-        backend = "torch"
-    path = ranks.on_first(lambda: find_inception(args.inception))
+    path, backend = ranks.on_first(lambda: find_inception(args.inception)), args.backend
+    if backend == "auto":
+        is_graph = not str(path).endswith((".pth", ".pt"))
+        backend = "tensorflow" if is_graph and find_spec("tensorflow") is not None else "torch"
     if backend == "tensorflow":
         from .inception_tensorflow import TensorFlowInception
 

@@ -8,7 +8,7 @@ from PIL import Image
 from sklearn.svm import SVC
 
 from .errors import UserError
-from .metrics import frechet_distance, gaussian_statistics
+from .metrics import bootstrap, frechet_distance, gaussian_statistics
 
 COLUMNS, SCALE = 24, 6
 
@@ -28,27 +28,47 @@ def read_samples(path):
         return arrays["arr_0"], arrays["arr_1"]
 
 
-def grade(digits, images, labels):
-    """Compare generated digits with real ones.
+class Grader:
+    """Compares generated digits with real ones, which are read and learned once.
 
     :param digits: folder with `train` and `test`.
-    :param images: (N, 8, 8, 3) uint8. :param labels: (N,) the digits that were asked for.
-    :return: dict of accuracies and distances.
     """
-    train, train_labels = read_folder(Path(digits, "train"))
-    test, test_labels = read_folder(Path(digits, "test"))
-    generated = images.mean(axis=3).reshape(len(images), -1) / 255
-    classifier = SVC(C=10, gamma="scale").fit(train, train_labels)
-    reference = gaussian_statistics(test)
-    correct = classifier.predict(generated) == labels
-    return {
-        "num_samples": len(images),
-        "class_accuracy": float(correct.mean()),
-        "class_accuracy_per_digit": {str(c): float(correct[labels == c].mean()) for c in np.unique(labels)},
-        "real_accuracy": float(classifier.score(test, test_labels)),
-        "frechet_pixels": frechet_distance(*gaussian_statistics(generated), *reference),
-        "frechet_pixels_real": frechet_distance(*gaussian_statistics(train), *reference),
-    }
+
+    def __init__(self, digits):
+        train, train_labels = read_folder(Path(digits, "train"))
+        test, test_labels = read_folder(Path(digits, "test"))
+        self.classifier = SVC(C=10, gamma="scale").fit(train, train_labels)
+        self.reference = gaussian_statistics(test)
+        self.real = {
+            "real_accuracy": float(self.classifier.score(test, test_labels)),
+            "frechet_pixels_real": frechet_distance(*gaussian_statistics(train), *self.reference),
+        }
+
+    def __call__(self, images, labels, repeats=0):
+        """A dict of accuracies and distances, and of the standard errors of two of them over images.
+
+        :param images: (N, 8, 8, 3) uint8. :param labels: (N,) the digits that were asked for.
+        :param repeats: resamples of the bootstrap; 0 for none.
+        """
+        generated = images.mean(axis=3).reshape(len(images), -1) / 255
+        correct = self.classifier.predict(generated) == labels
+
+        def of_drawn(indices):
+            distance = frechet_distance(*gaussian_statistics(generated[indices]), *self.reference)
+            return {"class_accuracy": correct[indices].mean(), "frechet_pixels": distance}
+
+        return {
+            "num_samples": len(images),
+            "class_accuracy": float(correct.mean()),
+            "class_accuracy_per_digit": {str(c): float(correct[labels == c].mean()) for c in np.unique(labels)},
+            "frechet_pixels": frechet_distance(*gaussian_statistics(generated), *self.reference),
+            **self.real,
+        } | ({"deviations": bootstrap(of_drawn, len(images), repeats)} if repeats else {})
+
+
+def grade(digits, images, labels, repeats=0):
+    """Compare generated digits with real ones; see `Grader`."""
+    return Grader(digits)(images, labels, repeats)
 
 
 def draw_samples(path, images, labels):

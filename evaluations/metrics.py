@@ -1,5 +1,7 @@
 """Metrics as pure functions of features: Gaussian statistics, Frechet distance, Inception score, KID, bootstrap."""
 
+import itertools
+
 import numpy as np
 import torch
 
@@ -77,7 +79,7 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     """Frechet distance of two Gaussians (Heusel et al. 2017, eq. 6), exact for singular covariances too.
 
     With S1 = A A' and S2 = B B', tr sqrt(S1 S2) is the sum of the singular values of A' B. Where both have full rank
-    the symmetric eigenvalues of A' S2 A, whose roots these are, cost a fraction of that. Never complex.
+    the eigenvalues of A' B B' A, whose roots these are, cost a fraction of that. Never complex.
 
     :param mu1, mu2: (d,). :param sigma1, sigma2: (d, d), symmetric.
     :raises UserError: for shapes that disagree, numbers that are not finite, matrices that are no covariances, and a
@@ -90,11 +92,9 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
         raise UserError(f"the statistics have shapes {shapes}: they must be (d,), (d, d), (d,), (d, d)")
     if not all(array.isfinite().all() for array in arrays):
         raise UserError("the statistics hold NaN or infinite numbers: compute them anew")
-    check_covariance(sigma1)
-    check_covariance(sigma2)
     root1, root2 = _root(sigma1), _root(sigma2)
     if root1.shape == root2.shape == sigma1.shape:
-        values = torch.linalg.eigvalsh(root1.T @ sigma2 @ root1).clamp_min(0).sqrt()
+        values = torch.linalg.eigvalsh(_product_of_roots(root1, root2)).clamp_min(0).sqrt()
     else:
         values = torch.linalg.svdvals(root1.T @ root2)
     difference = mu1 - mu2
@@ -108,30 +108,52 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
 def check_covariance(sigma):
     """Refuse a (d, d) float64 array or tensor that is no covariance.
 
+    :return: its Cholesky factor; None for a matrix that has none, as of too few features.
     :raises UserError: when it is not symmetric, or has a negative eigenvalue.
     """
     sigma = torch.as_tensor(sigma)
     tolerance = ROUNDING * sigma.diagonal().abs().sum()
-    asymmetry = (sigma - sigma.T).abs().max()
+    halves = zip(sigma.split(64), sigma.split(64, dim=1), strict=True)  # in pieces that stay in the cache
+    asymmetry = max((rows - columns.T).abs().max() for rows, columns in halves)
     if asymmetry > tolerance:
         raise UserError(f"a covariance is symmetric, but two halves differ by {asymmetry:.3g}: compute it anew")
-    shifted = sigma + tolerance * torch.eye(len(sigma), dtype=sigma.dtype)
-    if torch.linalg.cholesky_ex(shifted).info:  # a Cholesky factor costs a hundredth of the eigenvalues
+    lower, failed = torch.linalg.cholesky_ex(sigma)  # costs a hundredth of the eigenvalues
+    if not failed:
+        return lower
+    if torch.linalg.cholesky_ex(sigma + tolerance * torch.eye(len(sigma), dtype=sigma.dtype)).info:
         smallest = torch.linalg.eigvalsh(sigma).min()
         if smallest < -tolerance:
             raise UserError(f"a covariance has no eigenvalue below 0, but one is {smallest:.3g}: compute it anew")
+    return None
 
 
 def _root(sigma):
-    """(d, r) factor R with sigma = R R', r the numerical rank: Cholesky's where it is safe, else of eigenvectors."""
-    tolerance = len(sigma) * torch.finfo(torch.float64).eps
-    lower, failed = torch.linalg.cholesky_ex(sigma)
-    pivots = lower.diagonal().square()
-    if not failed and pivots.min() > tolerance * pivots.max():
-        return lower
+    """(d, r) factor R with sigma = R R', r the numerical rank: Cholesky's where it is safe, else of eigenvectors.
+
+    :raises UserError: when sigma is no covariance.
+    """
+    tolerance, lower = len(sigma) * torch.finfo(torch.float64).eps, check_covariance(sigma)
+    if lower is not None:
+        pivots = lower.diagonal().square()
+        if pivots.min() > tolerance * pivots.max():
+            return lower
     values, vectors = torch.linalg.eigh(sigma)
     kept = values > tolerance * values.max().clamp_min(0)
     return vectors[:, kept] * values[kept].sqrt()
+
+
+def _product_of_roots(root1, root2, block=512):
+    """The lower half of A' B B' A for lower triangular (d, d) A and B, with few of the products with zeros."""
+    product, result = torch.empty_like(root1), torch.empty_like(root1)
+    starts = range(0, len(root1), block)
+    for row, column in itertools.product(starts, starts):
+        first = max(row, column)  # above it, one of the two is zero
+        part = root1[first:, row : row + block].T @ root2[first:, column : column + block]
+        product[row : row + block, column : column + block] = part
+    for row in starts:
+        end = row + block
+        result[row:end, :end] = product[row:end] @ product[:end].T
+    return result
 
 
 class InceptionScore:

@@ -24,6 +24,11 @@ def world_size():
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
+def has_met():
+    """Whether this process communicates with others."""
+    return dist.is_available() and dist.is_initialized()
+
+
 def local_rank():
     """Number of this process on its machine; None where it is alone."""
     return int(os.environ["LOCAL_RANK"]) if world_size() > 1 else None

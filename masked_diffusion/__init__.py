@@ -7,6 +7,8 @@ from importlib import import_module
 
 from .utils import not_rebuilt
 
+__version__ = "0.1.0"
+
 _HOMES = {
     "create_model": ".models",
     "create_diffusion": ".respace",

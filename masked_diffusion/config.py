@@ -1,8 +1,8 @@
-"""Typed configuration: every flag of training and sampling with its default, range and help text, stated once.
+"""Typed configuration: every flag of training with its default, range and help text, stated once.
 
 Each field of a class below is a flag of the scripts (`script_util.parse_flags` makes them); each class is a group of
-flags. `RunConfig` describes a training run and is saved as `config.json` beside its checkpoints; `SampleConfig`
-describes sampling.
+flags. `RunConfig` describes a training run and is saved as `config.json` beside its checkpoints. The flags of sampling
+are in `sample_config`.
 """
 
 from dataclasses import dataclass, field
@@ -10,37 +10,39 @@ from typing import Any
 
 from typing_extensions import Self
 
-from .guidance import RULES
+from . import presets
+from .diffusion_config import DiffusionConfig
 from .layers.relative_attention import IMPLEMENTATIONS
 from .utils import flag_values
 from .utils.config_json import check_config_json
 from .utils.errors import UserError
 from .utils.options import Config, option
-from .utils.precision import PRECISIONS, PRECISIONS_OR_AUTO, check_fp16
+from .utils.precision import PRECISIONS, check_fp16
 
 OPTIMIZERS = ("adan", "adan-pytorch", "adamw")
 SHARDS = ("none", "zero1", "fsdp", "hsdp")
 SCHEDULE_SAMPLERS = ("uniform", "loss-second-moment")
-NOISE_SCHEDULES = ("linear", "squaredcos_cap_v2")
 SNAPSHOT_DTYPES = ("fp32", "fp16")
 CHECKPOINT_FORMATS = ("whole", "sharded")
-SOLVERS = ("ddpm", "ddim", "dpm++", "sde-dpm++", "unipc", "heun", "euler")
 ATTENTION_HELP = (
     "attention with a relative position bias: sdpa, of PyTorch; triton, the kernel for GPUs; auto: the kernel on a GPU "
-    "in bf16 or fp16"
+    "in bf16 or fp16, and products in bf16 on a CPU that has instructions for it"
 )
-CLASS_RULES = ("random", "balanced", "list")
-QUANTIZERS = ("truncate", "round")
-CFG_SCALE, SCALE_POW = 3.8, 4.0  # of MDTv2's published results
+VAE_PRECISIONS = ("fp32", "bf16")
+VAE_PRECISION_HELP = "number format of the autoencoder; in bf16, pixels differ by less than 1 of 255 on average"
+# What versions that recorded nothing of the autoencoder but its name used for all of them.
+OLDER_AUTOENCODER = {"scale": 0.18215, "shift": 0.0}
 LARGEST_SEED = 2**63 - 1
-
-# ---------------------------------------------------------------- training
 
 
 @dataclass(frozen=True)
 class ModelConfig(Config):
     """model"""
 
+    preset: str | None = option(
+        None, "a published recipe; flags given beside it override its values", choices=tuple(presets.TRAINING),
+        presets=presets.TRAINING,
+    )  # fmt: skip
     model: str = option("MDTv2_S_2", "family, size and patch size: MDTv2_XL_2, MDT_B_2, DiT_S_4, ...", changes_run=True)
     image_size: int = option(256, "height and width of the images in pixels", at_least=1, changes_run=True)
     mask_ratio: float | None = option(
@@ -53,46 +55,16 @@ class ModelConfig(Config):
     num_classes: int | None = option(
         None, "number of classes, without the null class; None: as many as the data has", at_least=0, changes_run=True
     )
-    vae: str = option(
-        "ema", "autoencoder: ema or mse (of Stable Diffusion), a hub id, a folder, or identity to train on pixels",
+    qk_norm: bool = option(
+        False, "normalize queries and keys of each head (RMSNorm); of a new model, not of weights without it",
         changes_run=True,
     )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class DiffusionConfig(Config):
-    """diffusion"""
-
-    diffusion_steps: int = option(1000, "timesteps of the noise schedule", at_least=1, changes_run=True)
-    noise_schedule: str = option("linear", "noise schedule", choices=NOISE_SCHEDULES, changes_run=True)
-    learn_sigma: bool = option(True, "learn the variance of the reverse process", changes_run=True)
-    sigma_small: bool = option(
-        False, "without --learn_sigma: use the variance of the posterior instead of beta", changes_run=True
-    )
-    use_kl: bool = option(False, "train on the variational bound instead of the MSE", changes_run=True)
-    predict_xstart: bool = option(False, "predict x_start instead of eps", changes_run=True)
-    predict_v: bool = option(False, "predict v instead of eps", changes_run=True)
-    rescale_learned_sigmas: bool = option(
-        False, "multiply the variational loss term by diffusion_steps / 1000", changes_run=True
-    )
-    snr_gamma: float | str | None = option(
-        "auto", "gamma of Min-SNR loss weighting; None: no weighting; auto: 5 for MDTv2, None for MDT and DiT",
-        read=flag_values.read_gamma, check=flag_values.check_gamma, changes_run=True,
+    vae: str = option(
+        "ema", "autoencoder: ema or mse (of Stable Diffusion); an AutoencoderKL, AutoencoderDC or AutoencoderTiny of "
+        "diffusers by hub id (OWNER/NAME or OWNER/NAME/SUBFOLDER) or folder; or identity to train on pixels",
+        changes_run=True,
     )  # fmt: skip
-
-    def check(self) -> Self:
-        super().check()
-        if self.predict_xstart and self.predict_v:
-            raise UserError("--predict_xstart and --predict_v exclude each other: a model predicts one thing")
-        return self
-
-    def options(self, default_snr_gamma: float | None) -> dict[str, Any]:
-        """Keyword arguments for `create_diffusion`.
-
-        :param default_snr_gamma: the default of the model's family, which `auto` stands for.
-        """
-        gamma = default_snr_gamma if self.snr_gamma == "auto" else self.snr_gamma
-        return self.values() | {"snr_gamma": gamma}
+    vae_precision: str = option("fp32", VAE_PRECISION_HELP, choices=VAE_PRECISIONS, changes_run=True)
 
 
 @dataclass(frozen=True)
@@ -131,7 +103,13 @@ class TrainConfig(Config):
     """training"""
 
     batch_size: int = option(32, "images per rank (GPU) in one step", at_least=1)
-    microbatch: int = option(-1, "images per forward pass (gradient accumulation); -1: all of batch_size", at_least=-1)
+    global_batch_size: int | None = option(
+        None, "images of all ranks together in one step, instead of batch_size", at_least=1, excludes="batch_size"
+    )
+    microbatch: int | str = option(
+        -1, "images per forward pass (gradient accumulation); -1: all of batch_size; auto: the most that fit in memory",
+        read=flag_values.read_microbatch, check=flag_values.check_microbatch,
+    )  # fmt: skip
     optimizer: str | None = option(
         None, "optimizer; None: adan for MDTv2, adamw for MDT and DiT", choices=OPTIMIZERS, changes_run=True
     )
@@ -167,7 +145,10 @@ class TrainConfig(Config):
         1e-3, "fp16: growth of the loss scale per step, as a log2", above=0, at_most=16, changes_run=True
     )
     attention: str = option("auto", ATTENTION_HELP, choices=IMPLEMENTATIONS)
-    compile: bool = option(False, "compile the transformer blocks with torch.compile, and on a CPU the step of Adan")
+    compile: bool = option(
+        False, "compile the transformer blocks and the encoder of the VAE with torch.compile, and on a CPU the step of "
+        "Adan",
+    )  # fmt: skip
     exact_lengths: bool = option(
         False, "with --compile: do not round the number of kept tokens, and compile once with a dynamic length"
     )
@@ -188,6 +169,11 @@ class TrainConfig(Config):
     def check(self) -> Self:
         super().check()
         check_fp16(self.use_fp16, self.precision)
+        if self.microbatch == "auto" and self.shard in ("fsdp", "hsdp"):
+            raise UserError(
+                f"--microbatch auto does not work with --shard {self.shard}: a rank that runs out of memory while it "
+                "tries would leave the others waiting; give a number"
+            )
         return self
 
 
@@ -232,6 +218,10 @@ class LogConfig(Config):
     """logging, checkpoints and resume"""
 
     log_dir: str | None = option(None, "folder of logs and checkpoints; None: $OPENAI_LOGDIR, or output")
+    loggers: str = option(
+        "tensorboard", "where rows, images and configuration go, beside the files: tensorboard, wandb, trackio, or "
+        "several of them, separated by commas", read=flag_values.read_list, check=flag_values.check_loggers,
+    )  # fmt: skip
     log_interval: int = option(100, "steps between log lines", at_least=1)
     save_interval: int = option(10000, "steps between checkpoints", at_least=1)
     sample_interval: int = option(0, "steps between sample grids of the EMA weights; 0: no grids", at_least=0)
@@ -268,22 +258,36 @@ class RunConfig(Config):
     """A training run: its flags, and what was determined before the first step.
 
     :param architecture: `name` and `options` for `create_model`; the file of `save_pretrained` has only the options.
+    :param autoencoder: `channels`, `downsample`, `scale` and `shift` of the first stage; of a run of an older version
+        only the last two; {} if nothing is known.
     :param classes: names of the classes in the order of their labels.
     :param data_signature: hash of the names of the training images; None if it is unknown.
     :param global_batch: images per step, summed over all ranks; None if it is unknown.
+    :param auto_microbatch: what `training.batch.choose_microbatch` found, and in which circumstances; None: nothing.
     """
 
     model: ModelConfig = ModelConfig()
-    diffusion: DiffusionConfig = DiffusionConfig()
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
     guardian: GuardianConfig = GuardianConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     log: LogConfig = LogConfig()
     architecture: dict[str, Any] = field(default_factory=dict)
+    autoencoder: dict[str, float] = field(default_factory=dict)
     classes: tuple[str, ...] = ()
     data_signature: str | None = None
     global_batch: int | None = None
+    auto_microbatch: dict[str, Any] | None = None
+
+    def check(self) -> Self:
+        super().check()
+        if self.diffusion.objective == "flow" and self.train.schedule_sampler != "uniform":
+            raise UserError(
+                f"--schedule_sampler {self.train.schedule_sampler} needs a diffusion: with --objective flow choose the "
+                "times with --t_sampling"
+            )
+        return self
 
     @property
     def precision(self) -> str:
@@ -301,9 +305,11 @@ class RunConfig(Config):
             "model": self.architecture,
             "diffusion": self.diffusion.values(),
             "vae": self.model.vae,
+            "autoencoder": self.autoencoder,
             "classes": list(self.classes),
             "data_signature": self.data_signature,
             "global_batch": self.global_batch,
+            "auto_microbatch": self.auto_microbatch,
             "flags": {each.name: self.values()[each.name] for _, each in self.flags()},
         }
 
@@ -315,147 +321,19 @@ class RunConfig(Config):
         :raises UserError: for any other JSON. The message says what is wrong; the caller adds the file's name.
         """
         check_config_json(found)
+        older = OLDER_AUTOENCODER if found.get("vae", "identity") != "identity" else {}
         flags = found.get("flags") or {}
         values = {name: tuple(value) if isinstance(value, list) else value for name, value in flags.items()}
         values |= found.get("diffusion") or {}
         values |= {
             "vae": found.get("vae", "ema"),
             "architecture": found.get("model") or {"options": found},
+            "autoencoder": found.get("autoencoder", older),
             "classes": tuple(found.get("classes") or ()),
             "data_signature": found.get("data_signature"),
             "global_batch": found.get("global_batch", flags.get("global_batch")),
+            "auto_microbatch": found.get("auto_microbatch"),
         }
         run = cls.from_values(values)
         run.diffusion.check()  # training and sampling both need it, whichever program wrote the file
         return run
-
-
-# ---------------------------------------------------------------- sampling
-
-
-@dataclass(frozen=True)
-class WeightsConfig(Config):
-    """model"""
-
-    model_path: str = option(
-        "",
-        "checkpoint (.pt, .safetensors), training folder (its newest EMA is used), or hub id",
-        check=flag_values.check_source,
-    )
-    vae_decoder: str | None = option(
-        None, "autoencoder: ema, mse, a hub id, a folder, or identity; None: the one used in training, else ema"
-    )
-    decode_batch: int | None = option(
-        None, "number of images that the VAE decodes at once; None: the whole batch", at_least=1
-    )
-    precision: str = option(
-        "fp32", "number format of the network; bf16 and fp16 are mixed precision; auto: bf16 where this machine "
-        "computes it faster, else fp32", choices=PRECISIONS_OR_AUTO,
-    )  # fmt: skip
-    use_fp16: bool = option(False, "the same as --precision fp16")
-    attention: str = option("auto", ATTENTION_HELP, choices=IMPLEMENTATIONS)
-    compile: bool = option(
-        False, "compile the transformer blocks with torch.compile; on a GPU, a step of the network is one CUDA graph"
-    )
-    model: str | None = option(None, "not needed, the checkpoint tells it; if given, it must agree")
-    image_size: int | None = option(None, "not needed, the checkpoint tells it; if given, it must agree", at_least=1)
-    decode_layer: int | None = option(None, "not needed, the checkpoint tells it; if given, it must agree", at_least=0)
-    mask_ratio: float | None = option(None, "ignored, as sampling does not mask; accepted for the published commands")
-
-    def check(self) -> Self:
-        super().check()
-        check_fp16(self.use_fp16, self.precision)
-        return self
-
-
-@dataclass(frozen=True)
-class SolverConfig(Config):
-    """solver"""
-
-    solver: str | None = option(None, "sampling algorithm; None: ddpm, or ddim with --use_ddim", choices=SOLVERS)
-    num_sampling_steps: str = option(
-        "250", "number of sampling steps; ddpm and ddim also take 10,15,20 (steps per part of the schedule) and ddim50",
-        check=flag_values.check_steps,
-    )  # fmt: skip
-    use_ddim: bool = option(False, "the same as --solver ddim")
-    clip_denoised: bool = option(False, "clip the predicted x_start to [-1, 1]")
-    seed: int = option(0, "random seed; image i depends only on it and i", at_least=0, at_most=LARGEST_SEED)
-
-    @property
-    def name(self) -> str:
-        """The solver in use: `--solver`, else ddim with `--use_ddim`, else ddpm."""
-        return self.solver or ("ddim" if self.use_ddim else "ddpm")
-
-    def check(self) -> Self:
-        super().check()
-        if self.use_ddim and self.name != "ddim":
-            raise UserError(f"--use_ddim True and --solver {self.solver} contradict each other: leave one out")
-        return self
-
-
-@dataclass(frozen=True)
-class GuidanceConfig(Config):
-    """guidance"""
-
-    cfg_cond: bool | None = option(
-        None, "use classifier-free guidance with the rule of the model's family; None: no guidance, as False"
-    )
-    guidance: str | None = option(
-        None, "guidance rule; if left out, --cfg_cond means power-cosine for MDT and MDTv2, constant for DiT",
-        choices=RULES, read=str,
-    )  # fmt: skip
-    cfg_scale: float | None = option(None, f"guidance scale; None: {CFG_SCALE:g}", at_least=0)
-    scale_pow: float | None = option(None, f"power of the power-cosine schedule; None: {SCALE_POW:g}", at_least=0)
-    guidance_interval: tuple[float, float] | None = option(
-        None, "timesteps at which --guidance interval guides; None: all", at_least=0, metavar=("FIRST", "LAST"),
-        check=flag_values.check_interval,
-    )  # fmt: skip
-    guide_path: str | None = option(None, "a weaker checkpoint that guides instead of the null class (autoguidance)")
-    guided_channels: int | None = option(
-        3, "number of channels that are guided, or all", at_least=1, read=flag_values.read_channels
-    )
-    skip_guidance_below: float = option(
-        0.0, "skip the guiding pass at steps whose guidance weight is at most this far from 1; negative: never skip"
-    )
-
-    def rule(self, model_rule: str) -> str:
-        """The guidance rule in use, one of `guidance.RULES`.
-
-        :param model_rule: the rule of the model's family.
-        """
-        if self.guidance is not None:
-            return self.guidance
-        return "constant" if self.guide_path else model_rule if self.cfg_cond else "none"
-
-    def unused(self, rule: str) -> list[str]:
-        """The flags that were given although this rule ignores them."""
-        uses = {"cfg_scale": rule != "none", "scale_pow": rule == "power-cosine"}
-        uses |= {"guidance_interval": rule == "interval", "guide_path": rule != "none"}
-        return [f"--{name}" for name, used in uses.items() if not used and getattr(self, name) is not None]
-
-    def check(self) -> Self:
-        super().check()
-        if self.cfg_cond is False and self.guidance not in (None, "none") and not self.guide_path:
-            raise UserError(
-                f"--cfg_cond False and --guidance {self.guidance} contradict each other: leave one of them out"
-            )
-        if self.cfg_cond is None and self.guidance is None and not self.guide_path and self.unused("none"):
-            raise UserError(
-                f"{self.unused('none')[0]} is given, but nothing is guided: add --cfg_cond True (the rule of the "
-                "model's family), --guidance RULE or --guide_path FILE; or --cfg_cond False to draw without guidance"
-            )
-        return self
-
-
-@dataclass(frozen=True)
-class SampleConfig(Config):
-    """What an image sampler is made of: weights, solver and guidance."""
-
-    weights: WeightsConfig = WeightsConfig()
-    solver: SolverConfig = SolverConfig()
-    guidance: GuidanceConfig = GuidanceConfig()
-
-    @property
-    def precision(self) -> str:
-        """The number format that was asked for: fp16 with `--use_fp16`, else `--precision`, which may be auto."""
-        return "fp16" if self.weights.use_fp16 else self.weights.precision

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from .utils.errors import UserError
+from .utils.flag_values import check_channels
 
 RULES = ("none", "constant", "power-cosine", "interval")
 
@@ -52,16 +53,28 @@ def interval_weight(t: torch.Tensor, cfg_scale: float, interval: tuple[float, fl
     return torch.where((t >= first) & (t <= last), float(cfg_scale), 1.0)
 
 
+def resolve_channels(guided_channels: int | str | None, in_channels: int) -> int | None:
+    """How many of a model's channels are guided.
+
+    :param guided_channels: the first ones, this many; None for all; or `auto`. DiT and MDT guide three of the four
+        channels of their latents, also in all published results, and so does `auto` with up to four channels. Of more,
+        as autoencoders with 16 or 32 have, it guides all.
+    :return: a number, or None for all.
+    """
+    if guided_channels != "auto":
+        return guided_channels
+    return 3 if in_channels <= 4 else None
+
+
 def guide(
-    out_cond: torch.Tensor, out_null: torch.Tensor, weight: torch.Tensor, guided_channels: int = 3
+    out_cond: torch.Tensor, out_null: torch.Tensor, weight: torch.Tensor, guided_channels: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Extrapolate from the prediction for the null class to that for the given class: null + w (cond - null).
 
     :param out_cond: (n, C, H, W) model output for the given classes.
     :param out_null: (n, C, H, W) model output for the null class.
     :param weight: (n,) guidance weights.
-    :param guided_channels: guide only the first channels, this many. DiT and MDT guide three of the four latent
-        channels, also in all published results; the other channels stay unguided.
+    :param guided_channels: guide only the first channels, this many; the other channels stay unguided.
     :return: `out_cond` and `out_null` with their first channels replaced by the guided prediction.
     """
     weight = weight.view(-1, *[1] * (out_cond.ndim - 1)).to(out_cond.dtype)
@@ -84,7 +97,7 @@ class Guidance:
     :param cfg_scale: guidance scale: the largest weight.
     :param scale_pow: power of the `power-cosine` rule.
     :param interval: smallest and largest timestep that the `interval` rule guides.
-    :param guided_channels: guide only the first channels, this many; None guides all channels of the input.
+    :param guided_channels: see `resolve_channels`.
     :param skip_below: skip the unconditional (or weaker) model at steps whose weights differ from 1 by at most this:
         0 skips it only if all weights are exactly 1, a negative number never does.
     :param diffusion_steps: number of timesteps that the model was trained with.
@@ -95,7 +108,7 @@ class Guidance:
     cfg_scale: float = 1.0
     scale_pow: float = 4.0
     interval: tuple[float, float] = (0, 1000)
-    guided_channels: int | None = 3
+    guided_channels: int | str | None = "auto"
     skip_below: float = 0.0
     diffusion_steps: int = 1000
 
@@ -106,6 +119,8 @@ class Guidance:
             value = getattr(self, name)
             if not all(map(math.isfinite, value if name == "interval" else (value,))):
                 raise UserError(f"{name} of the guidance is {value}: it must be finite")
+        if self.guided_channels is not None and (requirement := check_channels(self.guided_channels)):
+            raise UserError(f"guided_channels of the guidance is {self.guided_channels}: it must be {requirement}")
         if self.interval[0] > self.interval[1]:
             raise UserError(
                 f"the guidance interval {self.interval} is empty: the first timestep must be the smaller one"
@@ -158,6 +173,17 @@ class GuidedDenoiser:
             raise UserError("guidance needs a null class, which this model was trained without: use --cfg_cond False")
         self.model, self.guidance, self.null_label, self.guide_model = model, guidance, null_label, guide_model
 
+    def keeping(self, ids_keep: torch.Tensor) -> "GuidedDenoiser":
+        """The same, but the model runs masked passes that keep these tokens; a `guide_model` still sees all.
+
+        :param ids_keep: (1, K), the same for all rows; see `MDT.forward`.
+        """
+
+        def model(x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            return self.model(x, t, y, ids_keep=ids_keep.expand(len(x), -1))
+
+        return GuidedDenoiser(model, self.guidance, self.null_label, self.guide_model)
+
     def __call__(
         self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, timestep: float | None = None
     ) -> torch.Tensor:
@@ -174,7 +200,7 @@ class GuidedDenoiser:
         else:
             labels = torch.cat([y, torch.full_like(y, self.null_label)])
             out, guiding = self.model(torch.cat([x, x]), torch.cat([t, t]), labels).chunk(2)
-        channels = self.guidance.guided_channels or x.shape[1]
+        channels = resolve_channels(self.guidance.guided_channels, x.shape[1]) or x.shape[1]
         return guide(out, guiding, self.guidance.weight(t), channels)[0]
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from . import dist_util
-from .image_decoding import (
+from .images.decoding import (
     Box,
     center_crop_arr,
     decode_image,
@@ -23,11 +23,11 @@ from .image_decoding import (
     largest_short_side,
     random_crop_arr,
 )
-from .image_decoding import read_image as read_image  # for whoever imports it from here
-from .image_index import no_class_message
-from .image_listing import Listing, check_listed, check_name, list_names, log_other_formats
-from .image_sequence import ImageFiles, ImageSequence, signature_of
-from .image_shards import DamagedShard, is_packed, open_packed
+from .images.decoding import read_image as read_image  # for whoever imports it from here
+from .images.index import no_class_message
+from .images.listing import Listing, check_listed, check_name, list_names, log_other_formats
+from .images.sequence import ImageFiles, ImageSequence, signature_of
+from .images.shards import DamagedShard, is_packed, open_packed
 from .utils.errors import UserError
 from .utils.loader_processes import LoaderIterator, init_loader_process
 from .utils.loader_processes import LoaderWorkerDied as LoaderWorkerDied  # what `next()` of `load_data` may raise
@@ -69,7 +69,7 @@ def load_data(
     :param start_step: number of global batches to skip at the start of the stream, as a resumed run does.
     :param paths: the images of `data_dir`, if they have been listed already.
     :param on_bad_image: `error`, or `skip` to replace an image that cannot be read by the next one.
-    :param fast_decode: decode large JPEGs at a fraction of their size; see `image_decoding.decode_reduced`.
+    :param fast_decode: decode large JPEGs at a fraction of their size; see `images.decoding.decode_reduced`.
     :raises UserError: for a folder without images, with fewer than a global batch, or with file names without a class;
         and from `next()` for an image that cannot be read.
     :raises LoaderWorkerDied: from `next()`, when a data loading process was killed, usually for lack of memory.

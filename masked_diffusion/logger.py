@@ -1,4 +1,4 @@
-"""Logging on rank 0: text on the screen and in `log.txt`; values in `progress.csv`, `progress.jsonl` and TensorBoard.
+"""Logging on rank 0: text on the screen and in `log.txt`; values in `progress.csv`, `progress.jsonl` and trackers.
 
 The functions are those of ADM's `logger`. Files are appended to, so a resumed run keeps what it logged before.
 """
@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -22,6 +21,7 @@ from tqdm.auto import tqdm
 from .utils.errors import UserError
 from .utils.files import disk_errors
 from .utils.not_rebuilt import module_getattr
+from .utils.trackers import Tracker, check_installed, start_trackers
 
 DEFAULT_DIR = "output"
 FORMATS = ("stdout", "log", "csv", "json", "tensorboard")
@@ -86,7 +86,9 @@ class Logger:
     :param comm: ADM's MPI communicator; must be None.
     :param quiet: print and write nothing, as ranks other than 0 do.
     :param log_suffix: added to the names of the files.
-    :raises UserError: for an unknown format, a `comm`, and a directory that cannot be created.
+    :param loggers: some of `utils.trackers.TRACKERS`, in the place of TensorBoard among the formats.
+    :raises UserError: for an unknown format, a `comm`, a tracker whose package is missing, and a directory that cannot
+        be created.
     """
 
     def __init__(
@@ -96,6 +98,7 @@ class Logger:
         comm: None = None,
         quiet: bool = False,
         log_suffix: str = "",
+        loggers: Iterable[str] = ("tensorboard",),
     ):
         formats = FORMATS if output_formats is None else tuple(output_formats)
         if not set(formats) <= set(FORMATS):
@@ -105,11 +108,15 @@ class Logger:
         self.dir, self.quiet, self.log_suffix, self.level = dir, quiet, log_suffix, INFO
         self.rows_as_lines = output_formats is not None
         self.values, self.counts = defaultdict(float), defaultdict(int)
-        self.table = self._board = self.purge_step = None
+        self.table = self.resumed_step = None
+        self.config: dict[str, Any] = {}
+        self._trackers: list[Tracker] | None = None
         in_files = () if quiet or not dir else formats
         self.lines_path = self._path("log", "txt") if "log" in in_files else None
         self.json_path = self._path("progress", "jsonl") if "json" in in_files else None
-        self.has_board, self.prints = "tensorboard" in in_files, "stdout" in formats
+        self.tracker_names = tuple(loggers) if "tensorboard" in in_files else ()
+        self.prints = "stdout" in formats
+        check_installed(loggers)
         if in_files:
             with disk_errors(dir):
                 Path(dir).mkdir(parents=True, exist_ok=True)
@@ -151,24 +158,25 @@ class Logger:
             with disk_errors(self.json_path):
                 temporary.write_text("".join(line + "\n" for line in kept))
                 temporary.replace(self.json_path)
-        self.purge_step = step + 1
+        self.resumed_step = step
 
     @property
-    def board(self) -> Any:
-        """TensorBoard's `SummaryWriter`, created at first use, since its import takes a second."""
-        if self._board is None:
-            # If TensorFlow is installed, TensorBoard imports it for its file functions, unless this module exists.
-            sys.modules.setdefault("tensorboard.compat.notf", ModuleType("notf"))
-            from torch.utils.tensorboard import SummaryWriter
+    def trackers(self) -> list[Tracker]:
+        """The trackers, started at first use: importing one takes a second, and they must know `resumed_step`."""
+        if self._trackers is None:
+            start = (self.tracker_names, self.dir, self.log_suffix, self.resumed_step, self.config)
+            self._trackers = start_trackers(*start) if self.tracker_names else []
+        return self._trackers
 
-            with disk_errors(self.dir):
-                self._board = SummaryWriter(self.dir, purge_step=self.purge_step, filename_suffix=self.log_suffix)
-        return self._board
+    def log_config(self, config: Mapping[str, Any]) -> None:
+        """Give the trackers the settings of the run, by name. They are started now."""
+        self.config = dict(config)
+        _ = self.trackers
 
     def image(self, name: str, pixels: np.ndarray, step: int) -> None:
-        """Add an image to TensorBoard: (H, W, 3) uint8 pixels."""
-        if self.has_board:
-            self.board.add_image(name, pixels, step, dataformats="HWC")
+        """Add an image to the trackers: (H, W, 3) uint8 pixels."""
+        for tracker in self.trackers:
+            tracker.image(name, pixels, step)
 
     def logkv(self, key: str, val: Any) -> None:
         """Set a value of the row."""
@@ -198,16 +206,15 @@ class Logger:
         if self.json_path:
             with disk_errors(self.json_path), self.json_path.open("a") as file:
                 file.write(json.dumps(row) + "\n")
-        for key, value in row.items() if self.has_board else ():
-            if _is_number(value):
-                self.board.add_scalar(key, value, row.get("step"))
+        for tracker in self.trackers:
+            tracker.row({key: value for key, value in row.items() if _is_number(value)}, row.get("step"))
         return row
 
     def close(self) -> None:
-        """Close TensorBoard's writer."""
-        if self._board is not None:
-            self._board.close()
-            self._board = None
+        """Close the trackers."""
+        for tracker in self._trackers or ():
+            tracker.close()
+        self._trackers = None
 
 
 def _is_number(value: object) -> bool:
@@ -223,6 +230,7 @@ def configure(
     comm: None = None,
     log_suffix: str = "",
     quiet: bool | None = None,
+    loggers: Iterable[str] = ("tensorboard",),
 ) -> None:
     """Log to a directory from now on.
 
@@ -233,6 +241,7 @@ def configure(
     :param comm: must be None: values are not averaged over MPI ranks.
     :param log_suffix: added to the names of the files.
     :param quiet: print and write nothing; None means on all ranks except rank 0.
+    :param loggers: see `Logger`.
     :raises UserError: for a remote `dir`, and as `Logger`.
     """
     global _current
@@ -244,7 +253,7 @@ def configure(
             "bucket and give the path where it is mounted"
         )
     quiet = get_rank_without_mpi_import() != 0 if quiet is None else quiet
-    _current = Logger(dir, format_strs, comm, quiet, log_suffix)
+    _current = Logger(dir, format_strs, comm, quiet, log_suffix, loggers)
 
 
 def get_rank_without_mpi_import() -> int:
@@ -319,8 +328,13 @@ def rewind(step: int) -> None:
     _current.rewind(step)
 
 
+def log_config(config: Mapping[str, Any]) -> None:
+    """Give the trackers the settings of the run, by name."""
+    _current.log_config(config)
+
+
 def image(name: str, pixels: np.ndarray, step: int) -> None:
-    """Add an image to TensorBoard: (H, W, 3) uint8 pixels."""
+    """Add an image to the trackers: (H, W, 3) uint8 pixels."""
     _current.image(name, pixels, step)
 
 
@@ -346,7 +360,7 @@ def getkvs() -> dict[str, Any]:
 
 
 def dumpkvs() -> dict[str, Any]:
-    """Write the row of logged values to `progress.csv`, `progress.jsonl` and TensorBoard, and return it."""
+    """Write the row of logged values to `progress.csv`, `progress.jsonl` and the trackers, and return it."""
     return _current.dumpkvs()
 
 

@@ -11,17 +11,18 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-from timm.layers import PatchEmbed
 from torch import Tensor
 
-from .guidance import Guidance, guide
+from .guidance import Guidance, guide, resolve_channels
 from .layers.attention import Attention, RelativePositionBias, gather_pairs  # noqa: F401 (published names)
 from .layers.base import BlockModel
 from .layers.blocks import DiTBlock, FinalLayer, MDTBlock, modulate  # noqa: F401 (published names)
 from .layers.embeddings import (  # noqa: F401 (published names)
     Draw,
     LabelEmbedder,
+    PatchEmbed,
     TimestepEmbedder,
+    add_positions,
     get_1d_sincos_pos_embed_from_grid,
     get_2d_sincos_pos_embed,
     get_2d_sincos_pos_embed_from_grid,
@@ -39,6 +40,7 @@ class DiT(BlockModel):
     :param class_dropout_prob: probability of replacing a label by the null class in training mode.
     :param num_classes: number of classes; 0 for an unconditional model.
     :param learn_sigma: the output has 2C channels, for a learned variance, instead of C.
+    :param qk_norm: see `Attention`.
     :raises UserError: for options that are out of range or do not fit together.
     """
 
@@ -48,12 +50,13 @@ class DiT(BlockModel):
     guidance_rule: str = "constant"
     trains_positions: bool = False  # whether the position table is learned
     mask_ratio: float | None = None  # None: no masked pass
+    interpolates: bool = False  # whether there is a trained side-interpolater
     decode_layer: int | None = None
 
     def __init__(
         self, input_size: int = 32, patch_size: int = 2, in_channels: int = 4, hidden_size: int = 1152, depth: int = 28,
         num_heads: int = 16, mlp_ratio: float = 4.0, class_dropout_prob: float = 0.1, num_classes: int = 1000,
-        learn_sigma: bool = True,
+        learn_sigma: bool = True, qk_norm: bool = False,
     ):  # fmt: skip
         super().__init__()
         if input_size % patch_size:
@@ -65,7 +68,7 @@ class DiT(BlockModel):
             raise UserError(f"num_classes is {num_classes}: it must be 0 (unconditional) or positive")
         self.input_size, self.patch_size, self.in_channels = input_size, patch_size, in_channels
         self.hidden_size, self.depth, self.num_heads, self.mlp_ratio = hidden_size, depth, num_heads, mlp_ratio
-        self.num_classes, self.learn_sigma = num_classes, learn_sigma
+        self.num_classes, self.learn_sigma, self.qk_norm = num_classes, learn_sigma, qk_norm
         self.out_channels = in_channels * 2 if learn_sigma else in_channels
         self.grid_size, self.num_patches = input_size // patch_size, (input_size // patch_size) ** 2
         self.pos_embed = nn.Parameter(torch.zeros(1, self.num_patches, hidden_size), self.trains_positions)
@@ -84,7 +87,8 @@ class DiT(BlockModel):
 
     def make_stacks(self) -> dict[str, list[DiTBlock]]:
         """Create the stacks of blocks: name of the attribute -> blocks. MDT and MDTv2 override this."""
-        return {"blocks": [DiTBlock(self.hidden_size, self.num_heads, self.mlp_ratio) for _ in range(self.depth)]}
+        size = (self.hidden_size, self.num_heads, self.mlp_ratio)
+        return {"blocks": [DiTBlock(*size, qk_norm=self.qk_norm) for _ in range(self.depth)]}
 
     def decoder_blocks(self) -> list[DiTBlock]:
         """The blocks after the side-interpolater; DiT has none."""
@@ -111,7 +115,7 @@ class DiT(BlockModel):
         self.check_input(x)
         # Contiguous, since the strides after the convolution differ from those after a block: torch.compile would
         # compile the blocks for both, and PyTorch 2.14 compiles them wrongly for the former in bf16 on a CPU.
-        return (self.x_embedder(x) + self.pos_embed).contiguous()
+        return add_positions(self.x_embedder(x), self.pos_embed).contiguous()
 
     def condition(self, t: Tensor, y: Tensor | None, drop_labels: Tensor | None) -> Tensor:
         """(N,) timesteps and (N,) labels -> (N, D) conditioning vectors; y None means the null class."""
@@ -145,7 +149,7 @@ class DiT(BlockModel):
 
     def forward_with_cfg(
         self, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float | None = None, diffusion_steps: int = 1000,
-        scale_pow: float = 4.0, guided_channels: int = 3,
+        scale_pow: float = 4.0, guided_channels: int | str | None = "auto",
     ) -> Tensor:  # fmt: skip
         """A forward pass with classifier-free guidance.
 
@@ -153,7 +157,7 @@ class DiT(BlockModel):
         :param y: (2n,) labels: n classes, then the null label n times.
         :param cfg_scale: guidance scale; None is `forward`. The weight is constant for DiT; for MDT and MDTv2 it is
             the power-cosine schedule over `diffusion_steps`, with the power `scale_pow`.
-        :param guided_channels: see `guidance.guide`.
+        :param guided_channels: see `guidance.resolve_channels`.
         :return: (2n, C or 2C, H, W); the guided channels are the same in both halves.
         :raises UserError: for an odd number of rows.
         """
@@ -161,10 +165,10 @@ class DiT(BlockModel):
             return self(x, t, y)
         if len(x) % 2:
             raise UserError(f"guidance takes pairs of rows, n with a class and n with the null class, but got {len(x)}")
-        half = x[: len(x) // 2]
+        half, guided = x[: len(x) // 2], resolve_channels(guided_channels, x.shape[1]) or x.shape[1]
         out_cond, out_null = self(torch.cat([half, half]), t, y).chunk(2)
         guidance = Guidance(self.guidance_rule, cfg_scale, scale_pow, diffusion_steps=diffusion_steps)
-        return torch.cat(guide(out_cond, out_null, guidance.weight(t[: len(half)]), guided_channels))
+        return torch.cat(guide(out_cond, out_null, guidance.weight(t[: len(half)]), guided))
 
 
 class MDT(DiT):
@@ -184,6 +188,7 @@ class MDT(DiT):
         self, input_size: int = 32, patch_size: int = 2, in_channels: int = 4, hidden_size: int = 1152, depth: int = 28,
         num_heads: int = 16, mlp_ratio: float = 4.0, class_dropout_prob: float = 0.1, num_classes: int = 1000,
         learn_sigma: bool = True, mask_ratio: float | None = None, decode_layer: int | None = None,
+        qk_norm: bool = False,
     ):  # fmt: skip
         # Set before the constructor of DiT, which calls `make_stacks`.
         self.decode_layer = self.default_decode_layer if decode_layer is None else decode_layer
@@ -197,7 +202,7 @@ class MDT(DiT):
             )
         super().__init__(
             input_size, patch_size, in_channels, hidden_size, depth, num_heads, mlp_ratio,
-            class_dropout_prob, num_classes, learn_sigma,
+            class_dropout_prob, num_classes, learn_sigma, qk_norm,
         )  # fmt: skip
         self.mask_ratio = mask_ratio
         self.decoder_pos_embed = nn.Parameter(self.pos_embed.data.clone())
@@ -213,7 +218,7 @@ class MDT(DiT):
     def make_blocks(self, count: int, skip: bool = False) -> list[MDTBlock]:
         """Create blocks with a relative position bias, and with `skip` also with a long skip connection."""
         size = (self.hidden_size, self.num_heads, self.mlp_ratio)
-        return [MDTBlock(*size, skip=skip, num_patches=self.num_patches) for _ in range(count)]
+        return [MDTBlock(*size, skip, self.num_patches, self.qk_norm) for _ in range(count)]
 
     def make_stacks(self) -> dict[str, list[MDTBlock]]:
         return {"blocks": self.make_blocks(self.depth), "sideblocks": self.make_blocks(1)}
@@ -245,9 +250,15 @@ class MDT(DiT):
         """
         num_samples, _, dim = x.shape
         full = self.mask_token.to(x.dtype).expand(num_samples, self.num_patches, -1)
-        full = full.scatter(1, ids_keep[:, :, None].expand(-1, -1, dim), x) + self.decoder_pos_embed
+        full = full.scatter(1, ids_keep[:, :, None].expand(-1, -1, dim), x)
+        full = add_positions(full, self.decoder_pos_embed)
         dropped = torch.ones(full.shape[:2], dtype=torch.bool, device=x.device).scatter_(1, ids_keep, False)
         return torch.where(dropped[:, :, None], self.sideblocks[0](full, c), full)
+
+    @property
+    def interpolates(self) -> bool:
+        """Whether the side-interpolater was trained: without masking, the mask token stays zero."""
+        return bool(self.mask_token.any())
 
     def decoder_blocks(self) -> list[MDTBlock]:
         return list(self.blocks[self.depth - self.decode_layer :])
@@ -271,12 +282,13 @@ class MDT(DiT):
         """
         :param x, t, y, drop_labels: see `DiT.forward`.
         :param enable_mask: run the masked pass, if the model has a `mask_ratio`.
-        :param ids_keep: (N, K) ascending positions of the tokens that a masked pass keeps; None draws them.
+        :param ids_keep: (N, K) ascending positions of the tokens to keep: a masked pass with them is run, whatever the
+            other options say; None draws them for `enable_mask`.
         :return: (N, C or 2C, H, W).
         """
         patches = self.embed(x)  # (N, T, D)
         c = self.condition(t, y, drop_labels)  # (N, D)
-        if enable_mask and self.mask_ratio is not None:
+        if ids_keep is not None or (enable_mask and self.mask_ratio is not None):
             ids_keep = self.draw_kept(len(x), x.device) if ids_keep is None else ids_keep  # (N, K)
             attention = self.sideblocks[0].attn
             index = attention.rel_pos_bias.relative_position_index  # (T, T)
@@ -285,7 +297,7 @@ class MDT(DiT):
             x = self.encode(x, c, kept)  # (N, K, D)
             x = self.interpolate_dropped(x, c, ids_keep)  # (N, T, D)
         else:
-            x = self.encode(patches, c, None) + self.decoder_pos_embed  # (N, T, D)
+            x = add_positions(self.encode(patches, c, None), self.decoder_pos_embed)  # (N, T, D)
         x = self.decode(x, c, patches)  # (N, T, D)
         return self.unpatchify(self.final_layer(x, c))  # (N, out_channels, H, W)
 

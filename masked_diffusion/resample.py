@@ -8,17 +8,20 @@ import torch
 from torch import Tensor
 
 from . import dist_util
+from .flow_matching import FlowMatching
 from .gaussian_diffusion import GaussianDiffusion
 from .utils.errors import UserError
 
 
-def create_named_schedule_sampler(name: str, diffusion: GaussianDiffusion) -> "ScheduleSampler":
+def create_named_schedule_sampler(name: str, diffusion: GaussianDiffusion | FlowMatching) -> "ScheduleSampler":
     """Create the timestep sampler of a name.
 
-    :param name: `uniform` or `loss-second-moment`.
+    :param name: `uniform` or `loss-second-moment`; for flow matching `uniform`: its `t_sampling` as it is.
     :raises UserError: for any other name.
     """
     samplers = {"uniform": UniformSampler, "loss-second-moment": LossSecondMomentResampler}
+    if isinstance(diffusion, FlowMatching):
+        samplers = {"uniform": FlowSampler}
     if name not in samplers:
         raise UserError(f"schedule_sampler is {name!r}: choose one of {', '.join(samplers)}")
     return samplers[name](diffusion)
@@ -27,7 +30,7 @@ def create_named_schedule_sampler(name: str, diffusion: GaussianDiffusion) -> "S
 class ScheduleSampler:
     """A distribution over timesteps, with importance weights that keep the mean of the loss unbiased."""
 
-    def __init__(self, diffusion: GaussianDiffusion):
+    def __init__(self, diffusion: GaussianDiffusion | FlowMatching):
         self.num_timesteps = diffusion.num_timesteps
 
     def weights(self) -> Tensor | np.ndarray:
@@ -40,7 +43,8 @@ class ScheduleSampler:
         """Draw timesteps.
 
         :param rand: `rand(batch_size, device=device)` draws the uniform numbers in [0, 1).
-        :return: (batch_size,) int64 timesteps, and (batch_size,) float32 factors to multiply their losses by.
+        :return: (batch_size,) timesteps, int64, or float32 of flow matching; and (batch_size,) float32 factors to
+            multiply their losses by.
         """
         p = torch.as_tensor(self.weights()).to(device)
         p = p / p.sum()
@@ -70,6 +74,19 @@ class UniformSampler(ScheduleSampler):
     ) -> tuple[Tensor, Tensor]:
         t = (rand(batch_size, device=device).double() * self.num_timesteps).long()
         return t, torch.ones(batch_size, device=device)
+
+
+class FlowSampler(ScheduleSampler):
+    """Fractional timesteps, from the distribution that a `FlowMatching` has."""
+
+    def __init__(self, diffusion: FlowMatching):
+        super().__init__(diffusion)
+        self.flow = diffusion
+
+    def sample(
+        self, batch_size: int, device: torch.device | str, rand: Callable[..., Tensor] = torch.rand
+    ) -> tuple[Tensor, Tensor]:
+        return self.flow.draw_timesteps(batch_size, device, rand), torch.ones(batch_size, device=device)
 
 
 class LossAwareSampler(ScheduleSampler):

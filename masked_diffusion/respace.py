@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .flow_matching import FlowMatching
 from .gaussian_diffusion import GaussianDiffusion, LossType, ModelMeanType, ModelVarType, get_named_beta_schedule
 from .utils.errors import UserError
 from .utils.not_rebuilt import module_getattr
@@ -138,8 +139,10 @@ def create_diffusion(
     diffusion_steps: int = 1000,
     predict_v: bool = False,
     snr_gamma: float | None = 5.0,
-) -> SpacedDiffusion:
-    """Create a diffusion.
+    objective: str = "diffusion",
+    t_sampling: str = "uniform",
+) -> SpacedDiffusion | FlowMatching:
+    """Create a diffusion, or with `objective="flow"` a `FlowMatching`, for which only `t_sampling` matters.
 
     The first eight arguments are those of DiT and MDT, in their order. The default of `snr_gamma` is right for
     training MDTv2. DiT and MDT are trained without Min-SNR: pass `snr_gamma=None` to train them with a loop of your
@@ -155,8 +158,13 @@ def create_diffusion(
     :param rescale_learned_sigmas: multiply the variational bound in the loss by num_timesteps / 1000.
     :param diffusion_steps: number of timesteps of the original process.
     :param snr_gamma: gamma of the Min-SNR weight of the MSE; None for no weight.
+    :param objective: `diffusion` or `flow`. :param t_sampling: see `FlowMatching`.
     :raises UserError: for unknown names, values out of range, and options that exclude each other.
     """
+    if objective not in ("diffusion", "flow"):
+        raise UserError(f"objective is {objective!r}: choose diffusion or flow")
+    if objective == "flow":
+        return FlowMatching(t_sampling)
     if predict_xstart and predict_v:
         raise UserError("predict_xstart and predict_v are both set: choose at most one")
     if snr_gamma is not None and snr_gamma <= 0:

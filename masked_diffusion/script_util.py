@@ -1,7 +1,9 @@
 """Shared by the scripts: making flags from configurations, and running an entry point with its error messages."""
 
 import argparse
+import atexit
 import difflib
+import gc
 import hashlib
 import re
 import sys
@@ -24,11 +26,12 @@ from .respace import create_gaussian_diffusion  # noqa: F401  (so do ADM's users
 from .utils import last_words
 from .utils.errors import UserError
 from .utils.not_rebuilt import module_getattr
-from .utils.options import Config, is_optional
+from .utils.options import Config, check_value, is_optional
 
 __getattr__ = module_getattr(__name__)
 C = TypeVar("C", bound=Config)
 INTERRUPTED = 130  # the usual exit code of a program that was ended by Ctrl-C
+_MISSING = object()
 
 # ---------------------------------------------------------------- flags
 
@@ -75,9 +78,36 @@ def parse_flags(config_class: type[C], description: str, argv: Sequence[str] | N
             groups[owner], field, typing.get_type_hints(owner)[field.name], defaults.get(field.name, field.default)
         )
     argv = sys.argv[1:] if argv is None else argv
-    values = vars(parser.parse_args([_with_underscores(word) for word in argv]))
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    flags = {field.name: field for _, field in config_class.flags()}
+    # argparse sets no default where a value is present, so what is still missing afterwards was not given.
+    missing = argparse.Namespace(**dict.fromkeys(flags, _MISSING))
+    found = vars(parser.parse_args([_with_underscores(word) for word in argv], missing))
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
+    given = {name: given[name] for name in flags if given[name] is not _MISSING}
+    values = {name: field.default for name, field in flags.items()} | defaults | _preset_values(flags, given) | given
     return config_class.from_values(values).check()
+
+
+def _preset_values(flags: dict[str, Field], given: dict[str, Any]) -> dict[str, Any]:
+    """The values of the presets that were given, without those that exclude a flag that was given beside them.
+
+    :raises UserError: for two given flags that exclude each other.
+    """
+    chosen = {}
+    for name, field in flags.items():
+        presets = field.metadata["presets"]
+        if presets and given.get(name) is not None:
+            check_value(field, given[name])
+            chosen |= presets[given[name]]
+    for name, field in flags.items():
+        other = field.metadata["excludes"]
+        if other in given and given.get(name) is not None:
+            raise UserError(
+                f"--{name} {given[name]} and --{other} {given[other]} exclude each other: leave one of them out"
+            )
+        if other in given:
+            chosen.pop(name, None)
+    return chosen
 
 
 def _with_underscores(word: str) -> str:
@@ -123,6 +153,7 @@ def run(main: Callable[[], None]) -> None:
     bug of the program, and its traceback is printed; but a rank that ends only because another one has died says so in
     one sentence. All but Ctrl-C are written down with tracebacks; see `utils.last_words`.
     """
+    atexit.register(gc.freeze)  # or the interpreter looks for cycles among all that torch holds: more than a second
     try:
         main()
     except UserError as error:

@@ -38,6 +38,7 @@ from .training.state import TrainState, read_on_nodes
 from .training.watchdog import Watchdog
 from .utils.errors import UserError
 from .utils.not_rebuilt import module_getattr
+from .utils.precision import cast_weights
 from .utils.random_numbers import GlobalBatchRandom, fold_seed
 from .weights.checkpoint import checkpoint_path, is_sharded, latest_step, remove_leftovers
 from .weights.pretrained import read_weights
@@ -162,8 +163,8 @@ class TrainLoop:
             found, wanted = (tuple(state[name].shape) if name in state else "absent" for state in (weights, own))
             raise UserError(
                 f"{path} is of another model than the flags describe ({name} is {found}, but must be {wanted}): repeat "
-                "--model, --num_classes and --decode_layer, or start at step 0 from its weights in another --log_dir "
-                "with --resume_checkpoint"
+                "--model, --num_classes, --decode_layer and --qk_norm, or start at step 0 from its weights in another "
+                "--log_dir with --resume_checkpoint"
             )
         return weights
 
@@ -215,6 +216,8 @@ class TrainLoop:
         if self.last_step and self.step >= self.last_step:
             logger.log(f"step {self.step} of {self.last_step} is done: nothing to train")
             return
+        settings = {name: value for name, value in self.config.values().items() if name != "classes"}
+        dist_util.run_on_main(logger.log_config, settings)
         self.objective.train()
         with (
             tqdm(total=self.last_step, initial=self.step, unit="step", disable=not dist_util.is_main() or None) as bar,
@@ -304,7 +307,8 @@ class TrainLoop:
         rows |= self.objective.draw(x_start, random.rand, random.randn_like, random.host_rand)
         rows |= {key: value.to(self.device, non_blocking=True) for key, value in cond.items()}
 
-        losses = self._forward_backward(rows, weights)  # (N,) each
+        with cast_weights(self.model, self.objective.precision):
+            losses = self._forward_backward(rows, weights)  # (N,) each
         loss, norm = self._optimize(losses["loss"].mean())
         self.state.step += 1
         if loss is None:
@@ -321,10 +325,11 @@ class TrainLoop:
             self._roll_back()
 
     def _encode(self, batch: torch.Tensor, random: GlobalBatchRandom) -> torch.Tensor:
-        """(N, C, h, w) latents, drawn from the posterior. The posterior is computed here or read from a cache."""
-        if batch.ndim == 5:
-            return self.first_stage.sample(*batch.unbind(1), random.randn_like)
-        return self.first_stage.encode(batch, random.randn_like)
+        """(N, C, h, w) latents, drawn from the posterior if any. It is computed here, a microbatch at a time, or read
+        from a cache."""
+        if batch.ndim == 4:
+            batch = torch.cat([self.first_stage.moments(images) for images in batch.split(self.microbatch)])
+        return self.first_stage.sample(batch, random.randn_like)
 
     def _forward_backward(self, rows: dict[str, torch.Tensor], weights: torch.Tensor) -> dict[str, torch.Tensor]:
         """Gradient accumulation over the microbatches of the weighted mean loss. Returns (N,) losses, detached."""
@@ -380,4 +385,4 @@ class TrainLoop:
         found = sorted(chain.from_iterable(dist_util.gather_objects(own)), key=lambda sample: -sample[0])
         logger.log(f"step {self.step}: the loss {loss:.4f} is a spike, {zscore:.1f} standard deviations above its mean")
         for sample_loss, t, label, file in found[:SHOWN_SPIKE_SAMPLES]:
-            logger.log(f"  loss {sample_loss:.4f}  t {t}  label {label}" + (f"  {file}" if file else ""))
+            logger.log(f"  loss {sample_loss:.4f}  t {t:g}  label {label}" + (f"  {file}" if file else ""))

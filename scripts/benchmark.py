@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from benchmark_steps import (
     WARMUP_STEPS,
     BenchmarkConfig,
     build_model,
+    compared_variants,
     flops_per_image,
     forward_passes,
     naive_attention,
@@ -69,11 +71,18 @@ def timed(call: Callable[[], Any], device: str) -> float:
 
 
 def matmul_peak(device: str, precision: str) -> float:
-    """FLOP/s of the fastest of ten large square matrix products in `precision`."""
+    """FLOP/s of the fastest of ten large square matrix products in `precision`.
+
+    The matrices grow until one product takes 50 ms: without instructions for bf16 one of the largest size
+    would take a minute.
+    """
     set_matmul_precision(precision)
-    size = 8192 if device == "cuda" else 2048
-    a, b = (torch.randn(size, size, device=device, dtype=PRECISIONS[precision] or torch.float32) for _ in range(2))
-    return 2 * size**3 / min(timed(lambda: a @ b, device) for _ in range(10))
+    for size in (8192,) if device == "cuda" else (256, 512, 1024, 2048):
+        a, b = (torch.randn(size, size, device=device, dtype=PRECISIONS[precision] or torch.float32) for _ in range(2))
+        product = partial(torch.matmul, a, b)
+        if timed(product, device) > 0.05:
+            break
+    return 2 * size**3 / min(timed(product, device) for _ in range(10))
 
 
 def memory_bandwidth(device: str) -> float:
@@ -162,7 +171,10 @@ def make_variants(config: BenchmarkConfig) -> list[Variant]:
     if not config.compare:
         variant = Variant(config, config.mode, model, config.precision, config.compile, config.naive)
         return [variant, variant.without_update()] if variant.step.update else [variant]
-    return [Variant(config, name, copy.deepcopy(model), *how) for name, how in VARIANTS.items()]
+    variants = compared_variants(config.device)
+    if len(variants) < len(VARIANTS):
+        print("bf16 is left out: this CPU has no instructions for it")
+    return [Variant(config, name, copy.deepcopy(model), *how) for name, how in variants.items()]
 
 
 def measure(config: BenchmarkConfig, variants: list[Variant]) -> tuple[list[dict[str, Any]], dict[str, float]]:

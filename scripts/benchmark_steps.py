@@ -19,15 +19,23 @@ from masked_diffusion.latents.autoencoder import IdentityFirstStage
 from masked_diffusion.layers.attention import Attention, RelativePositionBias
 from masked_diffusion.layers.relative_attention import IMPLEMENTATIONS, KeptTokens, check_implementation
 from masked_diffusion.models import DiT
+from masked_diffusion.sample_config import SOLVERS_OF
 from masked_diffusion.sampling.image_sampler import ImageSampler, last_sample
-from masked_diffusion.sampling.solvers import create_solver
+from masked_diffusion.sampling.solvers import DiffusionSolver, FlowSolver, create_solver
 from masked_diffusion.training.objective import TwoPassObjective
 from masked_diffusion.training.optim import clip_gradients, create_optimizer, default_grad_clip
 from masked_diffusion.utils.errors import UserError
 from masked_diffusion.utils.flops import forward_flops
 from masked_diffusion.utils.options import Config, option
 from masked_diffusion.utils.pictures import check_picture_name
-from masked_diffusion.utils.precision import PRECISIONS_OR_AUTO, autocast, check_precision, choose_precision
+from masked_diffusion.utils.precision import (
+    PRECISIONS_OR_AUTO,
+    autocast,
+    cast_weights,
+    check_precision,
+    choose_precision,
+    cpu_has_bf16,
+)
 
 WARMUP_STEPS = 2
 # name: precision, whether blocks are compiled, whether attention is written out as in the published code
@@ -40,6 +48,12 @@ VARIANTS = {
 }
 
 
+def compared_variants(device: str) -> dict[str, tuple[str, bool, bool]]:
+    """The `VARIANTS` of `--compare`. A CPU without instructions for bf16 takes minutes for a step in it: not there."""
+    emulated = device == "cpu" and cpu_has_bf16() is False
+    return {name: how for name, how in VARIANTS.items() if not (emulated and how[0] == "bf16")}
+
+
 @dataclass(frozen=True)
 class BenchmarkConfig(Config):
     """benchmark"""
@@ -49,9 +63,10 @@ class BenchmarkConfig(Config):
     input_size: int | None = option(None, "height and width of the latent; None: image_size / 8", at_least=1)
     mask_ratio: float | None = option(0.3, "None: the full pass alone, as DiT has it", at_least=0, below=1)
     decode_layer: int | None = option(None, "blocks after the side-interpolater; None: the paper's number", at_least=0)
+    objective: str = option("diffusion", "what is trained and sampled", choices=tuple(SOLVERS_OF))
     mode: str = option(
-        "train", "measure a training step; sample: a guided denoising step; draw: guided ddpm sampling from noise to "
-        "latents, with all its steps", choices=("train", "sample", "draw"),
+        "train", "measure a training step; sample: a guided denoising step; draw: guided sampling from noise to "
+        "latents by the objective's default solver, with all its steps", choices=("train", "sample", "draw"),
     )  # fmt: skip
     num_sampling_steps: int = option(250, "sampling steps of --mode draw", at_least=1)
     optimizer: str | None = option(
@@ -60,7 +75,9 @@ class BenchmarkConfig(Config):
     )  # fmt: skip
     batch_size: int = option(8, "images per step", at_least=1)
     steps: int = option(10, f"timed steps, after {WARMUP_STEPS} that are not", at_least=1)
-    compare: bool = option(False, f"measure in turns: {', '.join(VARIANTS)}")
+    compare: bool = option(
+        False, f"measure in turns: {', '.join(VARIANTS)} (bf16 is left out on a CPU without instructions for it)"
+    )
     device: str = option("cuda" if torch.cuda.is_available() else "cpu", "where to run", choices=("cpu", "cuda"))
     threads: int = option(min(4, os.cpu_count()), "threads of the CPU", at_least=1)
     precision: str = option(
@@ -120,6 +137,7 @@ class Step:
 
 def model_options(config: BenchmarkConfig) -> dict[str, Any]:
     options = {"input_size": config.input_size, "mask_ratio": config.mask_ratio, "decode_layer": config.decode_layer}
+    options["learn_sigma"] = config.objective != "flow"
     return {key: value for key, value in options.items() if value is not None}
 
 
@@ -142,7 +160,8 @@ def training_step(model: DiT, config: BenchmarkConfig, precision: str) -> Step:
     Every step has the same numbers, with the mask ratio in the middle of its range and the kept length rounded as
     under `--compile`, so that all steps and variants have the same work.
     """
-    objective = TwoPassObjective(model, create_diffusion(snr_gamma=5.0), precision, max(1, model.num_patches // 16))
+    diffusion = create_diffusion(snr_gamma=5.0, objective=config.objective)
+    objective = TwoPassObjective(model, diffusion, precision, max(1, model.num_patches // 16))
     params, optimizer = list(model.parameters()), None
     if config.optimizer:
         optimizer = create_optimizer(config.optimizer, params, lr=1e-4, compile=config.compile)
@@ -154,8 +173,9 @@ def training_step(model: DiT, config: BenchmarkConfig, precision: str) -> Step:
 
     def compute() -> torch.Tensor:
         model.zero_grad(set_to_none=True)
-        loss = objective(latents, t, y, **draws)["loss"].mean()
-        loss.backward()
+        with cast_weights(model, precision):
+            loss = objective(latents, t, y, **draws)["loss"].mean()
+            loss.backward()
         return loss.detach()
 
     def update() -> None:
@@ -171,27 +191,31 @@ def guidance_of(model: DiT) -> Guidance:
     return Guidance(model.guidance_rule, cfg_scale=4.0, skip_below=-1)
 
 
+def make_solver(config: BenchmarkConfig, num_steps: int) -> DiffusionSolver | FlowSolver:
+    """The default solver of the objective."""
+    return create_solver(SOLVERS_OF[config.objective][0], num_steps, {"objective": config.objective})
+
+
 def sampling_step(model: DiT, config: BenchmarkConfig, precision: str) -> Step:
     """One denoising step of the batch with guidance; its loss is the mean square of the result."""
     model.eval()
-    diffusion = create_diffusion("250")
+    solver = make_solver(config, 250)
     denoise = GuidedDenoiser(autocast(model, precision), guidance_of(model), model.null_label)
     torch.manual_seed(1)
     x = torch.randn(config.batch_size, model.in_channels, model.input_size, model.input_size).to(config.device)
-    t = torch.full((config.batch_size,), 120).to(config.device)
     y = torch.randint(model.num_classes, (config.batch_size,)).to(config.device)
     noise = torch.randn(x.shape).to(config.device)
+    options = {"clip_denoised": True, "model_kwargs": {"y": y}, "randn_like": lambda _: noise}
 
     @torch.no_grad()
     def compute() -> torch.Tensor:
-        out = diffusion.p_sample(denoise, x, t, model_kwargs={"y": y}, randn_like=lambda _: noise)
-        return out["sample"].square().mean()
+        return solver.step(denoise, x, 120, **options)["sample"].square().mean()
 
     return Step(compute)
 
 
 def drawing(model: DiT, config: BenchmarkConfig, precision: str) -> Step:
-    """Ancestral sampling of the batch with guidance, as `image_sample.py` does it, but for the VAE."""
+    """Sampling of the batch with guidance, as `image_sample.py` does it, but for the VAE."""
     model.eval()
     indices, labels = range(config.batch_size), torch.arange(config.batch_size) % model.num_classes
 
@@ -199,7 +223,7 @@ def drawing(model: DiT, config: BenchmarkConfig, precision: str) -> Step:
     def draw(num_steps: int) -> torch.Tensor:
         sampler = ImageSampler(
             model,
-            create_solver("ddpm", num_steps, {}),
+            make_solver(config, num_steps),
             IdentityFirstStage(),
             guidance=guidance_of(model),
             precision=precision,

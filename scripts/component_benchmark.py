@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -9,10 +10,11 @@ import torch
 from benchmark import timed
 
 from masked_diffusion import script_util
+from masked_diffusion.config import VAE_PRECISIONS
+from masked_diffusion.latents.autoencoder import AutoencoderFirstStage, place_autoencoder
 from masked_diffusion.utils.files import write_json
 from masked_diffusion.utils.options import Config, option
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 WARMUP = 3
 Row = dict[str, Any]
 
@@ -49,15 +51,13 @@ def vae_rows(config: ComponentConfig) -> Iterator[Row]:
         latent_channels=4,
         norm_num_groups=32,
     ).eval()
-    for precision, dtype in DTYPES.items():
-        torch.nn.Module.to(vae, config.device, dtype)  # without diffusers' warning of modules that there are none of
-        images = torch.zeros(config.batch_size, 3, config.image_size, config.image_size, device=config.device)
-        images = images.to(dtype)
-        with torch.no_grad():
-            latents = vae.encode(images).latent_dist.mean
-            calls = {"encode": lambda: vae.encode(images), "decode": lambda: vae.decode(latents)}  # noqa: B023
-            for name, call in calls.items():
-                yield image_row(f"{name} {precision}", fastest(call, config), config)
+    images = torch.zeros(config.batch_size, 3, config.image_size, config.image_size, device=config.device)
+    for precision in VAE_PRECISIONS:
+        first_stage = AutoencoderFirstStage(place_autoencoder(vae, config.device, precision))
+        latents = first_stage.encode(images)
+        calls = {"encode": partial(first_stage.encode, images), "decode": partial(first_stage.decode, latents)}
+        for name, call in calls.items():
+            yield image_row(f"{name} {precision}", fastest(call, config), config)
 
 
 def inception_rows(config: ComponentConfig) -> Iterator[Row]:

@@ -4,8 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from masked_diffusion import dist_util, logger, script_util
-from masked_diffusion.find_images import INDEX_NAME, check_index_place, find_images
+from masked_diffusion.config import VAE_PRECISION_HELP, VAE_PRECISIONS
 from masked_diffusion.image_datasets import image_classes
+from masked_diffusion.images.finding import INDEX_NAME, check_index_place, find_images
 from masked_diffusion.latents.autoencoder import create_first_stage
 from masked_diffusion.latents.cache import encode_latents
 from masked_diffusion.training.preflight import check_images
@@ -34,8 +35,10 @@ class EncodeConfig(Config):
     class_cond: bool = option(True, "store class labels")
     image_size: int = option(256, "height and width of the centre crops in pixels", at_least=1)
     vae: str = option(
-        "ema", "autoencoder: ema or mse (of Stable Diffusion), a hub id, a folder, or identity for pixels"
+        "ema", "autoencoder: ema or mse (of Stable Diffusion), a hub id, a folder, or identity; as in training"
     )
+    vae_precision: str = option("fp32", VAE_PRECISION_HELP + "; training then needs it, too", choices=VAE_PRECISIONS)
+    compile: bool = option(False, "compile the encoder of the VAE with torch.compile")
     batch_size: int = option(32, "images per rank (GPU) that are encoded at once", at_least=1)
     shard_size: int = option(1024, "images per file", at_least=1)
     fast_decode: bool = option(False, "decode large JPEGs at a fraction of their size; training then needs it, too")
@@ -57,8 +60,10 @@ def main() -> None:
     if config.class_cond:
         image_classes(paths)
     with dist_util.main_first():
-        first_stage = create_first_stage(config.vae, dist_util.dev())
-    values = {name: value for name, value in config.values().items() if name not in ("index", "reindex")}
+        compiled = ["encoder"] if config.compile else []
+        first_stage = create_first_stage(config.vae, dist_util.dev(), config.vae_precision, compiled)
+    ours = ("index", "reindex", "vae_precision", "compile")
+    values = {name: value for name, value in config.values().items() if name not in ours}
     encode_latents(first_stage=first_stage, paths=paths, **values)
     logger.log(f"{config.latent_dir} is complete")
 

@@ -13,7 +13,7 @@ import torch
 
 from masked_diffusion import logger, script_util
 from masked_diffusion.config import RunConfig
-from masked_diffusion.latents.autoencoder import create_first_stage
+from masked_diffusion.latents.autoencoder import check_first_stage, create_first_stage
 from masked_diffusion.models import DiT
 from masked_diffusion.sampling.class_names import class_names
 from masked_diffusion.utils.errors import UserError
@@ -61,7 +61,7 @@ def export_safetensors(model: DiT, run: RunConfig | None, folder: Path) -> None:
     """For `load_model`, `from_pretrained` and image_sample.py, which needs to know how the model was trained."""
     model.save_pretrained(folder)
     known = run.to_json() if run else {}
-    shared = {key: known[key] for key in ("model", "diffusion", "vae", "classes") if key in known}
+    shared = {key: known[key] for key in ("model", "diffusion", "vae", "autoencoder", "classes") if key in known}
     if run and "name" not in run.architecture:
         del shared["model"]
     own = json.loads((folder / CONFIG_NAME).read_text())
@@ -76,6 +76,7 @@ def export_pipeline(model: DiT, run: RunConfig | None, folder: Path, vae_name: s
     options = {key: value for key, value in model._hub_mixin_config.items() if value is not None}
     diffusion = run.diffusion.options(model.default_snr_gamma) | {"learn_sigma": model.learn_sigma}
     first_stage = create_first_stage(vae_name or run.model.vae)
+    check_first_stage(first_stage, model.in_channels, run.autoencoder)
     names = class_names(run.classes, model.num_classes)
     model_config = {"name": name, "options": options}
     pipeline = build_pipeline(model_config, model.state_dict(), diffusion, getattr(first_stage, "vae", None), names)

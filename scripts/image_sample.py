@@ -4,8 +4,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from masked_diffusion import dist_util, logger, script_util
-from masked_diffusion.config import CLASS_RULES, QUANTIZERS, SampleConfig
+from masked_diffusion import dist_util, logger, presets, script_util
+from masked_diffusion.sample_config import CLASS_RULES, QUANTIZERS, SampleConfig
 from masked_diffusion.sampling.build import describe, load_image_sampler
 from masked_diffusion.sampling.class_names import find_label
 from masked_diffusion.sampling.image_sampler import choose_labels
@@ -19,6 +19,10 @@ from masked_diffusion.utils.pictures import save_grid
 class ImagesConfig(Config):
     """images"""
 
+    preset: str | None = option(
+        None, "the settings of published numbers; flags given beside it override its values",
+        choices=tuple(presets.SAMPLING), presets=presets.SAMPLING,
+    )  # fmt: skip
     num_samples: int = option(50000, "images to draw", at_least=1)
     batch_size: int = option(16, "images per rank at a time", at_least=1)
     class_rule: str | None = option(
@@ -44,6 +48,8 @@ def main() -> None:
     images = flags.images
     dist_util.join_process_group()
     logger.configure(images.log_dir, quiet=not dist_util.is_main())
+    if images.preset:
+        logger.log(presets.describe(images.preset, flags.values()))
     image_sampler, weights = load_image_sampler(flags.sample, images.batch_size, images.quantize)
     num_classes, size = image_sampler.model.num_classes, image_sampler.size
     classes = [find_label(text, weights.class_names, num_classes) for text in images.classes]

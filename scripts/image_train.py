@@ -1,19 +1,22 @@
 """Train MDTv2, MDT or DiT on a folder of images. Run the same command again to resume where it stopped."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from functools import partial
 
 import torch
 
-from masked_diffusion import create_diffusion, create_model, dist_util, logger, script_util
+from masked_diffusion import create_diffusion, create_model, dist_util, logger, presets, script_util
 from masked_diffusion.config import RunConfig
-from masked_diffusion.latents.autoencoder import create_first_stage
+from masked_diffusion.latents.autoencoder import adopt_older_scale, create_first_stage, describe_first_stage
 from masked_diffusion.layers.relative_attention import check_implementation
 from masked_diffusion.models import model_class
 from masked_diffusion.sampling.during_training import create_hooks
-from masked_diffusion.train_util import TrainLoop
+from masked_diffusion.train_util import Hook, TrainLoop
 from masked_diffusion.training import preflight
+from masked_diffusion.training.batch import choose_microbatch, share_batch
 from masked_diffusion.training.data import find_data
+from masked_diffusion.training.forecast import Forecast
 from masked_diffusion.training.objective import TwoPassObjective
 from masked_diffusion.training.resume import (
     agree_on_start,
@@ -49,6 +52,14 @@ def build_model(config: RunConfig) -> torch.nn.Module:
     return model
 
 
+def build_objective(config: RunConfig) -> TwoPassObjective:
+    """What is trained: `build_model`'s model with the loss of its diffusion."""
+    model = build_model(config)
+    diffusion = create_diffusion(**config.diffusion.options(model.default_snr_gamma))
+    kept_multiple = max(1, model.num_patches // 16) if config.rounds_lengths else 1
+    return TwoPassObjective(model, diffusion, config.precision, kept_multiple)
+
+
 def create_comparison(reference: str, size: tuple[int, int], device: torch.device) -> Callable:
     """What compares samples with `--eval_reference`; see `LiveEvaluation` in evaluations/live.py."""
     live = load_evaluations("live")
@@ -66,39 +77,51 @@ def main() -> None:
     check_precision(config.precision, dist_util.dev())
     check_implementation(config.train.attention, dist_util.dev())
     set_matmul_precision(config.precision)
-    logger.configure(config.log.log_dir, quiet=not dist_util.is_main())
-    with own_log_dir(logger.get_dir()), last_words.of_signals(logger.get_dir()):
-        train(config, logger.get_dir())
+    loggers = filter(None, config.log.loggers.split(","))
+    logger.configure(config.log.log_dir, quiet=not dist_util.is_main(), loggers=tuple(loggers))
+    with own_log_dir(logger.get_dir()), last_words.of_signals(logger.get_dir()), closing(logger.get_current()):
+        if config.model.preset:
+            logger.log(presets.describe(config.model.preset, config.values()))
+        train(share_batch(config, dist_util.get_world_size()), logger.get_dir())
 
 
-def train(config: RunConfig, log_dir: str) -> None:
-    """Find the data, build what is trained, and train it from where the run starts."""
+def train(config: RunConfig, log_dir: str, size: Mapping[str, int] | None = None, hooks: Sequence[Hook] = ()) -> None:
+    """Find the data, build what is trained, and train it from where the run starts.
+
+    :param size: options of `create_model` in which the model differs from the size that its name stands for.
+    :param hooks: called after every step, behind those that the flags ask for.
+    """
     data = find_data(config)
+    before = dist_util.run_on_main(read_run_config, log_dir)
+    origin = log_dir if before or not config.log.continue_from else run_folder(config.log.continue_from)
+    begun = before or dist_util.run_on_main(read_run_config, origin)
     with dist_util.main_first():
-        first_stage = create_first_stage(config.model.vae, dist_util.dev())
+        compiled = ["encoder"] if config.train.compile else []
+        first_stage = create_first_stage(config.model.vae, dist_util.dev(), config.model.vae_precision, compiled)
+    if begun:
+        adopt_older_scale(first_stage, begun.autoencoder)
     num_classes = (config.model.num_classes or len(data.class_names)) if config.data.class_cond else 0
+    architecture = describe_architecture(config, first_stage, num_classes)
+    architecture["options"] |= size or {}
     config = resolve(config.replaced(num_classes=num_classes)).replaced(
-        architecture=describe_architecture(config, first_stage, num_classes),
+        architecture=architecture,
+        autoencoder=describe_first_stage(first_stage),
         classes=tuple(data.class_names),
         data_signature=data.signature,
         global_batch=config.train.batch_size * dist_util.get_world_size(),
     )
-
-    before = dist_util.run_on_main(read_run_config, log_dir)
-    origin = log_dir if before or not config.log.continue_from else run_folder(config.log.continue_from)
-    begun = before or dist_util.run_on_main(read_run_config, origin)
     check_same_run(origin, config, begun and resolve(begun))
-    model = build_model(config)
+    config = choose_microbatch(config, partial(build_objective, config), begun)
+    objective = build_objective(config)
+    model = objective.model
     preflight.report(config, model, first_stage, num_images=len(data.names), labels=data.labels)
-    diffusion = create_diffusion(**config.diffusion.options(model.default_snr_gamma))
-    kept_multiple = max(1, model.num_patches // 16) if config.rounds_lengths else 1
     loop = TrainLoop(
         config,
-        TwoPassObjective(model, diffusion, config.precision, kept_multiple),
+        objective,
         data,
         first_stage=first_stage,
         log_dir=log_dir,
-        hooks=create_hooks(config, model, first_stage, create_comparison),
+        hooks=(Forecast(config), *create_hooks(config, model, first_stage, create_comparison), *hooks),
         make_model=partial(make_model, config),
     )
     start = agree_on_start(log_dir, config, before)

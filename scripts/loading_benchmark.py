@@ -16,7 +16,7 @@ from benchmark import device_name, format_table
 
 from masked_diffusion import script_util
 from masked_diffusion.image_datasets import list_image_files, load_data, read_image, stream
-from masked_diffusion.image_packing import pack_images
+from masked_diffusion.images.packing import pack_images
 from masked_diffusion.latents.cache import VERSION, LatentCache, LatentDataset
 from masked_diffusion.utils.files import write_json
 from masked_diffusion.utils.options import Config, option

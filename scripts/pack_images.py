@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from masked_diffusion import dist_util, logger, script_util
-from masked_diffusion.image_packing import check_out, pack_images
+from masked_diffusion.images.packing import check_out, pack_images
 from masked_diffusion.utils.options import Config, option
 
 

@@ -34,8 +34,7 @@ PARTS = (MATMUL, ATTENTION, ELEMENTWISE, BIAS, OPTIMIZER, GAPS)
 # those of an attention that PyTorch writes out, as on a CPU with a bias that needs a gradient.
 FUSED = r"cpp_fused|triton_(poi|red|per)_"
 ATTENTION_WORDS = r"attention|flash|fmha|mem_eff|sdpa|softmax|aten::(badd)?bmm"
-ATTENTION_WORDS += r"|^_(forward|backward_queries|backward_keys)_kernel"
-BIAS_WORDS = r"embedding|index|gather|scatter|table_gradient|pairbias|^_(sum_samples|fold)_kernel"
+BIAS_WORDS = r"embedding|index|gather|scatter|table_gradient|pairbias|^(sum_samples|fold_pairs)_kernel"
 HOST_WORDS = r"^## call|^torchdynamo|^torch-compiled"
 MATMUL_WORDS = r"gemm|nvjet|cutlass|cublas|xmma|splitk|mkldnn|triton_(tem|mm)|convolution|\b(add)?mm\b|linear"
 WORDS = {GAPS: HOST_WORDS, ATTENTION: ATTENTION_WORDS, BIAS: BIAS_WORDS, MATMUL: MATMUL_WORDS}

@@ -15,7 +15,8 @@ from fill import fill, tensor
 from helpers import DATA, crops, pack, write_images
 from PIL import Image
 
-from masked_diffusion import create_model, find_images, image_index
+from masked_diffusion import create_model
+from masked_diffusion.images import finding
 from masked_diffusion.weights.checkpoint import save_checkpoint
 
 torch.set_num_threads(min(4, torch.get_num_threads()))
@@ -54,6 +55,37 @@ def vae_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("vae")
     vae.save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture(scope="session")
+def autoencoders(tmp_path_factory):
+    """Folders of small autoencoders with random weights: of the kinds of SDXL, FLUX, DC-AE and TAESD."""
+    import diffusers
+
+    folder = tmp_path_factory.mktemp("autoencoders")
+    kl = {"block_out_channels": [8] * 4, "norm_num_groups": 4}
+    kl |= {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}
+    deep = {"block_out_channels": (8, 8, 8, 16, 16, 32), "layers_per_block": (1,) * 6, "qkv_multiscales": ((),) * 6}
+    kinds = {
+        "sdxl": (diffusers.AutoencoderKL, kl | {"latent_channels": 4, "scaling_factor": 0.13025}),
+        "flux": (
+            diffusers.AutoencoderKL,
+            kl | {"latent_channels": 16, "scaling_factor": 0.3611, "shift_factor": 0.1159, "use_quant_conv": False},
+        ),
+        "dc": (
+            diffusers.AutoencoderDC,
+            {f"{part}_{key}": value for part in ("encoder", "decoder") for key, value in deep.items()}
+            | {"latent_channels": 32, "scaling_factor": 0.41407},
+        ),
+        "tiny": (
+            diffusers.AutoencoderTiny,
+            {"encoder_block_out_channels": [8] * 4, "decoder_block_out_channels": [8] * 4},
+        ),
+    }
+    for name, (kind, options) in kinds.items():
+        torch.manual_seed(0)
+        kind(**options).save_pretrained(folder / name)
+    return folder
 
 
 @pytest.fixture(scope="session")
@@ -148,6 +180,6 @@ def packed_copy(packed_folder, tmp_path):
 @pytest.fixture
 def made(monkeypatch):
     """How often an index was made: its arguments each time."""
-    calls, make = [], image_index.make_index
-    monkeypatch.setattr(find_images, "make_index", lambda *args: calls.append(args) or make(*args))
+    calls, make = [], finding.make_index
+    monkeypatch.setattr(finding, "make_index", lambda *args: calls.append(args) or make(*args))
     return calls

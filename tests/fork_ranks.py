@@ -1,11 +1,10 @@
-"""Run a script of the project as several ranks, and again after each kill, paying for the imports once.
-
-    python tests/fork_ranks.py [--ranks=N] [--kills=K] [--kill_seed=S] SCRIPT FLAGS...
+"""Run scripts of the project as several ranks, and again after each kill, paying for the imports once.
 
 Every life forks anew from a process that has imported all and computed nothing. Killed lives end by SIGKILL at random
-moments; the last one runs to its end.
+moments; the last one runs to its end. `helpers.fork` starts this file once, and asks it for all that it runs.
 """
 
+import json
 import os
 import random
 import signal
@@ -14,6 +13,7 @@ import sys
 import time
 import traceback
 from importlib import import_module
+from types import ModuleType
 
 import torch
 
@@ -53,21 +53,23 @@ def wait(children):
     return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
 
 
-def main():
-    arguments = sys.argv[1:]
-    options = {"ranks": 1, "kills": 0, "kill_seed": 0, "first": 0.2, "last": 2.0}
-    while arguments[0].startswith("--"):
-        key, value = arguments.pop(0)[2:].split("=")
-        options[key] = type(options[key])(value)
-    script, *flags = arguments
-    rng = random.Random(options["kill_seed"])
-    for _ in range(options["kills"]):
-        children = start(script, flags, options["ranks"])
-        time.sleep(rng.uniform(options["first"], options["last"]))
+def run(script, flags, ranks=1, kills=0, kill_seed=0, first=0.2, last=2.0):
+    """Lives of a script, of which the first `kills` end within `first` to `last` seconds. Returns the exit code."""
+    rng = random.Random(kill_seed)
+    for _ in range(kills):
+        children = start(script, flags, ranks)
+        time.sleep(rng.uniform(first, last))
         for child in children:
             os.kill(child, signal.SIGKILL)
         wait(children)
-    sys.exit(max(wait(start(script, flags, options["ranks"])), key=abs))
+    return max(wait(start(script, flags, ranks)), key=abs)
+
+
+def import_late():
+    """Import what torch and the logger would import in every life; the logger keeps TensorFlow out like this."""
+    sys.modules["tensorboard.compat.notf"] = ModuleType("notf")
+    for name in ("torch._dynamo", "torch.distributed.fsdp", "torch.utils.tensorboard"):
+        import_module(name)
 
 
 def import_all():
@@ -77,8 +79,30 @@ def import_all():
     SCRIPT_UTIL = import_module("masked_diffusion.script_util")
     import_module("image_train")
     import_module("image_sample")
+    import_late()
+
+
+def answer(request):
+    """Run a request in this process, which a request of its own was made for."""
+    os.setsid()
+    os.chdir(request["folder"])
+    os.environ.clear()
+    os.environ.update(request["environ"])
+    for number, path in enumerate((os.devnull, request["stdout"], request["stderr"])):
+        os.dup2(os.open(path, os.O_RDWR | os.O_CREAT), number)
+    os._exit(run(request["script"], request["flags"], **request["options"]) & 255)
+
+
+def serve():
+    """Answer requests, a line of JSON each: the id of the process, which leads a group, then its exit code."""
+    for line in sys.stdin:
+        child = os.fork()
+        if not child:
+            answer(json.loads(line))
+        print(child, flush=True)
+        print(*wait([child]), flush=True)
 
 
 if __name__ == "__main__":
     import_all()
-    main()
+    serve()

@@ -1,10 +1,16 @@
 """What several test files need: small models, runs and their flags, files to read, definitions to compare with."""
 
 import io
+import json
 import os
+import select
+import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import zipfile
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -24,20 +30,22 @@ from masked_diffusion import (
     create_diffusion,
     create_model,
     dist_util,
-    find_images,
-    image_packing,
     logger,
     script_util,
 )
-from masked_diffusion.config import RunConfig, SampleConfig
+from masked_diffusion.config import RunConfig
 from masked_diffusion.guidance import Guidance
+from masked_diffusion.images.finding import find_images
+from masked_diffusion.images.packing import pack_images
 from masked_diffusion.latents.autoencoder import IdentityFirstStage
 from masked_diffusion.layers.relative_attention import gather_pairs, relative_attention, relative_position_index
+from masked_diffusion.sample_config import SOLVERS_OF, SampleConfig
 from masked_diffusion.sampling.image_sampler import ImageSampler
 from masked_diffusion.sampling.solvers import create_solver
 from masked_diffusion.train_util import TrainLoop
 from masked_diffusion.training.objective import TwoPassObjective
 from masked_diffusion.training.resume import resolve
+from masked_diffusion.utils.random_numbers import fold_seed
 
 DATA = Path(__file__).parent / "data"
 REPO = Path(__file__).parent.parent
@@ -164,6 +172,8 @@ def train_flags(images, log_dir, **options):
 
 
 def run_script(script, *flags, launcher=(), check=True):
+    if not launcher:
+        return fork(script, list(map(str, flags)), check=check)
     command = [sys.executable, *launcher, str(REPO / "scripts" / script), *map(str, flags)]
     result = subprocess.run(
         command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=240
@@ -177,17 +187,38 @@ def run_train(monkeypatch, flags):
     script_util.run(image_train.main)
 
 
-def fork(script, flags, ranks=1, kills=0, kill_seed=0, first=0.2, last=2.0, check=True):
-    options = {"ranks": ranks, "kills": kills, "kill_seed": kill_seed, "first": first, "last": last}
-    command = [sys.executable, REPO / "tests" / "fork_ranks.py", *(f"--{k}={v}" for k, v in options.items()), script]
-    result = subprocess.run([*command, *flags], capture_output=True, text=True, timeout=280)
-    assert not check or result.returncode == 0, result.stdout + result.stderr
-    return result
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@cache
+def fork_server():
+    """The process of fork_ranks.py that runs scripts for the tests of this one."""
+    command = [sys.executable, REPO / "tests" / "fork_ranks.py"]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
+
+
+def fork(script, flags, check=True, timeout=280, **options):
+    """Run a script with flags as `fork_ranks.run` does; options are its arguments."""
+    server = fork_server()
+    with tempfile.TemporaryDirectory() as folder:
+        request = {"script": script, "flags": list(flags), "options": options, "folder": os.getcwd()}
+        request |= {"environ": dict(os.environ), "stdout": f"{folder}/stdout", "stderr": f"{folder}/stderr"}
+        server.stdin.write(json.dumps(request) + "\n")
+        group = int(server.stdout.readline())
+        if not select.select([server.stdout], [], [], timeout)[0]:
+            os.killpg(group, signal.SIGKILL)
+        code = int(server.stdout.readline())
+        out, err = (Path(request[name]).read_text(errors="replace") for name in ("stdout", "stderr"))
+    assert not check or code == 0, f"exit code {code}\n{out}{err}"
+    return subprocess.CompletedProcess([script, *flags], code, out, err)
 
 
 def find(folder, index, **options):
     """The images of a folder, by an index."""
-    return find_images.find_images(str(folder), index, **options)
+    return find_images(str(folder), index, **options)
 
 
 # ---------------------------------------------------------------- packed images
@@ -201,7 +232,7 @@ def pack(folder, out, **options):
         "num_workers": 0,
         "verify": False,
     } | options
-    image_packing.pack_images(data_dir=str(folder), out=str(out), **options)
+    pack_images(data_dir=str(folder), out=str(out), **options)
     return str(out)
 
 
@@ -219,7 +250,9 @@ def small_model(**options):
 
 def make_image_sampler(model=None, solver="ddpm", **options):
     options = {"guidance": Guidance("power-cosine", 2.0), "seed": 4} | options
-    return ImageSampler(model or small_model(), create_solver(solver, "6", {}), IdentityFirstStage(), **options)
+    objective = next(objective for objective, solvers in SOLVERS_OF.items() if solver in solvers)
+    model = model or small_model(learn_sigma=objective == "diffusion")
+    return ImageSampler(model, create_solver(solver, "6", {"objective": objective}), IdentityFirstStage(), **options)
 
 
 def sample_flags(checkpoint, log_dir, **options):
@@ -231,6 +264,17 @@ def sample_flags(checkpoint, log_dir, **options):
 def run_sample(monkeypatch, flags):
     monkeypatch.setattr(sys, "argv", ["image_sample.py", *flags])
     script_util.run(image_sample.main)
+
+
+def run_export(monkeypatch, **flags):
+    words = [f"--{key}={value}" for key, value in flags.items()]
+    monkeypatch.setattr(sys, "argv", ["export.py", *words])
+    script_util.run(export.main)
+
+
+def generators(seed, num):
+    """One per image, as image_sample.py has them."""
+    return [torch.Generator().manual_seed(fold_seed(seed, i)) for i in range(num)]
 
 
 def read(path):
@@ -264,7 +308,7 @@ def attend(kind, qkv, table, positions, grid, grad_out):
     qkv = qkv.to(dtype, copy=True).requires_grad_()
     table = table.to(torch.float64 if kind == "exact" else torch.float32, copy=True).requires_grad_()
     q, k, v = qkv.permute(2, 0, 3, 1, 4)
-    if kind in ("sdpa", "triton"):
+    if kind in ("sdpa", "triton", "auto"):
         out = relative_attention(q, k, v, table, positions, grid, kind)
     else:
         index = relative_position_index(*grid).to(DEVICE)
@@ -275,12 +319,12 @@ def attend(kind, qkv, table, positions, grid, grad_out):
     return [value.double() for value in (out.detach(), *qkv.grad.unbind(2), table.grad)]
 
 
-def check_attention(length, width, kept, dtype, **options):
+def check_attention(length, width, kept, dtype, kinds=("triton", "sdpa"), **options):
     inputs = draw_attention(length, width, kept, dtype, **options)
     exact = attend("exact", *inputs)
     # In single precision both err by roundings only, and which of the two rounds better is chance.
     floor = 1e-5 if dtype != torch.float32 else 2e-5
-    for kind in ("triton", "sdpa"):
+    for kind in kinds:
         values = zip(attend(kind, *inputs), attend("eager", *inputs), exact, strict=True)
         for name, (ours, eager, true) in zip(("out", "q", "k", "v", "table"), values, strict=True):
             error, allowed = (ours - true).abs().max().item(), 2 * (eager - true).abs().max().item() + floor

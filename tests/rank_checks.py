@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 sys.path[:0] = [str(Path(__file__).parent / folder) for folder in ("..", "../scripts", "data", ".")]
+from fork_ranks import import_late  # noqa: E402
 from helpers import Batches, make_loop, stream  # noqa: E402
 
 from masked_diffusion import dist_util  # noqa: E402
@@ -165,4 +166,5 @@ def fork_ranks(folder, ranks, function, *arguments):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    import_late()
     fork_ranks(Path(sys.argv[1]), RANKS, check, Path(sys.argv[1]))

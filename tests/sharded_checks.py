@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from fork_ranks import import_late
 from rank_checks import OwnRows, fork_ranks, make_loop
 
 from masked_diffusion import dist_util
@@ -58,5 +59,6 @@ def check_run(top, name):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    import_late()
     for run in sys.argv[2:]:
         check_full_disk(Path(sys.argv[1])) if run == "full" else check_run(Path(sys.argv[1]), run)

@@ -13,9 +13,11 @@ from fill import fill, tensor
 from helpers import ATTENTION_LENGTHS, DEVICE, attend, check_attention, draw_attention, small_model
 
 from masked_diffusion import create_model
+from masked_diffusion.layers import cpu_attention
 from masked_diffusion.layers import relative_attention as ra
 from masked_diffusion.layers.attention import Attention, RelativePositionBias
 from masked_diffusion.layers.blocks import DiTBlock
+from masked_diffusion.layers.cpu_attention import BiasedAttention
 from masked_diffusion.layers.relative_attention import (
     PairBias,
     check_implementation,
@@ -59,6 +61,25 @@ def test_errors_are_those_of_eager_attention_at_every_length(width, kept, dtype)
         check_attention(length, width, kept, dtype, samples=2 if length < 128 else 1, heads=1)
 
 
+@pytest.fixture
+def bf16_cpu(monkeypatch):
+    """A processor with instructions for bf16, or one that is taken for such."""
+    monkeypatch.setattr(ra, "cpu_has_bf16", lambda: True)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="for a CPU")
+@pytest.mark.parametrize("length, width, kept", [(1, 32, False), (17, 72, True), (144, 64, True), (256, 72, False)])
+def test_bf16_on_a_cpu_errs_no_more_than_eager_attention(length, width, kept, bf16_cpu, monkeypatch):
+    calls = []
+    monkeypatch.setattr(BiasedAttention, "forward", staticmethod(counted(BiasedAttention.forward, calls)))
+    check_attention(length, width, kept, torch.bfloat16, kinds=["auto"], samples=3)
+    assert len(calls) == 1
+
+
+def counted(function, calls):
+    return lambda *args: calls.append(1) or function(*args)
+
+
 def test_the_kernel_reads_any_grid_any_order_and_any_strides():
     qkv, table, positions, grid, grad_out = draw_attention(11, 24, True, grid=(3, 5), samples=5)
     positions = positions.flip(1).t().contiguous().t()
@@ -83,7 +104,7 @@ def test_the_kernels_gradients_are_the_same_in_every_run():
 def test_a_frozen_table_costs_no_gradient():
     qkv, table, positions, grid, grad_out = draw_attention(5, 16, True, grid=(3, 3))
     q, k, v = (part.detach().requires_grad_() for part in qkv.permute(2, 0, 3, 1, 4))
-    with mock.patch.object(triton_attention, "_sum_samples_kernel", None):
+    with mock.patch.object(triton_attention, "sum_samples_kernel", None):
         relative_attention(q, k, v, table, positions, grid, "triton").backward(grad_out)
     assert q.grad is not None and table.grad is None
 
@@ -213,16 +234,16 @@ def test_sharded_weights_compute_the_same(kind, tmp_path):
 # ---------------------------------------------------------------- torch.compile
 
 
-@pytest.mark.parametrize("kind", ["sdpa", "triton"])
+@pytest.mark.parametrize("kind, dtype", [("sdpa", torch.float32), ("triton", torch.float32), ("auto", torch.bfloat16)])
 @pytest.mark.parametrize("kept", [False, True])
-def test_a_compiled_block_is_one_graph(kind, kept):
+def test_a_compiled_block_is_one_graph(kind, dtype, kept, bf16_cpu):
     torch._dynamo.reset()
     torch.manual_seed(0)
-    block = fill(DiTBlock(32, 2, num_patches=16)).to(DEVICE)
+    block = fill(DiTBlock(32, 2, num_patches=16)).to(DEVICE, dtype)
     block.attn.implementation = kind
-    x, c = torch.randn(2, 7 if kept else 16, 32).to(DEVICE), torch.randn(2, 32).to(DEVICE)
+    x, c = torch.randn(2, 7 if kept else 16, 32).to(DEVICE, dtype), torch.randn(2, 32).to(DEVICE, dtype)
     ids = torch.rand(2, 16).argsort(1)[:, :7].to(DEVICE)
-    places = look_up_kept(ids, block.attn.rel_pos_bias.relative_position_index, kind == "sdpa") if kept else None
+    places = look_up_kept(ids, block.attn.rel_pos_bias.relative_position_index, kind != "triton") if kept else None
 
     def run(block):
         block.zero_grad()
@@ -233,7 +254,7 @@ def test_a_compiled_block_is_one_graph(kind, kept):
     expected = [value.clone() for value in run(block)]
     block.compile(fullgraph=True, backend="aot_eager")
     for ours, theirs in zip(run(block), expected, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(ours, theirs, rtol=1e-5 if dtype == torch.float32 else 0.02, atol=1e-6)
 
 
 def test_the_operators_keep_the_rules_of_torch_library():
@@ -251,6 +272,13 @@ def test_the_operators_keep_the_rules_of_torch_library():
         torch.library.opcheck(
             triton_attention._backward, (grad_out, *tensors, *outputs, height, width, table_too), test_utils=checks
         )
+    for num_biases in (1, 2):
+        q, k, v = torch.randn(3, 2, 2, 5, 16)
+        bias = torch.randn(num_biases, 2, 5, 5)
+        torch.library.opcheck(cpu_attention.attend, (q, k, v, bias), test_utils=checks)
+        weights = cpu_attention.attend(q, k, v, bias)[1]
+        arguments = (torch.randn_like(q), q, k, v, weights, num_biases, torch.float32)
+        torch.library.opcheck(cpu_attention.attend_backward, arguments, test_utils=checks)
     grad = torch.randn(1, 2, 5, 5).to(DEVICE)
     torch.library.opcheck(table_gradient, (grad, places.rows, places.slots, 28, 3, 3), test_utils=checks)
 
@@ -275,9 +303,12 @@ def test_the_bias_is_made_once_for_the_weights():
         assert torch.equal(outputs[0], outputs[2])
         torch.testing.assert_close(model(x, T, Y), outputs[0])  # with gradients
         assert look_up.call_count == 2 * layers
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        with torch.no_grad():
             model(x, T, Y)
-        assert look_up.call_count == 3 * layers
+            assert look_up.call_count == 2 * layers  # kept meanwhile
+            with torch.autocast("cpu", torch.bfloat16):
+                model(x, T, Y)
+            assert look_up.call_count == 3 * layers
 
 
 def table_of(model):
@@ -360,10 +391,11 @@ def test_compiled_blocks_see_changed_weights():
 def test_no_bias_is_kept_in_training_or_for_weights_of_inference_mode():
     bias = RelativePositionBias((2, 2), 1)
     assert bias.dense(torch.float32) is not None and bias.made is not None
-    attention = Attention(8, 1, num_patches=4).eval()
+    attention, x = Attention(8, 1, num_patches=4).eval(), torch.randn(1, 4, 8)
     with torch.no_grad():
-        assert attention.dense_bias(torch.randn(1, 4, 8)) is not None
-    assert attention.dense_bias(torch.randn(1, 4, 8)) is None and attention.rel_pos_bias.made is None
+        assert attention.dense_bias(x) is not None
+    assert attention.dense_bias(x) is None and attention.rel_pos_bias.made is not None  # a graph may read it
+    assert attention.train().dense_bias(x) is None and attention.rel_pos_bias.made is None
     with torch.inference_mode():
         assert RelativePositionBias((2, 2), 1).dense(torch.float32) is None
 
@@ -379,6 +411,21 @@ def test_auto_takes_the_kernel_on_a_gpu_in_half_precision(monkeypatch):
     assert not runs_kernel("auto", gpu, torch.bfloat16, 144) and not runs_kernel("sdpa", gpu, torch.bfloat16, 64)
     monkeypatch.setattr(ra, "gpu_has_kernel", lambda: False)
     assert not runs_kernel("auto", gpu, torch.bfloat16, 72)
+
+
+def test_the_compiler_takes_what_the_machine_has_for_constants():
+    def marked(): ...
+
+    torch.compiler.assume_constant_result(marked)
+    assert vars(marked) and vars(ra.gpu_has_kernel) == vars(marked) == vars(ra.cpu_multiplies_bf16)
+
+
+def test_auto_takes_products_in_bf16_on_a_cpu_with_instructions_for_it(monkeypatch):
+    model, cpu, bf16 = create_model("MDTv2_Nano_2", input_size=8), torch.device("cpu"), torch.bfloat16
+    for has, expected in ((True, "cpu"), (False, "sdpa")):
+        monkeypatch.setattr(ra, "cpu_has_bf16", lambda has=has: has)
+        assert model.attention_in_use(cpu, bf16) == expected and model.attention_in_use(cpu, None) == "sdpa"
+    assert create_model("DiT_Nano_2", input_size=8).attention_in_use(cpu, bf16) == "sdpa"
 
 
 def test_what_this_machine_does_not_have_is_said(monkeypatch):

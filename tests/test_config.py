@@ -6,7 +6,8 @@ import typing
 
 import pytest
 
-from masked_diffusion.config import RunConfig, SampleConfig
+from masked_diffusion.config import RunConfig
+from masked_diffusion.sample_config import SampleConfig
 from masked_diffusion.script_util import parse_flags
 from masked_diffusion.utils.errors import UserError
 from masked_diffusion.utils.options import Config, check_value
@@ -57,6 +58,15 @@ def test_no_number_may_be_nan_infinite_or_out_of_its_range(field):
         (["--snr_gamma", "much"], "--snr_gamma is much: it must be a number above 0"),
         (["--fp16_scale_growth", "0"], "--fp16_scale_growth is 0.0: it must be above 0"),
         (["--predict_v", "--predict_xstart"], "--predict_xstart and --predict_v exclude each other"),
+        (["--objective", "flows"], "--objective is flows: it must be one of diffusion, flow"),
+        (["--t_sampling", "logit-normal"], "--t_sampling logit-normal belongs to --objective flow: add it"),
+        (["--objective", "flow", "--predict_v"], "--predict_v True has no meaning with --objective flow: leave it out"),
+        (["--objective", "flow", "--diffusion_steps", "500"], "--diffusion_steps 500 has no meaning"),
+        (["--objective", "flow", "--snr_gamma", "5"], "--snr_gamma 5.0 has no meaning"),
+        (
+            ["--objective", "flow", "--schedule_sampler", "loss-second-moment"],
+            "--schedule_sampler loss-second-moment needs",
+        ),
         (["--lr", "1e38"], r"--lr is 1e\+38: it must be above 0 and at most 1000"),
         (["--use_fp16", "True", "--precision", "bf16"], "--use_fp16 True and --precision bf16 contradict each other"),
         (["--precision", "fp8"], "--precision is fp8: it must be one of fp32, tf32, bf16, fp16"),

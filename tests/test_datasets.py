@@ -21,8 +21,8 @@ from helpers import REPO
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from masked_diffusion import image_datasets, image_listing
-from masked_diffusion.image_datasets import image_classes, list_image_files
+from masked_diffusion.image_datasets import image_classes, list_image_files, read_image
+from masked_diffusion.images import listing
 
 PHOTOS = REPO.parent / "shared" / "data" / "imagenet_sample_120.tar"
 CIFAR = REPO.parent / "shared" / "data" / "cifar10_jpeg.tar.gz"
@@ -223,7 +223,7 @@ def test_cifar10_from_the_python_archive(tmp_path):
         assert len(contents(out)) == len(images)
         for i, (pixels, label) in enumerate(images):
             path = out / f"{cifar10.CLASSES[label]}_{split}-{i:05d}.png"
-            np.testing.assert_array_equal(image_datasets.read_image(str(path)), pixels)
+            np.testing.assert_array_equal(read_image(str(path)), pixels)
 
 
 HOSTILE = {
@@ -359,7 +359,7 @@ def test_class_ids(names, ids):
 
 
 def test_class_folders(tmp_path):
-    assert common.EXTENSIONS == image_listing.EXTENSIONS
+    assert common.EXTENSIONS == listing.EXTENSIONS
     paths = ("polar_bear/1.jpg", "polar_bear/den/1.JPG", "cat/_a b.jpeg", "cat/cat_2.png", "dog/x_y.gif")
     tree = {path: path.encode() for path in paths}
     source = write_tree(tmp_path / "photos", tree | {"cat/notes.txt": b"", ".git/a.png": b"", "cat/.hidden.png": b""})

@@ -37,16 +37,19 @@ def test_the_demo_samples_with_the_guidance_of_the_studies():
 
 
 def test_inpainting_keeps_what_is_known_and_grades_the_rest(demo_folder, monkeypatch, capsys):
-    flags = {"demo": demo_folder, "out": demo_folder / "out", "num_sampling_steps": 2, "resamplings": 1}
+    flags = {"demo": demo_folder, "out": demo_folder / "out", "num_sampling_steps": 2, "resamplings": 2}
     words = [f"--{key}={value}" for key, value in (flags | {"num_digits": 12}).items()]
     monkeypatch.setattr(sys, "argv", ["inpaint.py", *words])
     script_util.run(inpaint.main)
-    assert capsys.readouterr().out.count("known pixels kept: True") == len(inpaint.HOLES)
+    assert capsys.readouterr().out.count("known pixels kept: True") == 4 * len(inpaint.HOLES)
     report = json.loads((demo_folder / "out.json").read_text())
     assert report["num_digits"] == 12 and report["class_accuracy"]["untouched"] > 0.9
-    assert report["class_accuracy"]["all but a frame filled"] < 0.5
+    for method in ("repaint", "side-interpolater"):
+        for run in (f"{method}, resamplings 1", f"{method}, resamplings 2"):
+            assert report["class_accuracy"][f"all but a frame, {run}"] < 0.5 and report["cpu_seconds"][run] > 0
+    assert (report["solver"], report["num_sampling_steps"]) == ("ddpm", 2)
     picture = np.asarray(Image.open(demo_folder / "out.png"))
-    assert picture.shape == (7 * 9 * inpaint.SCALE, 12 * 9 * inpaint.SCALE, 3)
+    assert picture.shape == (16 * 9 * inpaint.SCALE, 12 * 9 * inpaint.SCALE, 3)
 
 
 def test_without_the_demo_a_study_says_what_to_run(demo_folder):
@@ -60,13 +63,14 @@ def test_without_the_demo_a_study_says_what_to_run(demo_folder):
 def test_the_demo_trains_and_samples_in_the_precision_that_is_faster_here(tmp_path, monkeypatch, capsys):
     calls = {}
     monkeypatch.setattr(demo, "run_script", lambda *words: None)
-    monkeypatch.setattr(demo, "run_timed", lambda name, script, flags, out: calls.update({name: flags["precision"]}))
+    monkeypatch.setattr(demo, "run_timed", lambda name, script, flags, out: calls.update({name: flags}))
     monkeypatch.setattr(demo, "write_report", lambda out, *_: (out / "report.json").write_text("{}"))
     monkeypatch.setattr(demo, "choose_precision", lambda name, device: {"auto": "bf16"}.get(name, name))
-    for flags, expected in (([], "bf16"), (["--precision", "fp32"], "fp32")):
+    for flags, expected in (([], "bf16"), (["--precision", "fp32", "--objective", "flow"], "fp32")):
         monkeypatch.setattr(sys, "argv", ["demo.py", "--out", str(tmp_path / expected), *flags])
         demo.main()
-        assert calls == {"train": expected, "sample": expected}
+        assert {name: flags["precision"] for name, flags in calls.items()} == {"train": expected, "sample": expected}
+        assert calls["train"]["objective"] == ("flow" if "flow" in flags else "diffusion")
         assert f"precision: {expected} (--precision" in capsys.readouterr().out
 
 

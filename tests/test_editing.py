@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from fill import fill
 from helpers import HOLE, IMAGE, make_image_sampler, small_model
 from PIL import Image
 
+from masked_diffusion import create_model
 from masked_diffusion.sampling.editing import (
     count_evaluations,
     inpaint,
@@ -16,6 +18,7 @@ from masked_diffusion.sampling.editing import (
     vary_progressive,
 )
 from masked_diffusion.sampling.image_sampler import last_sample
+from masked_diffusion.utils.errors import UserError
 
 LABELS = torch.tensor([1, 2, 3])
 
@@ -52,6 +55,53 @@ def test_a_filled_hole_does_not_depend_on_the_batch():
     whole = inpaint(make_image_sampler(), range(3), LABELS, IMAGE, HOLE).astype(int)
     alone = inpaint(make_image_sampler(), [2], LABELS[2:], IMAGE, HOLE).astype(int)
     assert np.abs(whole[2:] - alone).max() <= 1
+
+
+# ---------------------------------------------------------------- the side-interpolater
+
+
+@pytest.mark.parametrize("name", ["MDTv2_Nano_2", "MDT_Nano_2"])
+def test_given_tokens_are_kept_as_in_a_masked_pass_of_training(name):
+    options = {"input_size": 8, "in_channels": 3, "num_classes": 10}
+    trained = fill(create_model(name, **options, mask_ratio=0.3)).train()
+    loaded = create_model(name, **options).eval()  # its weights do not tell the ratio
+    loaded.load_state_dict(trained.state_dict())
+    x, t, ids = torch.randn(3, 3, 8, 8), torch.tensor([1, 500, 999]), torch.rand(3, 16).argsort(1)[:, :9].sort(1).values
+    masked = trained(x, t, LABELS, enable_mask=True, ids_keep=ids, drop_labels=torch.zeros(3, dtype=torch.bool))
+    torch.testing.assert_close(loaded(x, t, LABELS, ids_keep=ids), masked)
+    assert not torch.allclose(loaded(x, t, LABELS), masked, atol=1e-3)
+    assert not create_model(name, **options).interpolates and trained.interpolates and loaded.interpolates
+
+
+def test_the_encoder_does_not_see_the_tokens_of_the_hole():
+    sampler, seen = make_image_sampler(small_model(mask_ratio=0.3)), []
+    sampler.model.en_inblocks[0].register_forward_pre_hook(lambda block, inputs: seen.append(inputs[0]))
+    options = {"jump_length": 2, "resamplings": 1, "method": "side-interpolater"}
+    drawn = inpaint(sampler, range(3), LABELS, IMAGE, HOLE, **options)
+    known = ~HOLE.reshape(4, 2, 4, 2).all(axis=(1, 3))
+    assert len(seen) == 6 and {tuple(x.shape[1:]) for x in seen} == {(known.sum(), 128)}
+    assert {len(x) for x in seen} == {3, 6}  # without and with the null class
+    assert (drawn[:, ~HOLE] == IMAGE[~HOLE]).all() and (drawn[:, HOLE] != IMAGE[HOLE]).mean() > 0.9
+    other = np.where(HOLE[:, :, None], 255 - IMAGE, IMAGE)
+    assert np.array_equal(drawn, inpaint(sampler, range(3), LABELS, other, HOLE, **options))
+    plain = inpaint(sampler, range(3), LABELS, IMAGE, HOLE, jump_length=2, resamplings=1)
+    assert not np.array_equal(drawn, plain)
+
+
+def test_models_and_holes_without_anything_to_interpolate_are_refused():
+    everywhere, options = np.ones((8, 8), dtype=bool), {"input_size": 8, "in_channels": 3, "num_classes": 10}
+    dit, unmasked = (create_model(name, **options).eval() for name in ("DiT_Nano_2", "MDTv2_Nano_2"))
+    for model, hole, method, message in (
+        (dit, HOLE, "side-interpolater", "needs a model that was trained with --mask_ratio, but this DiT was not"),
+        (unmasked, HOLE, "side-interpolater", "but this MDTv2 was not: choose --method repaint"),
+        (None, everywhere, "side-interpolater", "nothing of the image is known"),
+        (None, HOLE, "magic", "--method is 'magic': choose one of repaint, side-interpolater"),
+    ):
+        with pytest.raises(UserError, match=message):
+            inpaint(make_image_sampler(model), [0], LABELS[:1], IMAGE, hole, method=method)
+
+
+# ---------------------------------------------------------------- variations, and what is refused
 
 
 def test_strength_is_the_share_of_steps():

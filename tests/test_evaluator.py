@@ -203,6 +203,18 @@ def test_wrong_flags_end_in_one_sentence(batches, monkeypatch, capsys, flags, me
     assert code == 2 and errors.startswith("error: ") and message in errors
 
 
+@pytest.mark.parametrize("named", ["flag", "environment"])
+def test_weights_of_torch_are_for_the_torch_backend(batches, tmp_path, monkeypatch, capsys, named):
+    path, flags = tmp_path / "weights.pth", []
+    path.write_bytes(b"PK")
+    if named == "flag":
+        flags = ["--inception", path]
+    else:
+        monkeypatch.setenv("INCEPTION_V3_PATH", str(path))
+    code, _, errors = evaluate(monkeypatch, capsys, batches / "reference.npz", batches / "samples.npz", *flags)
+    assert code == 2 and "weights.pth cannot be read as the Inception network" in errors
+
+
 def constant(count, rng):
     return rng.integers(0, 256, (count, 1, 1, 3), dtype=np.uint8).repeat(32, 1).repeat(32, 2)
 

@@ -12,6 +12,7 @@ from masked_diffusion.utils.flops import (
     block_inputs,
     elementwise_values,
     forward_flops,
+    training_flops,
 )
 
 
@@ -49,6 +50,15 @@ def test_a_masked_pass_has_the_counted_flops(name, options, num_kept):
 def test_masking_saves_encoder_work_and_adds_the_side_block():
     model = meta("MDTv2_S_2", mask_ratio=0.3)
     assert forward_flops(model, 128) < forward_flops(model) < forward_flops(model, 255)
+
+
+def test_a_training_step_is_three_forward_passes_of_every_pass():
+    assert training_flops(meta("DiT_Nano_2")) == 3 * forward_flops(meta("DiT_Nano_2"))
+    first = meta("MDT_Nano_2", mask_ratio=0.3)  # 256 tokens, of which int(256 * 0.7) are kept
+    assert training_flops(first) == 3 * (forward_flops(first) + forward_flops(first, 179))
+    second = meta("MDTv2_Nano_2", mask_ratio=0.3)  # keeps 128 to 179, each equally often
+    masked = sum(forward_flops(second, kept) for kept in range(128, 180)) / 52
+    assert training_flops(second) == pytest.approx(3 * (forward_flops(second) + masked), rel=1e-3)
 
 
 def test_sizes_follow_the_paper():

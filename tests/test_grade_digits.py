@@ -17,5 +17,7 @@ def test_the_grader_knows_real_digits_from_noise(tmp_path):
     assert grade_digits.grade(tmp_path, images, (labels + 1) % 10)["class_accuracy"] < 0.02
     noise = np.random.default_rng(0).integers(0, 256, images.shape, dtype=np.uint8)
     assert grade_digits.grade(tmp_path, noise, labels)["frechet_pixels"] > 10 * real["frechet_pixels_real"]
+    grader = grade_digits.Grader(tmp_path)
+    assert grader(images, labels) == real and grader.real.items() <= real.items()
     with pytest.raises(ValueError, match="holds no digits"):
         grade_digits.read_folder(tmp_path / "nowhere")

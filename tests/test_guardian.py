@@ -160,7 +160,8 @@ def test_an_unreadable_checkpoint_is_named(tmp_path):
 def test_a_killed_removal_is_finished_later(tmp_path):
     trained(tmp_path, max_steps=4)
     (tmp_path / "opt000002.pt").rename(tmp_path / ".opt000002.pt.pruned")
-    (tmp_path / ".model000009.pt.123.partial").write_bytes(b"half")
+    for name in ("model000009.pt", "config.json", "grid000009.png"):
+        (tmp_path / f".{name}.123.partial").write_bytes(b"half")
     checkpoint.remove_leftovers(tmp_path)
     assert complete_steps(tmp_path) == [4]
     left = {path.name for path in [*tmp_path.glob("*000002*"), *tmp_path.glob(".*")]}

@@ -7,7 +7,7 @@ import torch
 from fill import fill
 
 from masked_diffusion import create_model
-from masked_diffusion.guidance import RULES, Guidance, GuidedDenoiser, interval_weight
+from masked_diffusion.guidance import RULES, Guidance, GuidedDenoiser, interval_weight, resolve_channels
 
 T = torch.tensor([999, 750, 500, 250, 0])
 X, Y = torch.randn(5, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(5)
@@ -52,10 +52,22 @@ def test_guidance_is_the_models_own():
 
 def test_channels_beyond_the_guided_ones_are_left_alone():
     x = torch.zeros(1, 4, 2, 2)
-    for channels, expected in ((3, [19.0, 19.0, 19.0, 3.0]), (None, [19.0] * 4)):
+    for channels, expected in ((3, [19.0] * 3 + [3.0]), ("auto", [19.0] * 3 + [3.0]), (None, [19.0] * 4)):
         denoise = GuidedDenoiser(Counting(), Guidance("constant", -1.0, guided_channels=channels), null_label=10)
         out = denoise(x, T[:1], torch.tensor([2]))[0, :, 0, 0]
         assert out.tolist() == [*expected, -3.0, -3.0, -3.0, -3.0]  # 11 - (3 - 11); the variance is the class's own
+
+
+def test_all_channels_of_a_large_autoencoder_are_guided():
+    assert [resolve_channels("auto", channels) for channels in (3, 4, 16, 32)] == [3, 3, None, None]
+    assert [resolve_channels(guided, 16) for guided in (3, None)] == [3, None]
+    model = small_model(in_channels=16, num_classes=10)
+    x, y = torch.randn(2, 16, 8, 8), torch.tensor([1, 10])
+    every, three = (model.forward_with_cfg(x, T[:2], y, 3.0, guided_channels=c) for c in (16, 3))
+    assert torch.equal(model.forward_with_cfg(x, T[:2], y, 3.0), every) and not torch.equal(every, three)
+    assert torch.equal(every[:, 16:], three[:, 16:])  # the variance is guided by neither
+    with pytest.raises(ValueError, match="guided_channels of the guidance is 0: it must be at least 1, all"):
+        Guidance("constant", guided_channels=0)
 
 
 def test_a_weaker_model_guides_with_the_same_classes():
@@ -92,7 +104,7 @@ def test_settings_that_cannot_be_are_refused():
 
 def test_a_description_names_what_matters():
     assert Guidance("none", 7.0).describe() == {"rule": "none"}
-    assert Guidance("interval", 2.0, interval=(1, 5)).describe() == {
+    assert Guidance("interval", 2.0, interval=(1, 5), guided_channels=3).describe() == {
         "rule": "interval", "cfg_scale": 2.0, "interval": [1, 5], "guided_channels": 3, "skip_below": 0.0,
     }  # fmt: skip
     assert [rule for rule in RULES if "scale_pow" in Guidance(rule).describe()] == ["power-cosine"]

@@ -11,9 +11,9 @@ from helpers import REPO
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from masked_diffusion import image_decoding
 from masked_diffusion.image_datasets import ImageDataset
-from masked_diffusion.image_decoding import (
+from masked_diffusion.images import decoding
+from masked_diffusion.images.decoding import (
     center_crop_arr,
     decode_image,
     decode_reduced,
@@ -103,7 +103,7 @@ def test_16_bit_grey_stays_a_ramp(tmp_path):
 def test_16_bit_grey_in_pillows_other_modes(mode):
     values = np.array([[0, 255, 256, 40000, 65535]])
     image = Image.frombytes(mode, (5, 1), values.astype({"I;16B": ">u2", "I": np.int32}[mode]).tobytes())
-    assert np.asarray(image_decoding._to_rgb(image))[0, :, 1].tolist() == [0, 0, 1, 156, 255]
+    assert np.asarray(decoding._to_rgb(image))[0, :, 1].tolist() == [0, 0, 1, 156, 255]
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK"])

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 from helpers import find, write_images
 
-from masked_diffusion import find_images, image_index
 from masked_diffusion.image_datasets import (
     ImageDataset,
     data_signature,
@@ -22,7 +21,9 @@ from masked_diffusion.image_datasets import (
     list_image_files,
     relative_names,
 )
-from masked_diffusion.image_index import CHECKED_NAME, HEADER_NAME, NAMES_NAME, RECORDS_NAME, ImageIndex
+from masked_diffusion.images import finding
+from masked_diffusion.images import index as image_index
+from masked_diffusion.images.index import CHECKED_NAME, HEADER_NAME, NAMES_NAME, RECORDS_NAME, ImageIndex
 from masked_diffusion.training import preflight
 from masked_diffusion.utils import files, image_headers
 from masked_diffusion.utils.errors import UserError
@@ -305,7 +306,7 @@ def test_killed_while_writing(tmp_path, write):
 
 def test_of_two_runs_one_makes_the_index(tmp_path, made, capsys):
     folder = old_folder(tmp_path)
-    lock = find_images.FileLock(tmp_path / "index" / find_images.LOCK_NAME, "", "")
+    lock = finding.FileLock(tmp_path / "index" / finding.LOCK_NAME, "", "")
 
     def child():
         time.sleep(0.5)

@@ -14,14 +14,16 @@ import pack_images
 import pytest
 from helpers import contents, pack, write_images
 
-from masked_diffusion import dist_util, image_packing, image_shards, script_util
+from masked_diffusion import dist_util, script_util
 from masked_diffusion.image_datasets import (
     data_signature,
     list_image_files,
     load_data,
     relative_names,
 )
-from masked_diffusion.image_shards import HEADER_NAME, RECORDS_NAME
+from masked_diffusion.images import packing
+from masked_diffusion.images import shards as image_shards
+from masked_diffusion.images.shards import HEADER_NAME, RECORDS_NAME
 from masked_diffusion.training import preflight
 from masked_diffusion.utils import files
 from masked_diffusion.utils.errors import UserError
@@ -86,10 +88,10 @@ def test_processes_and_ranks_make_the_same_shards(odd_folder, packed_folder, tmp
 
 
 def test_what_is_there_is_not_packed_again(odd_folder, packed_copy, monkeypatch, capsys):
-    monkeypatch.setattr(image_packing, "write_shard", None)
+    monkeypatch.setattr(packing, "write_shard", None)
     pack(odd_folder, packed_copy, verify=True)
     assert "6 of 6 shards are there already" in capsys.readouterr().out
-    assert not (packed_copy / image_packing.UNFINISHED).exists()
+    assert not (packed_copy / packing.UNFINISHED).exists()
 
 
 def test_other_settings_and_other_images_are_refused(odd_folder, packed_copy, tmp_path):

@@ -15,7 +15,7 @@ import pytest
 import torch
 from helpers import REPO, assert_same, contents, pack, run_train, tensors, train_flags, write_images
 
-from masked_diffusion import dist_util, image_shards, script_util
+from masked_diffusion import dist_util, script_util
 from masked_diffusion.image_datasets import (
     ImageDataset,
     StreamSampler,
@@ -25,7 +25,8 @@ from masked_diffusion.image_datasets import (
     load_data,
     relative_names,
 )
-from masked_diffusion.image_shards import HEADER_NAME, NAMES_NAME, RECORDS_NAME, DamagedShard, ImageShards
+from masked_diffusion.images import shards as image_shards
+from masked_diffusion.images.shards import HEADER_NAME, NAMES_NAME, RECORDS_NAME, DamagedShard, ImageShards
 from masked_diffusion.training import preflight
 from masked_diffusion.utils.errors import UserError
 from masked_diffusion.utils.tar_shards import find_shared_stems, member_name

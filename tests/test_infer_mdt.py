@@ -91,6 +91,10 @@ def test_a_hole_is_filled_and_an_image_is_varied(checkpoint, pictures, monkeypat
     drawn = pixels(pictures / "out.png")
     for place in (drawn[:, :8], drawn[:, 8:16]):
         assert np.array_equal(place[:, :4], image[:, :4]) and (place[:, 4:] != image[:, 4:]).mean() > 0.9
+    filling = ["--inpaint", pictures / "image.png", "--mask", pictures / "mask.png", "--method", "side-interpolater"]
+    infer(monkeypatch, checkpoint, *words, *filling)
+    other = pixels(pictures / "out.png")
+    assert np.array_equal(other[:, :4], image[:, :4]) and not np.array_equal(other, drawn)
     infer(monkeypatch, checkpoint, *words, "--variations", pictures / "image.png", "--strength", 0.3)
     assert not np.array_equal(pixels(pictures / "out.png"), drawn)
 
@@ -99,6 +103,7 @@ def test_a_hole_is_filled_and_an_image_is_varied(checkpoint, pictures, monkeypat
     "words, message",
     [
         (["--inpaint", "image.png"], "--inpaint and --mask go together"),
+        (["--method", "side-interpolater"], "--method side-interpolater says how a hole is filled"),
         (["--inpaint", "image.png", "--mask", "mask.png", "--variations", "image.png"], "exclude each other"),
         (["--inpaint", "absent.png", "--mask", "mask.png", "--classes", "0"], "absent.png"),
         (["--variations", "image.png", "--strength", "0"], "--strength is 0.0: it must be above 0 and at most 1"),

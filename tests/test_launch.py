@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import REPO, train_flags
+from helpers import REPO, free_port, train_flags
 
 from masked_diffusion.weights.checkpoint import complete_steps
 
@@ -24,12 +23,6 @@ def environment(folder, data, **settings):
     return {**os.environ, **{key: str(value) for key, value in settings.items()}}
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def test_run_sh_trains(images, tmp_path):
     (tmp_path / "start").symlink_to(REPO / "run.sh")
     command = [tmp_path / "start", "--max_steps=2", "--ema_rate=0.9"]
@@ -37,7 +30,9 @@ def test_run_sh_trains(images, tmp_path):
         command, env=environment(tmp_path, images, NUM_GPUS=2), capture_output=True, text=True, timeout=200
     )
     assert result.returncode == 0, result.stderr
-    assert "torchrun --standalone --nproc_per_node=2" in result.stdout and "--lr 5e-4" in result.stdout
+    assert "torchrun --standalone --nproc_per_node=2" in result.stdout and "--lr 0.0005" in result.stdout
+    assert "preset mdtv2-s2: " in result.stdout and "--vae identity (not ema)" in result.stdout
+    assert "global batch 8 per step" in result.stdout
     assert complete_steps(tmp_path) == [2]
 
 
@@ -75,19 +70,30 @@ def test_relative_paths_are_those_of_the_caller(programs, tmp_path):
         result = run_shell(script, tmp_path, programs, "--keep", "2", **cluster)
         ran = result.stdout.splitlines()[-1]
         assert ran.startswith(f"ran in {tmp_path}: ") and ran.endswith(" --keep 2"), result.stderr
-        assert f" {REPO}/scripts/image_train.py --data_dir images " in ran
+        assert f" {REPO}/scripts/image_train.py --data_dir images --preset mdtv2-" in ran
     (tmp_path / "out" / "guided").mkdir(parents=True)
     result = run_shell("run_sample.sh", tmp_path, programs, REFERENCE="ref.npz", MODEL_PATH="m.pt", OUT="out")
     ran = [line for line in result.stdout.splitlines() if line.startswith(f"ran in {tmp_path}: ")]
-    assert f"{REPO}/scripts/image_sample.py --model_path m.pt --log_dir out/guided " in ran[0], result.stderr
+    assert f"{REPO}/scripts/image_sample.py --log_dir out/guided --preset mdtv2-xl2-fid --model_path m.pt " in ran[0], (
+        result.stderr
+    )
     assert f"{REPO}/evaluations/evaluator.py ref.npz out/guided/samples_50000x*.npz" in ran[1] and len(ran) == 4
 
 
 def test_flags_of_guidance_do_not_guide_the_unguided_round(programs, tmp_path):
     result = run_shell("run_sample.sh", tmp_path, programs, "--guidance", "constant", REFERENCE="")
     guided, unguided = (line for line in result.stdout.splitlines() if line.startswith("ran in "))
-    assert guided.endswith("--cfg_cond True --cfg_scale 3.8 --scale_pow 4.0 --guidance constant")
-    assert unguided.endswith("--guidance constant --cfg_cond False --guidance none")
+    assert guided.endswith("--batch_size 32 --guidance constant")
+    assert unguided.endswith("--guidance constant --cfg_scale None --scale_pow None --cfg_cond False --guidance none")
+
+
+def test_settings_override_the_preset(programs, tmp_path):
+    result = run_shell("run.sh", tmp_path, programs, DATA_DIR="images", LR="1e-4", BATCH_SIZE=64, PRESET="dit-xl2")
+    assert result.stdout.splitlines()[-1].endswith("--data_dir images --preset dit-xl2 --lr 1e-4 --batch_size 64")
+    result = run_shell("run_sample.sh", tmp_path, programs, REFERENCE="", CFG_SCALE=1.5, SCALE_POW=1, SEED=3)
+    guided, unguided = (line for line in result.stdout.splitlines() if line.startswith("ran in "))
+    assert guided.endswith("--num_samples 50000 --batch_size 32 --seed 3 --cfg_scale 1.5 --scale_pow 1")
+    assert "--seed 3" in unguided and "1.5" not in unguided
 
 
 def test_a_missing_torchrun_is_said(programs, tmp_path):
@@ -129,7 +135,7 @@ def test_two_nodes_train_together_and_survive_a_killed_worker(images, tmp_path):
             tmp_path, images, NODE_RANK=rank, NUM_NODES=2, NUM_GPUS=1, MASTER_ADDR="127.0.0.1", MASTER_PORT=port,
             LOCAL_ADDR="127.0.0.1",
         )  # fmt: skip
-        command = [REPO / script, "--max_steps=400", "--save_interval=10", "--keep=2", "--log_interval=1"]
+        command = [REPO / script, "--max_steps=200", "--save_interval=10", "--keep=2", "--log_interval=1"]
         nodes.append(subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
     deadline = time.time() + 120
     while not complete_steps(tmp_path):
@@ -140,7 +146,7 @@ def test_two_nodes_train_together_and_survive_a_killed_worker(images, tmp_path):
     assert [node.wait(timeout=200) for node in nodes] == [0, 0]
     log = (tmp_path / "log.txt").read_text()
     assert log.count("starting at step") == 2 and "starting at step 0, fresh weights" in log
-    assert complete_steps(tmp_path)[-1] == 400
+    assert complete_steps(tmp_path)[-1] == 200
 
 
 def test_mpiexec_starts_ranks(images, tmp_path):
@@ -165,9 +171,9 @@ port, late = sys.argv[1:]
 child = os.fork()
 rank = 0 if child else 1
 os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-dist_util._join("gloo", timeout=timedelta(seconds=1))
-if rank:  # minutes later than the others, where a second is a time-out
-    time.sleep(2)
+dist_util._join("gloo", timeout=timedelta(seconds=2))
+if rank:  # minutes later than the others, where two seconds are a time-out
+    time.sleep(3)
     if late == "never":
         os.kill(os.getpid(), signal.SIGKILL)
 count = 0

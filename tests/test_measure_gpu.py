@@ -133,7 +133,8 @@ def test_rows_are_commands_with_flags_that_exist(tiny, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_rows_of_every_kind_run_at_tiny_sizes(monkeypatch, tmp_path):
-    kinds = [row for row in measure_gpu.all_rows(True) if not any(size in row.name for size in ("XL/2", "L/2", "B/2"))]
+    others = ("XL/2", "L/2", "B/2", "compiled bf16 sdpa")  # at tiny sizes, nearly the same is compiled again
+    kinds = [row for row in measure_gpu.all_rows(True) if not any(name in row.name for name in others)]
     assert {row.group for row in kinds} == {row.group for row in measure_gpu.all_rows(True)}
     monkeypatch.setattr(measure_gpu, "all_rows", lambda tiny: kinds)
     monkeypatch.setattr(sys, "argv", ["measure_gpu.py", "--out", str(tmp_path), "--tiny", "True", "--minutes", "28"])

@@ -3,25 +3,24 @@
 import contextlib
 import http.client
 import http.server
-import io
 import itertools
-import json
 import os
 import re
 import shutil
 import socket
-import subprocess
 import sys
 import threading
 import time
 from importlib.util import find_spec
 from urllib.parse import quote
-from urllib.request import Request, urlopen
+from urllib.request import urlopen
 
 import numpy as np
 import pytest
+import web_guards
 import web_requests
-from helpers import HOLE, IMAGE, REPO, painting, sample_config
+from helpers import HOLE, IMAGE, REPO, free_port, sample_config
+from page_server import DRAW, MANY_STEPS, file_of, pixels_of, serving, wait
 from PIL import Image
 
 from masked_diffusion import script_util
@@ -29,109 +28,11 @@ from masked_diffusion.sampling.build import load_weights
 
 pytestmark = pytest.mark.skipif(not find_spec("gradio"), reason="the page needs gradio: pip install -e '.[web]'")
 
-DRAW = [2, 4, 7, "ddim", 30, 2.0, 1.0]  # class, images, seed, solver, steps, scale, power
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-INITIAL = ("--seed", 7, "--num_sampling_steps", 30, "--cfg_scale", 2, "--scale_pow", 1, "--precision", "fp32")
-
-
-def start(checkpoint, port, output, temporary):
-    """The page in a process of its own; hostile variables in the environment change nothing."""
-    command = [
-        sys.executable,
-        REPO / "scripts" / "web" / "page.py",
-        "--model_path",
-        checkpoint,
-        "--port",
-        port,
-        *INITIAL,
-    ]
-    hostile = {"GRADIO_SHARE": "True", "GRADIO_ALLOWED_PATHS": "/", "GRADIO_SERVER_NAME": "0.0.0.0"}
-    return subprocess.Popen(
-        [str(word) for word in command], stdout=output, stderr=subprocess.STDOUT,
-        env={**os.environ, **hostile, "OMP_NUM_THREADS": "1", "TMPDIR": str(temporary)},
-    )  # fmt: skip
-
-
-class Server:
-    """The page, as a browser's requests reach it."""
-
-    def __init__(self, port):
-        self.port, self.url = port, f"http://127.0.0.1:{port}"
-        self.config = json.loads(self.get("/config"))
-        self.functions = {len(fn["inputs"]): fn["id"] for fn in self.config["dependencies"] if fn["backend_fn"]}
-
-    def get(self, path):
-        with urlopen(self.url + path, timeout=60) as response:
-            return response.read()
-
-    def post(self, path, body, kind="application/json"):
-        data = body if isinstance(body, bytes) else json.dumps(body).encode()
-        with urlopen(Request(self.url + path, data, {"Content-Type": kind}), timeout=60) as response:
-            return json.loads(response.read())
-
-    def status(self, path, method="GET", headers=None):
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
-        with contextlib.closing(connection):
-            connection.request(method, path, headers=headers or {})
-            return connection.getresponse().status
-
-    def call(self, num_inputs, data, session, event_data=None):
-        """Press the button of so many inputs; the messages until it is done, each with the time it came."""
-        job = {"data": data, "fn_index": self.functions[num_inputs], "session_hash": session, "event_data": event_data}
-        self.post("/gradio_api/queue/join", job)
-        messages = []
-        with urlopen(f"{self.url}/gradio_api/queue/data?session_hash={quote(session)}", timeout=30) as stream:
-            for line in stream:
-                if line.startswith(b"data: "):
-                    messages.append(json.loads(line[6:]) | {"time": time.monotonic()})
-                    if messages[-1]["msg"] == "process_completed":
-                        return messages
-        raise AssertionError(messages)
-
-    def error(self, *call):
-        """What a call is refused with."""
-        last = self.call(*call)[-1]
-        assert not last["success"], last
-        return last["output"]["error"]
-
-    def upload(self, pixels, name="image.png"):
-        """Send a picture as the editor does; what refers to it then."""
-        buffer = io.BytesIO()
-        Image.fromarray(pixels).save(buffer, format="png")
-        head = f'--edge\r\nContent-Disposition: form-data; name="files"; filename="{name}"\r\n\r\n'
-        body = head.encode() + buffer.getvalue() + b"\r\n--edge--\r\n"
-        (path,) = self.post("/gradio_api/upload", body, "multipart/form-data; boundary=edge")
-        return file_of(path)
-
-
-def file_of(path):
-    return {"path": str(path), "meta": {"_type": "gradio.FileData"}}
-
 
 @pytest.fixture(scope="module")
 def server(named_checkpoint, tmp_path_factory):
-    port, log = free_port(), tmp_path_factory.mktemp("page") / "log.txt"
-    temporary = tmp_path_factory.mktemp("temporary")
-    with log.open("w") as output:
-        process = start(named_checkpoint, port, output, temporary)
-        try:
-            deadline = time.monotonic() + 120
-            while f"open http://127.0.0.1:{port} " not in log.read_text():
-                assert process.poll() is None and time.monotonic() < deadline, log.read_text()
-                time.sleep(0.2)
-            yield Server(port)
-        finally:
-            process.terminate()
-            process.wait(30)
-    left = [path for path in temporary.rglob("*") if path.is_file()]
-    assert process.returncode == 0 and left == [], "uploads and pictures go with the page"
+    with serving(named_checkpoint, tmp_path_factory.mktemp("page"), tmp_path_factory.mktemp("temporary")) as server:
+        yield server
 
 
 @pytest.fixture(scope="module")
@@ -141,10 +42,6 @@ def drawn(named_checkpoint):
     request = web_requests.check_request(web_requests.Limits(), 3, *DRAW)
     *_, last = web_requests.draw(config, load_weights(config), request)
     return last.images
-
-
-def pixels_of(data):
-    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).astype(int)
 
 
 # ---------------------------------------------------------------- requests
@@ -187,14 +84,14 @@ def test_images_come_as_they_form_and_can_be_downloaded(server, drawn):
         (2, None, "seed is None"),
         (3, "euler_a", "not in the list of choices"),
         (4, 10**9, "greater than maximum value 250"),
-        (4, "30", None),
+        (4, "30", "The values are of another form than this page sends"),
         (5, 21, "greater than maximum value 20"),
-        (6, {"a": 1}, None),
+        (6, {"a": 1}, "The values are of another form than this page sends"),
+        (1, "<img src=x>", "another form"),
     ],
 )
 def test_what_the_widgets_do_not_offer_is_refused(server, place, value, message):
-    error = server.error(7, [*DRAW[:place], value, *DRAW[place + 1 :]], f"wrong{place}{value}")
-    assert (error is None) if message is None else (message in error)
+    assert message in server.error(7, [*DRAW[:place], value, *DRAW[place + 1 :]], f"wrong{place}{value}")
 
 
 def test_one_job_runs_at_a_time(server):
@@ -222,8 +119,7 @@ def test_one_job_runs_at_a_time(server):
 @pytest.fixture
 def painted(server):
     """What the editor sends of an image and a hole."""
-    parts = painting(IMAGE, HOLE.astype(np.uint8) * 255, scale=32)
-    return {"background": server.upload(parts["background"]), "layers": [server.upload(parts["layers"][0])]}
+    return server.upload_painting()
 
 
 def fill_with(painted, **parts):
@@ -275,8 +171,8 @@ def test_no_path_and_no_address_of_a_request_is_opened(server, painted, listener
         assert "opens no paths" in server.error(7, [file_of(path), *DRAW[1:]], f"class{i}")
         assert "opens no paths" in server.error(7, [*DRAW[:6], {"deep": [{"in": file_of(path)}]}], f"deep{i}")
     assert "opens no paths" in server.error(7, [painted["background"], *DRAW[1:]], "upload elsewhere")
-    assert server.error(9, fill_with(painted, background={"path": uploaded}), "without meta") is None
-    assert server.error(9, fill_with(painted, background=str(secret)), "bare") is None
+    assert "another form" in server.error(9, fill_with(painted, background={"path": uploaded}), "without meta")
+    assert "another form" in server.error(9, fill_with(painted, background=str(secret)), "bare")
     assert asked == []
 
 
@@ -296,7 +192,12 @@ def test_large_and_strange_bodies_are_refused(server, painted):
     with pytest.raises(OSError, match="404"):
         server.post("/gradio_api/component_server", body)
     wide = server.upload(np.zeros((1, 40_000_000, 3), np.uint8), "wide.png")
-    assert server.error(9, fill_with(painted, background=wide), "bomb") is None
+    assert "far too large" in server.error(9, fill_with(painted, background=wide), "bomb")
+    assert "several layers" in server.error(9, fill_with(painted, layers=painted["layers"] * 60), "layers")
+    for i, value in enumerate((7, [], "x", {"layers": 3}, {"layers": {"a": 1}})):
+        assert server.error(9, [value, 2, *DRAW], f"editor{i}")
+    for i, data in enumerate(([], DRAW[:3], [*DRAW, 1])):
+        assert "another form" in server.error(7, data, f"number{i}")
     small = server.upload(np.zeros((8, 8, 3), np.uint8), "small.png")
     assert "the paint is" in server.error(9, fill_with(painted, background=small), "small")
     assert "there is no image" in server.error(9, [None, 2, *DRAW], "empty")
@@ -310,12 +211,109 @@ def test_a_clicked_image_goes_to_the_editor(server, drawn):
     assert np.abs(taken - drawn[3].repeat(64, axis=0).repeat(64, axis=1)).max() <= 1
     for i, place in enumerate(([9999, 0], ["/etc", 0], [], "ab")):
         assert "the click is" in server.error(1, [None], "clicks", {"index": place, "value": i})
+    for event in (None, {}, [1], "ab"):
+        assert "the click is None" in server.error(1, [None], "clicks", event)
     assert "no images yet" in server.error(1, [None], "somebody else", {"index": [0, 0], "value": None})
+
+
+@pytest.mark.parametrize(
+    "headers, status",
+    [
+        ({"Origin": "http://elsewhere.example"}, 403),
+        ({"Origin": "null"}, 403),
+        ({"Origin": "http://127.0.0.1:1"}, 403),
+        ({"Sec-Fetch-Site": "cross-site"}, 403),
+        ({"Sec-Fetch-Site": "same-site", "Origin": "{url}"}, 403),
+        ({"Sec-Fetch-Site": "same-origin", "Origin": "{url}"}, 200),
+        ({}, 200),
+    ],
+    ids=str,
+)
+def test_other_sites_can_send_nothing(server, headers, status):
+    headers = {name: value.format(url=server.url) for name, value in headers.items()}
+    body = b'--edge\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\nx\r\n--edge--\r\n'
+    kind = {"Content-Type": "multipart/form-data; boundary=edge"}
+    assert server.status("/gradio_api/upload", "POST", headers | kind, body) == status
+    assert server.status("/", headers=headers) == 200  # a link from elsewhere
+
+
+def test_a_session_stops_its_own_jobs_alone(server):
+    job = server.join(7, MANY_STEPS, "owner")
+    with contextlib.closing(server.stream("owner")) as stream:
+        next(line for line in stream if b"Step " in line)
+        assert server.cancel(7, job, "somebody else") == 403
+        assert server.cancel(7, "no such job", "owner") == 403
+        for body in (b"", b"[]", b'{"event_id": []}', b"x" * 10**5):
+            assert server.status("/gradio_api/cancel", "POST", {}, body) == 403
+        next(line for line in stream if b"Step " in line)  # it goes on
+        assert server.cancel(7, job, "owner") == 200
+        assert b"process_completed" in b"".join(stream)
+    assert server.call(7, DRAW, "after that")[-1]["success"]
+
+
+def test_a_job_that_nobody_waits_for_is_ended(server, painted):
+    before = server.log.read_text().count("nobody waits for these images any more")
+    longest = [painted | {"composite": None}, 10, 2, 16, 7, "ddpm", 250, 2.0, 1.0]  # 2,500 evaluations of 16 images
+    server.join(9, longest, "leaves")
+    assert server.call(7, DRAW, "waits")[-1]["success"]
+    assert server.log.read_text().count("nobody waits for these images any more") == before + 1
+
+
+def test_a_password_is_asked_for(named_checkpoint, tmp_path, monkeypatch, capsys):
+    import page
+
+    monkeypatch.setattr(page.os, "environ", dict(os.environ) | {"GRADIO_TEMP_DIR": str(tmp_path)})
+    config, jobs = sample_config(named_checkpoint), web_guards.Jobs(web_guards.Listeners())
+    studio = page.Studio(config, web_requests.Limits(), load_weights(config), tmp_path, jobs)
+    port = free_port()
+    for password, warned in ((None, 1), ("open sesame", 0)):
+        built, _ = page.build_page(studio), capsys.readouterr()
+        page.launch(built, page.PageConfig(host="0.0.0.0", port=port, password=password), jobs.listeners)
+        try:
+            assert capsys.readouterr().out.count("everyone who reaches 0.0.0.0 may use this page") == warned
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+
+            def ask(path, body=None, connection=connection, **headers):
+                connection.request("GET" if body is None else "POST", path, body, headers)
+                answer = connection.getresponse()
+                answer.read()
+                return answer
+
+            assert ask("/config").status == (401 if password else 200)
+            if password:
+                form = {"Content-Type": "application/x-www-form-urlencoded"}
+                assert ask("/login", "username=me&password=wrong", **form).status == 400
+                entered = ask("/login", f"username=me&password={quote(password)}", **form)
+                cookies = "; ".join(c.split(";")[0] for c in entered.headers.get_all("set-cookie"))
+                assert entered.status == 200 and ask("/config", Cookie=cookies).status == 200
+            connection.close()
+        finally:
+            built.close(verbose=False)
+
+
+def test_a_port_that_is_taken_is_named(named_checkpoint, monkeypatch, capsys):
+    import page
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        words = ["page.py", "--model_path", str(named_checkpoint), "--port", str(port)]
+        monkeypatch.setattr(sys, "argv", words)
+        with pytest.raises(SystemExit):
+            script_util.run(page.main)
+    assert f"error: --port {port} of --host 127.0.0.1 cannot be had (Address already in use)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     "others, message",
     [
+        (
+            ["--host", "203.0.113.1"],
+            "--port 7860 of --host 203.0.113.1 cannot be had (Cannot assign requested address)",
+        ),
+        (["--port", 70000], "--port is 70000: it must be at least 0 and at most 65535"),
+        (["--password="], "--password is ''"),
         (["--max_images", 0], "--max_images is 0: it must be at least 1"),
         (["--num_sampling_steps", 300], "steps is 300: it must be a whole number from 1 to 250"),
         (["--num_sampling_steps", "10,15"], "steps is '10,15'"),
@@ -365,13 +363,6 @@ def browser(tmp_path):
     driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
     yield driver
     driver.quit()
-
-
-def wait(condition, seconds=60):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"not true within {seconds} s"
-        time.sleep(0.02)
 
 
 class Window:

@@ -4,27 +4,15 @@ import json
 import sys
 
 import diffusers
-import export
 import image_sample
 import numpy as np
 import pytest
 import torch
-from helpers import read, sample_flags, small_model
+from helpers import generators, read, run_export, sample_flags, small_model
 
 from masked_diffusion import load_model, script_util
 from masked_diffusion.pipeline import MDTPipeline, build_pipeline, make_scheduler
-from masked_diffusion.utils.random_numbers import fold_seed
 from masked_diffusion.weights.checkpoint import save_checkpoint
-
-
-def run_export(monkeypatch, **flags):
-    words = [f"--{key}={value}" for key, value in flags.items()]
-    monkeypatch.setattr(sys, "argv", ["export.py", *words])
-    script_util.run(export.main)
-
-
-def generators(seed, num):
-    return [torch.Generator().manual_seed(fold_seed(seed, i)) for i in range(num)]
 
 
 @pytest.fixture(scope="module")

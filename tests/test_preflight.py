@@ -112,7 +112,8 @@ def show(capsys, model_name="MDTv2_Nano_2", vae_factor=1, world_size=1, labels=N
     config = config.replaced(classes=classes, global_batch=config.train.batch_size * world_size)
     options = {} if config.model.mask_ratio is None else {"mask_ratio": config.model.mask_ratio}
     model = create_model(model_name, input_size=8, in_channels=4, num_classes=2, **options)
-    preflight.report(config, model, SimpleNamespace(downsample=vae_factor), num_images=960, labels=labels)
+    first_stage = SimpleNamespace(downsample=vae_factor, scale=0.18215, shift=0.0, precision="fp32")
+    preflight.report(config, model, first_stage, num_images=960, labels=labels)
     return capsys.readouterr().out.splitlines()
 
 
@@ -146,7 +147,8 @@ def test_the_screen_shows_what_is_trained_how(capsys):
     changes |= {"optimizer": "adamw", "weight_decay": 0.1, "labels": np.arange(960) % 2, "classes": ("cat", "dog")}
     assert {
         "960 images of 2 classes",
-        "first stage: ema, latents of 4 x 8 x 8, 8 times smaller than the images",
+        "first stage: ema, latents of 4 x 8 x 8, 8 times smaller than the images; scale 0.18215, shift 0, computed in "
+        "fp32",
         "precision: bf16, compiled blocks",
         "optimizer: adamw, lr 0.0003 annealed to 0 at step 70, weight decay 0.1, gradients not clipped",
         "batch: 32 images x 8 ranks = global batch 256 per step, in microbatches of 16; 3.8 steps per epoch",
@@ -170,6 +172,7 @@ FLAGS = "processor\t: 0\nflags\t\t: fpu avx512f avx512_{}\n"
 )
 def test_auto_is_bf16_where_the_processor_computes_it_faster(flags, speedup, chosen, tmp_path, monkeypatch):
     monkeypatch.setattr(precision, "CPU_FLAGS", tmp_path / "cpuinfo")
+    monkeypatch.setattr(precision, "cpu_has_bf16", precision.cpu_has_bf16.__wrapped__)  # not what it found before
     monkeypatch.setattr(precision, "bf16_speedup", lambda: speedup)
     if flags is not None:
         (tmp_path / "cpuinfo").write_text(flags)

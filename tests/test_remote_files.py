@@ -9,12 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from masked_diffusion import image_datasets, image_shards
+from masked_diffusion import image_datasets
 from masked_diffusion.image_datasets import (
     list_image_files,
     relative_names,
 )
-from masked_diffusion.image_shards import NAMES_NAME, RECORDS_NAME, DamagedShard
+from masked_diffusion.images import shards as image_shards
+from masked_diffusion.images.shards import NAMES_NAME, RECORDS_NAME, DamagedShard
 from masked_diffusion.utils import remote_files
 from masked_diffusion.utils.errors import UserError
 

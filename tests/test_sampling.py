@@ -18,9 +18,10 @@ from helpers import REPO, make_image_sampler, read, run_sample, run_script, samp
 from PIL import Image
 
 from masked_diffusion import create_model
-from masked_diffusion.config import SOLVERS, RunConfig, SampleConfig, WeightsConfig
+from masked_diffusion.config import RunConfig
 from masked_diffusion.guidance import Guidance
 from masked_diffusion.latents.autoencoder import IdentityFirstStage
+from masked_diffusion.sample_config import SOLVERS, SampleConfig, WeightsConfig
 from masked_diffusion.sampling.build import describe, load_image_sampler
 from masked_diffusion.sampling.during_training import Evaluation, SampleGrid
 from masked_diffusion.sampling.image_sampler import ImageSampler, choose_labels, last_sample, to_uint8

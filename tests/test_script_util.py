@@ -1,5 +1,6 @@
 """How a script ends: one sentence for what the user can mend, a traceback for a fault of the program."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -65,6 +66,13 @@ def test_restarts_are_ended_only_where_torchrun_would_restart(monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
     dist_util.end_restarts()  # the parent is pytest's, not torchrun
     assert killed == []
+
+
+def test_a_script_ends_without_a_search_for_cycles(monkeypatch):
+    at_exit = []
+    monkeypatch.setattr(script_util.atexit, "register", at_exit.append)
+    script_util.run(lambda: None)
+    assert at_exit == [gc.freeze]
 
 
 # ---------------------------------------------------------------- the order of checks

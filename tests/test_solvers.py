@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from masked_diffusion import create_diffusion
-from masked_diffusion.config import SOLVERS
+from masked_diffusion.sample_config import SOLVERS_OF
 from masked_diffusion.sampling.image_sampler import last_sample
 from masked_diffusion.sampling.solvers import SCHEDULERS, create_solver
 
@@ -89,8 +89,8 @@ def test_clipping_reaches_every_step(name):
 
 
 def test_every_solver_that_a_flag_offers_can_be_made():
-    assert {name: create_solver(name, 5, {}).num_evaluations for name in SOLVERS} == {
-        name: 9 if name == "heun" else 5 for name in SOLVERS
+    assert {name: create_solver(name, 5, {}).num_outputs for name in SOLVERS_OF["diffusion"]} == {
+        name: 9 if name == "heun" else 5 for name in SOLVERS_OF["diffusion"]
     }
 
 
@@ -103,4 +103,4 @@ def test_wrong_names_and_steps_are_refused():
     for steps in ("0", "fast", "1001", "ddim49"):
         with pytest.raises(ValueError, match=r"^--num_sampling_steps is "):
             create_solver("ddim", steps, {})
-    assert set(SCHEDULERS) | {"ddpm", "ddim"} == set(SOLVERS)
+    assert set(SCHEDULERS) | {"ddpm", "ddim"} == set(SOLVERS_OF["diffusion"])

@@ -4,6 +4,8 @@ import csv
 import json
 import socket
 import sys
+from functools import partial
+from types import SimpleNamespace
 
 import encode_latents
 import image_sample
@@ -15,6 +17,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from masked_diffusion import script_util
+from masked_diffusion.latents.autoencoder import create_first_stage
 
 # ---------------------------------------------------------------- resume
 
@@ -63,6 +66,20 @@ def test_microbatches_add_up_to_the_batch(tmp_path):
     for name in ("model000002.pt", "ema_0.9_000002.pt"):
         ours, theirs = (torch.load(tmp_path / kind / name, weights_only=True) for kind in ("whole", "micro"))
         assert_same(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_images_are_encoded_a_microbatch_at_a_time(tmp_path, vae_folder):
+    first_stage = create_first_stage(vae_folder, "cpu")
+    images = torch.rand(8, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    loop, sizes = make_loop(tmp_path, microbatch=3), []
+    loop.first_stage = first_stage
+    randn_like = partial(torch.full_like, fill_value=0.5)
+    expected = first_stage.encode(images, randn_like)
+    moments = first_stage.moments
+    first_stage.moments = lambda part: sizes.append(len(part)) or moments(part)
+    latents = loop._encode(images, SimpleNamespace(randn_like=randn_like))
+    assert sizes == [3, 3, 2]
+    torch.testing.assert_close(latents, expected)
 
 
 def test_ema_follows_the_weights(tmp_path):
@@ -193,7 +210,7 @@ def test_training_from_cached_latents_is_training_from_images(images, vae_folder
 
 
 def test_sample_grids_show_the_ema_and_change_nothing(images, tmp_path, monkeypatch):
-    grids = {"sample_interval": 2, "optimizer": "adan", "max_steps": 4}
+    grids = {"sample_interval": 2, "optimizer": "adan", "max_steps": 4, "diffusion_steps": 40}
     run_train(monkeypatch, train_flags(images, tmp_path / "with", **grids))
     run_train(monkeypatch, train_flags(images, tmp_path / "without", **grids | {"sample_interval": 0}))
     assert_same(tensors(tmp_path / "with", 4), tensors(tmp_path / "without", 4))

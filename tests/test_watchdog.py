@@ -53,7 +53,7 @@ def test_no_time_out_watches_nothing(tmp_path, ended):
 
 
 def test_training_says_in_which_phase_it_hangs(tmp_path, ended):
-    loop = make_loop(tmp_path, hang_timeout=0.5)
+    loop = make_loop(tmp_path, hang_timeout=3)
     batches = loop.data
 
     def stuck_at_the_third():

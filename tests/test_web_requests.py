@@ -9,7 +9,7 @@ from helpers import HOLE, IMAGE, painting, sample_config
 from web_requests import Limits, Request, check_painting, check_request, clicked, view_of
 
 from masked_diffusion import create_model
-from masked_diffusion.config import SOLVERS
+from masked_diffusion.sample_config import SOLVERS_OF
 from masked_diffusion.sampling.build import load_image_sampler, load_weights
 from masked_diffusion.sampling.editing import inpaint
 
@@ -107,7 +107,7 @@ def test_a_painting_that_cannot_be_filled_is_refused(painted, message):
 # ---------------------------------------------------------------- drawing
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("solver", SOLVERS_OF["diffusion"])
 def test_what_is_drawn_is_what_the_script_draws(loaded, named_checkpoint, solver):
     request = check_request(Limits(), 3, **GOOD | {"solver": solver, "steps": 30})
     progress = list(web_requests.draw(*loaded, request))
@@ -129,7 +129,7 @@ def test_requests_share_the_weights(loaded):
     one, other = (web_requests.image_sampler_of(config, weights, request) for request in requests)
     assert one.model is other.model is weights.model
     assert one.denoise.guidance.cfg_scale == 2 and other.denoise.guidance.cfg_scale == 9
-    assert (one.solver.num_evaluations, other.solver.num_evaluations) == (2, 9)
+    assert (one.solver.num_outputs, other.solver.num_outputs) == (2, 9)
 
 
 def test_a_hole_is_filled_as_the_library_fills_it(loaded):

@@ -1,10 +1,10 @@
 """The latent cache: the posteriors of a dataset, encoded once and kept on disk, so that training need not encode.
 
 A cache is a folder with `latents.json`, which records how it was made, and shards of consecutive images in the order of
-`list_image_files`. `shard_00000.npy` is (n, 2, 2, C, h, w) float16. Its axes are: image; original or mirrored; mean or
-standard deviation (both before the first stage's scale); channel; row; column. `shard_00000.json` has the array's
-SHA-256, and the file names and labels of its images. It is written last, so that its presence means that the shard is
-complete.
+`list_image_files`. `shard_00000.npy` is (n, 2, m, C, h, w) float16. Its axes are: image; original or mirrored; mean and
+standard deviation, or of an autoencoder without posterior the latent alone (before shift and scale); channel; row;
+column. `shard_00000.json` has the array's SHA-256, and the file names and labels of its images. It is written last, so
+that its presence means that the shard is complete.
 """
 
 import hashlib
@@ -30,7 +30,7 @@ from ..utils.errors import UserError
 from ..utils.files import atomic_write, disk_errors, file_hash, write_json
 from ..utils.loader_processes import LoaderIterator, init_loader_process
 from ..utils.random_numbers import fold_seed
-from .autoencoder import FirstStage, IdentityFirstStage
+from .autoencoder import FirstStage, IdentityFirstStage, describe_first_stage
 
 VERSION = 1
 HEADER_NAME = "latents.json"
@@ -62,7 +62,7 @@ class LatentCache:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self.header = _read_json(self.folder / HEADER_NAME, {"shards": list} | dict.fromkeys(HEADER_NUMBERS, int))
-        self.header.setdefault("fast_decode", False)  # unknown to older versions
+        self.header = {"fast_decode": False, "moments": 2, "vae_precision": "fp32"} | self.header  # of older versions
         self.check(version=VERSION)
 
     def check(self, **wanted: Any) -> None:
@@ -97,12 +97,12 @@ class LatentCache:
         return _read_json(self.path(shard).with_suffix(".json"), {"sha256": str, "files": list})
 
     def open(self, shard: int) -> np.memmap:
-        """A shard as a memory-mapped (n, 2, 2, C, h, w) float16 array.
+        """A shard as a memory-mapped (n, 2, m, C, h, w) float16 array.
 
         :raises UserError: for an array that is missing, truncated or of another shape.
         """
         path, size = self.path(shard), self.header["latent_size"]
-        shape = (len(self.rows(shard)), 2, 2, self.header["channels"], size, size)
+        shape = (len(self.rows(shard)), 2, self.header["moments"], self.header["channels"], size, size)
         try:
             array = np.load(path, mmap_mode="r", allow_pickle=False)
             if (array.shape, array.dtype) != (shape, np.float16) or not array.flags.c_contiguous:
@@ -126,7 +126,7 @@ class LatentCache:
     def write(self, shard: int, latents: np.ndarray, files: list[str], labels: list[int] | None) -> None:
         """Write a complete shard.
 
-        :param latents: (n, 2, 2, C, h, w) float16; see the docstring of this module.
+        :param latents: (n, 2, m, C, h, w) float16; see the docstring of this module.
         :raises UserError: for latents that overflow float16, and when the files cannot be written.
         """
         path = self.path(shard)
@@ -206,8 +206,10 @@ def encode_latents(
         "image_size": image_size,
         "crop": "center",
         "fast_decode": fast_decode,
+        "vae_precision": first_stage.precision,
         "vae_fingerprint": fingerprint(first_stage),
         "channels": first_stage.channels,
+        "moments": first_stage.num_moments,
         "latent_size": image_size // first_stage.downsample,
         "num_images": len(files),
         "files_sha256": data_signature(files),
@@ -216,7 +218,7 @@ def encode_latents(
         "shard_size": shard_size,
         "shards": [f"shard_{i:05d}.npy" for i in range(-(-len(files) // shard_size))],
     }
-    cache = _start_cache(Path(latent_dir), header, vae)
+    cache = _start_cache(Path(latent_dir), header, {"vae": vae} | describe_first_stage(first_stage))
     missing = _find_incomplete(cache, verify)
     own = missing[dist_util.get_rank() :: dist_util.get_world_size()]
     batches = [rows[i : i + batch_size] for rows in map(cache.rows, own) for i in range(0, len(rows), batch_size)]
@@ -243,14 +245,14 @@ def encode_latents(
     dist_util.barrier()
 
 
-def _start_cache(folder: Path, header: dict[str, Any], vae: str) -> LatentCache:
+def _start_cache(folder: Path, header: dict[str, Any], notes: dict[str, Any]) -> LatentCache:
     if dist_util.is_main():
         with disk_errors(folder / HEADER_NAME, ADVICE):
             folder.mkdir(parents=True, exist_ok=True)
             for path in folder.glob(".*.partial"):  # left by a killed process
                 path.unlink()
             if not (folder / HEADER_NAME).exists():
-                write_json(folder / HEADER_NAME, header | {"vae": vae})
+                write_json(folder / HEADER_NAME, header | notes)
     dist_util.barrier()
     cache = LatentCache(folder)
     cache.check(**header)
@@ -274,7 +276,7 @@ def _find_incomplete(cache: LatentCache, verify: bool) -> list[int]:
 def _encode_batches(
     first_stage: FirstStage, loader: DataLoader, own: int, total: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield batches as (N, 2, 2, C, h, w) float16 with the (N,) indices of their images, and log the progress.
+    """Yield batches as (N, 2, m, C, h, w) float16 with the (N,) indices of their images, and log the progress.
 
     :param own: number of images that this rank encodes. :param total: that of all ranks together.
     """
@@ -282,7 +284,7 @@ def _encode_batches(
     count = 0
     for images, cond in LoaderIterator(loader):
         images = images.to(dist_util.dev(), non_blocking=True)
-        flips = [torch.stack(first_stage.moments(flip), dim=1) for flip in (images, images.flip(3))]
+        flips = [first_stage.moments(flip) for flip in (images, images.flip(3))]
         latents = torch.stack(flips, dim=1).to(torch.float16).cpu().numpy()
         count += len(latents)
         now = time.perf_counter()
@@ -313,8 +315,8 @@ def load_latents(
 ) -> Iterator[tuple[torch.Tensor, dict[str, torch.Tensor]]]:
     """`load_data` from a latent cache: an endless iterator over `(batch, cond)` of the same images, flips and labels.
 
-    `batch` is (batch_size, 2, C, h, w) float32, mean and standard deviation, from which `first_stage.sample` draws
-    latents; `cond` is that of `load_data`. Parameters that are not listed here are those of `load_data`.
+    `batch` is (batch_size, m, C, h, w) float32, from which `first_stage.sample` draws latents; `cond` is that of
+    `load_data`. Parameters that are not listed here are those of `load_data`.
 
     :param latent_dir: a folder made by `encode_latents`; the images themselves are not needed.
     :param random_crop: must be False, since a cache holds centre crops.
@@ -327,13 +329,14 @@ def load_latents(
         image_size=image_size,
         crop="random" if random_crop else "center",
         fast_decode=fast_decode,
+        vae_precision=first_stage.precision,
         vae_fingerprint=fingerprint(first_stage),
     )
     return stream(dataset, latent_dir, batch_size, num_workers, seed, start_step)
 
 
 class LatentDataset(Dataset):
-    """Posteriors as (2, C, h, w) float32, mean and standard deviation, with `{}` or `{"y": int64}`.
+    """Moments as (m, C, h, w) float32, see `AutoencoderFirstStage.moments`, with `{}` or `{"y": int64}`.
 
     Keys are those of `ImageDataset`, and the same items are mirrored. Shards are opened when they are needed.
 
@@ -353,7 +356,7 @@ class LatentDataset(Dataset):
             self._offsets.append(self.cache.open(shard).offset)
         self.classes = np.concatenate(labels) if class_cond else None
         size = self.cache.header["latent_size"]
-        self._shape = (2, self.cache.header["channels"], size, size)  # of a posterior
+        self._shape = (self.cache.header["moments"], self.cache.header["channels"], size, size)
 
     def __len__(self) -> int:
         return self.cache.header["num_images"]
@@ -365,7 +368,7 @@ class LatentDataset(Dataset):
         return moments, {} if self.classes is None else {"y": np.int64(self.classes[index])}
 
     def _read(self, index: int, flip: int) -> np.ndarray:
-        """The posterior of an image as (2, C, h, w) float16.
+        """The moments of an image as (m, C, h, w) float16.
 
         Read by position: a memory map would have to be made anew whenever a shard is opened, and would read much more
         of the disk than it is asked for.

@@ -12,6 +12,7 @@ from .relative_attention import (
     UNREAD_ROWS,
     KeptTokens,
     PairBias,
+    biased_attention,
     gather_pairs,  # noqa: F401  (users import it from here)
     relative_attention,
     relative_position_index,
@@ -66,22 +67,47 @@ class RelativePositionBias(nn.Module):
         return self.__dict__ | {"made": None}  # a copy has weights of its own
 
 
+class HeadNorm(nn.RMSNorm):
+    """RMSNorm of the features of each head, in the number format of its input.
+
+    :param width: of a head.
+    """
+
+    def __init__(self, width: int):
+        super().__init__(width, eps=1e-6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., width) -> (..., width)."""
+        # Some versions of autocast return float32, but attention needs q and k in the format of v.
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps).to(x.dtype)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention.
 
     :param num_patches: number of tokens of the square grid for a relative position bias; None for no bias.
+    :param qk_norm: normalize the queries and keys of each head, which keeps the logits from growing without bound
+        (Dehghani et al. 2023, "Scaling vision transformers to 22 billion parameters", sec. 2).
     :raises UserError: if `num_heads` does not divide `dim`.
     """
 
     implementation: str = "auto"  # one of `relative_attention.IMPLEMENTATIONS`
 
-    def __init__(self, dim: int, num_heads: int = 8, qkv_bias: bool = False, num_patches: int | None = None):
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        qkv_bias: bool = False,
+        num_patches: int | None = None,
+        qk_norm: bool = False,
+    ):
         super().__init__()
         if dim % num_heads:
             raise UserError(f"hidden_size ({dim}) must be a multiple of num_heads ({num_heads})")
         self.num_heads = num_heads
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
+        self.q_norm, self.k_norm = (HeadNorm(dim // num_heads) if qk_norm else nn.Identity() for _ in range(2))
         window_size = (math.isqrt(num_patches),) * 2 if num_patches else None
         self.rel_pos_bias = RelativePositionBias(window_size, num_heads) if window_size else None
 
@@ -100,15 +126,16 @@ class Attention(nn.Module):
         """
         N, T, D = x.shape
         q, k, v = self.qkv(x).view(N, T, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # each (N, heads, T, D/heads)
+        q, k = self.q_norm(q), self.k_norm(k)
         if self.rel_pos_bias is not None and bias is None and not isinstance(pair_index, torch.Tensor):
             x = relative_attention(
                 q, k, v, self.rel_pos_bias.relative_position_bias_table, pair_index, self.rel_pos_bias.window_size,
                 self.implementation, self.rel_pos_bias.relative_position_index,
             )  # fmt: skip
+        elif self.rel_pos_bias is not None:
+            x = biased_attention(q, k, v, self.rel_pos_bias(pair_index) if bias is None else bias, self.implementation)
         else:
-            if self.rel_pos_bias is not None:
-                bias = (self.rel_pos_bias(pair_index) if bias is None else bias).to(q.dtype)
-            x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+            x = F.scaled_dot_product_attention(q, k, v)
         return self.proj(x.transpose(1, 2).reshape(N, T, D))
 
     def runs_kernel(self, x: torch.Tensor) -> bool:
@@ -122,10 +149,11 @@ class Attention(nn.Module):
         """
         if self.rel_pos_bias is None:
             return None
-        if self.training or torch.is_grad_enabled():
-            self.rel_pos_bias.made = None
+        if self.training:
+            self.rel_pos_bias.made = None  # memory that training has better use for
+        if self.training or torch.is_grad_enabled() or self.runs_kernel(x):
             return None
-        return None if self.runs_kernel(x) else self.rel_pos_bias.dense(compute_dtype(x))
+        return self.rel_pos_bias.dense(compute_dtype(x))
 
 
 def compute_dtype(x: torch.Tensor) -> torch.dtype:

@@ -14,7 +14,7 @@ from ..utils.errors import UserError
 from ..utils.model_card import MODEL_CARD
 from ..utils.safetensors_files import read_safetensors
 from .blocks import DiTBlock
-from .relative_attention import check_implementation, runs_kernel
+from .relative_attention import check_implementation, runs_kernel, runs_products
 
 
 class BlockModel(
@@ -118,15 +118,18 @@ class BlockModel(
             block.attn.implementation = implementation
 
     def attention_in_use(self, device: torch.device, dtype: torch.dtype | None) -> str:
-        """What computes attention, `sdpa` or `triton`, for a log.
+        """What computes attention, for a log: `sdpa`, `triton`, or `cpu`, which is `cpu_attention`.
 
         :param device: where the model computes, which may still be on the meta device.
         :param dtype: of the matrix products; None: that of the weights.
         """
-        attention, own_dtype = self.all_blocks()[0].attn, next(self.parameters()).dtype
+        attention, dtype = self.all_blocks()[0].attn, dtype or next(self.parameters()).dtype
+        if attention.rel_pos_bias is None:
+            return "sdpa"
+        if runs_products(attention.implementation, device, dtype):
+            return "cpu"
         width = self.hidden_size // attention.num_heads
-        kernel = runs_kernel(attention.implementation, device, dtype or own_dtype, width)
-        return "triton" if kernel and attention.rel_pos_bias is not None else "sdpa"
+        return "triton" if runs_kernel(attention.implementation, device, dtype, width) else "sdpa"
 
     def compile_blocks(self, dynamic: bool = False) -> None:
         """Compile every block with torch.compile. The blocks do nearly all of the model's computation.

@@ -11,6 +11,27 @@ from ..utils.errors import UserError
 
 Draw = Callable[..., torch.Tensor]  # draws random numbers, called like torch.rand
 
+# ---------------------------------------------------------------- images
+
+
+class PatchEmbed(nn.Module):
+    """A token for every square patch of an image: a convolution that moves by the size of its kernel.
+
+    Names are those of timm's `PatchEmbed`, whose import would double the time that a script takes to start.
+    """
+
+    def __init__(self, img_size: int, patch_size: int, in_chans: int, embed_dim: int):
+        super().__init__()
+        self.img_size, self.patch_size = (img_size, img_size), (patch_size, patch_size)
+        self.grid_size = (img_size // patch_size, img_size // patch_size)
+        self.num_patches = self.grid_size[0] * self.grid_size[1]
+        self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """:param x: (N, in_chans, img_size, img_size). :return: (N, num_patches, embed_dim), row by row."""
+        return self.proj(x).flatten(2).transpose(1, 2)
+
+
 # ---------------------------------------------------------------- positions
 
 
@@ -56,6 +77,16 @@ def get_2d_sincos_pos_embed(
 def sincos_pos_embed_2d(dim: int, grid_size: int) -> torch.Tensor:
     """`get_2d_sincos_pos_embed` as a tensor: (1, grid_size**2, dim) float32."""
     return torch.from_numpy(get_2d_sincos_pos_embed(dim, grid_size)).float()[None]
+
+
+def add_positions(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """Add a position table to tokens: the sum is float32, and bfloat16 tokens are rounded to bfloat16 again.
+
+    :param x: (N, T, D) tokens. :param table: (1, T, D).
+    :return: (N, T, D).
+    """
+    total = x + table
+    return total.to(x.dtype) if x.dtype == torch.bfloat16 else total
 
 
 # ---------------------------------------------------------------- timesteps

@@ -1,7 +1,8 @@
-"""Attention with a learned relative position bias: one function, two implementations that a test holds equal.
+"""Attention with a learned relative position bias: one function, three implementations that a test holds equal.
 
 `sdpa` is PyTorch's attention with the bias as its mask: it runs on every device. `triton` is the kernel of
-`triton_attention`, which never writes the bias of all pairs.
+`triton_attention`, which never writes the bias of all pairs. `auto` takes the kernel on a GPU in half precision, and
+`cpu_attention` in bfloat16 on a CPU that has instructions for it.
 """
 
 import importlib.util
@@ -11,6 +12,8 @@ import torch
 import torch.nn.functional as F
 
 from ..utils.errors import UserError
+from ..utils.precision import cpu_has_bf16
+from .cpu_attention import BiasedAttention
 
 IMPLEMENTATIONS = ("auto", "sdpa", "triton")
 UNREAD_ROWS = 3  # at the end of each bias table; nothing reads them, but the published checkpoints have them
@@ -148,10 +151,18 @@ def _sum_diagonals(square: torch.Tensor) -> torch.Tensor:
 # ---------------------------------------------------------------- which implementation runs
 
 
-@torch.compiler.assume_constant_result
 def gpu_has_kernel() -> bool:
     """Whether Triton and a GPU of compute capability 8.0 or newer are there."""
     return HAS_TRITON and torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
+
+
+def cpu_multiplies_bf16() -> bool:
+    """Whether the processor is known to have instructions for bfloat16."""
+    return cpu_has_bf16() is True
+
+
+# All that `torch.compiler.assume_constant_result` does, whose import of the compiler takes every script a second.
+gpu_has_kernel._dynamo_marked_constant = cpu_multiplies_bf16._dynamo_marked_constant = True
 
 
 def runs_kernel(implementation: str, device: torch.device, dtype: torch.dtype, head_width: int) -> bool:
@@ -163,6 +174,11 @@ def runs_kernel(implementation: str, device: torch.device, dtype: torch.dtype, h
         return implementation == "triton"
     half = dtype in (torch.bfloat16, torch.float16)
     return half and device.type == "cuda" and head_width <= LARGEST_HEAD and gpu_has_kernel()
+
+
+def runs_products(implementation: str, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether attention runs in the matrix products of `cpu_attention`, and not in `sdpa`."""
+    return implementation == "auto" and device.type == "cpu" and dtype == torch.bfloat16 and cpu_multiplies_bf16()
 
 
 def check_implementation(implementation: str, device: torch.device) -> None:
@@ -238,5 +254,13 @@ def relative_attention(
     else:
         rows = gather_pairs(index, positions.positions) if positions.rows is None else positions.rows
         slots = positions.slots
-    bias = PairBias.apply(table, rows, slots, grid)
+    return biased_attention(q, k, v, PairBias.apply(table, rows, slots, grid), implementation)
+
+
+def biased_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor, implementation: str
+) -> torch.Tensor:
+    """`relative_attention` with the (N or 1, heads, K, K) bias of all pairs, outside of the kernel."""
+    if runs_products(implementation, q.device, q.dtype):
+        return BiasedAttention.apply(q, k, v, bias)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))

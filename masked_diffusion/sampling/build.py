@@ -6,11 +6,12 @@ from typing import Any, NamedTuple
 import torch
 
 from .. import dist_util, logger
-from ..config import CFG_SCALE, SCALE_POW, GuidanceConfig, RunConfig, SampleConfig, WeightsConfig
-from ..guidance import Guidance
-from ..latents.autoencoder import create_first_stage
+from ..config import RunConfig
+from ..guidance import Guidance, resolve_channels
+from ..latents.autoencoder import check_first_stage, create_first_stage
 from ..layers.relative_attention import check_implementation
 from ..models import MDT, create_model, model_class
+from ..sample_config import CFG_SCALE, SCALE_POW, GuidanceConfig, SampleConfig, WeightsConfig
 from ..utils.errors import UserError
 from ..utils.files import file_hash
 from ..utils.precision import PRECISIONS, check_precision, choose_precision, set_matmul_precision
@@ -19,13 +20,13 @@ from ..weights.pretrained import OpenedWeights, build_model, configured_architec
 from .class_names import class_names
 from .cuda_graphs import GraphedForward
 from .image_sampler import ImageSampler
-from .solvers import create_solver
+from .solvers import DiffusionSolver, FlowSolver, SchedulerSolver, create_solver
 
 
 class LoadedWeights(NamedTuple):
     """What takes long to load, and serves any number of image samplers.
 
-    :param diffusion: options of `create_diffusion` that the model was trained with.
+    :param diffusion: options of `create_diffusion` that the model was trained with, its objective among them.
     :param class_names: in the order of their labels; [] where they are not known.
     :param files: `weights` and `guide`, each a file or None.
     :param vae: name of the first stage.
@@ -72,23 +73,25 @@ def load_weights(config: SampleConfig) -> LoadedWeights:
     open_options = {"decode_layer": config.weights.decode_layer} if model_class(name) is MDT else {}
     model = build_model(opened, device, **open_options)
     check_agreement(config.weights, model)
-    guide_model = build_guide(guide, model, device) if guide else None
+    run = opened.run or RunConfig()
+    diffusion = run.diffusion.options(model.default_snr_gamma) | {"learn_sigma": model.learn_sigma}
+    guide_model = build_guide(guide, model, diffusion["objective"], device) if guide else None
     for network in filter(None, (model, guide_model)):
         network.set_attention(config.weights.attention, device)
     in_use = model.attention_in_use(device, PRECISIONS[precision])
     logger.log(f"attention: {in_use} (--attention {config.weights.attention})")
-    run = opened.run or RunConfig()
-    diffusion = run.diffusion.options(model.default_snr_gamma) | {"learn_sigma": model.learn_sigma}
     names = class_names(run.classes, model.num_classes)
     # Made here once, so that steps and guidance that the model cannot have are refused before a download.
-    solver = create_solver(config.solver.name, config.solver.num_sampling_steps, diffusion)
+    solver = make_solver(config, diffusion)
     guidance = create_guidance(config.guidance, model, solver.original_num_steps)
     if unused := config.guidance.unused(guidance.rule):
         logger.log(f"not used by guidance rule {guidance.rule}: {', '.join(unused)}")
     vae = config.weights.vae_decoder or run.model.vae
     with dist_util.main_first():
-        first_stage = create_first_stage(vae, device)
-    check_first_stage(config.weights, model, first_stage)
+        compiled = ["decoder"] if config.weights.compile else []
+        first_stage = create_first_stage(vae, device, config.weights.vae_precision, compiled)
+    check_first_stage(first_stage, model.in_channels, run.autoencoder)
+    check_image_size(config.weights, model, first_stage)
     if config.weights.compile:
         for network in filter(None, (model, guide_model)):
             network.compile_blocks()
@@ -104,7 +107,7 @@ def make_image_sampler(
 
     :raises UserError: for steps that the solver cannot take, and for guidance that the model cannot have.
     """
-    solver = create_solver(config.solver.name, config.solver.num_sampling_steps, weights.diffusion)
+    solver = make_solver(config, weights.diffusion)
     return ImageSampler(
         weights.model,
         solver,
@@ -120,6 +123,15 @@ def make_image_sampler(
     )
 
 
+def make_solver(config: SampleConfig, diffusion: dict[str, Any]) -> DiffusionSolver | SchedulerSolver | FlowSolver:
+    """The solver that flags describe. See `create_solver`.
+
+    :param diffusion: options of `create_diffusion` that the model was trained with.
+    """
+    name = config.solver.name(diffusion["objective"])
+    return create_solver(name, config.solver.num_sampling_steps, diffusion)
+
+
 def create_guidance(config: GuidanceConfig, model: torch.nn.Module, diffusion_steps: int) -> Guidance:
     """The guidance that flags describe, with their defaults.
 
@@ -130,13 +142,13 @@ def create_guidance(config: GuidanceConfig, model: torch.nn.Module, diffusion_st
         CFG_SCALE if config.cfg_scale is None else config.cfg_scale,
         SCALE_POW if config.scale_pow is None else config.scale_pow,
         config.guidance_interval or (0, diffusion_steps),
-        config.guided_channels,
+        resolve_channels(config.guided_channels, model.in_channels),
         config.skip_guidance_below,
         diffusion_steps,
     )
 
 
-def _hash(path: Path) -> str:
+def weights_hash(path: Path) -> str:
     """Of a file of weights; of a subfolder of a sharded checkpoint, its name and the checksums in the manifest."""
     return f"{file_hash(path.parent / MANIFEST_NAME)} {path.name}" if path.is_dir() else file_hash(path)
 
@@ -146,12 +158,13 @@ def describe(config: SampleConfig, image_sampler: ImageSampler, weights: LoadedW
 
     The files are hashed, which takes seconds for a large model.
     """
-    hashes = {key: path and _hash(path) for key, path in weights.files.items()} if dist_util.is_main() else None
+    hashes = {key: path and weights_hash(path) for key, path in weights.files.items()} if dist_util.is_main() else None
     return {
         "vae": weights.vae,
+        "vae_precision": weights.first_stage.precision,
         "precision": image_sampler.precision,
         "seed": config.solver.seed,
-        "solver": config.solver.name,
+        "solver": image_sampler.solver.name,
         "num_sampling_steps": config.solver.num_sampling_steps,
         "clip_denoised": config.solver.clip_denoised,
         "guidance": image_sampler.denoise.guidance.describe(),
@@ -177,16 +190,11 @@ def check_agreement(config: WeightsConfig, model: torch.nn.Module) -> None:
             raise UserError(f"--{name} asks for {asked}, but the checkpoint has {found}: leave the flag out")
 
 
-def check_first_stage(config: WeightsConfig, model: torch.nn.Module, first_stage: Any) -> None:
-    """Refuse a first stage of other channels than the model's, and an image size that the two do not make.
+def check_image_size(config: WeightsConfig, model: torch.nn.Module, first_stage: Any) -> None:
+    """Refuse an image size that model and first stage do not make.
 
     :raises UserError: naming the flag and both values.
     """
-    if first_stage.channels != model.in_channels:
-        raise UserError(
-            f"the first stage has {first_stage.channels} channels, but the model {model.in_channels}: name the one "
-            "that it was trained with, as --vae_decoder"
-        )
     size = model.input_size * first_stage.downsample
     if config.image_size not in (None, size):
         raise UserError(f"--image_size asks for {config.image_size}, but the checkpoint has {size}: leave the flag out")
@@ -196,12 +204,18 @@ def size_of(model: torch.nn.Module) -> str:
     return f"{type(model).__name__} of depth {model.depth}, width {model.hidden_size}, patch {model.patch_size}"
 
 
-def build_guide(opened: OpenedWeights, model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
+def build_guide(opened: OpenedWeights, model: torch.nn.Module, objective: str, device: torch.device) -> torch.nn.Module:
     """The weaker model of autoguidance.
 
+    :param objective: that `model` was trained with.
     :raises UserError: when it denoises other things than `model`.
     """
-    guide = build_model(opened, device)
+    guide, run = build_model(opened, device), opened.run or RunConfig()
+    if run.diffusion.objective != objective:
+        raise UserError(
+            f"the guide {opened.path} was trained with --objective {run.diffusion.objective}, but the model with "
+            f"{objective}: they must be the same"
+        )
     for name in ("input_size", "in_channels", "out_channels", "num_classes"):
         own, other = getattr(model, name), getattr(guide, name)
         if own != other:

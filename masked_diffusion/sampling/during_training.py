@@ -8,6 +8,7 @@ import numpy as np
 from .. import dist_util, logger
 from ..config import RunConfig
 from ..guidance import Guidance
+from ..sample_config import SOLVERS_OF
 from ..utils.pictures import save_grid
 from .image_sampler import ImageSampler, choose_labels
 from .solvers import create_solver
@@ -16,9 +17,10 @@ GRID_IMAGES, GRID_COLUMNS, GRID_SCALE, STEPS = 40, 10, 1.5, 50
 
 
 def _solver(config: RunConfig, model: Any):
-    """Ancestral sampling with few steps, on the schedule that the run trains."""
-    diffusion = config.diffusion.options(model.default_snr_gamma)
-    return create_solver("ddpm", str(min(STEPS, config.diffusion.diffusion_steps)), diffusion)
+    """The default solver of what the run trains, with few steps."""
+    diffusion = config.diffusion
+    name, steps = SOLVERS_OF[diffusion.objective][0], min(STEPS, diffusion.diffusion_steps)
+    return create_solver(name, str(steps), diffusion.options(model.default_snr_gamma))
 
 
 class SampleGrid:

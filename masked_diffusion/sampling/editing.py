@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from ..image_datasets import center_crop_arr, read_image
 from ..utils.errors import UserError
 from .image_sampler import ImageSampler, last_sample
-from .solvers import DiffusionSolver
+from .solvers import DiffusionSolver, FlowSolver, SchedulerSolver
 
 
 def read_image_and_hole(image_path: str | Path, hole_path: str | Path, size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -40,21 +41,23 @@ def encode(image_sampler: ImageSampler, image: np.ndarray) -> torch.Tensor:
         raise UserError(f"the image is {image.shape} {image.dtype}: it must be ({size}, {size}, 3) uint8")
     pixels = torch.from_numpy(image.reshape(-1, size, size, 3)).to(image_sampler.device)
     pixels = pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
-    mean, _ = image_sampler.first_stage.moments(pixels)
-    return image_sampler.first_stage.sample(mean, torch.zeros_like(mean))
+    mean = image_sampler.first_stage.moments(pixels)[:, :1]
+    return image_sampler.first_stage.sample(mean)
 
 
-def _stepper(image_sampler):
-    """The image sampler's one-step function and diffusion.
+def _stepper(image_sampler: ImageSampler) -> DiffusionSolver | FlowSolver:
+    """The image sampler's solver.
 
-    :raises UserError: for a solver that takes no single steps.
+    :raises UserError: for one that takes no single steps.
     """
-    if not isinstance(image_sampler.solver, DiffusionSolver):
+    if isinstance(image_sampler.solver, SchedulerSolver):
         raise UserError(f"solver {image_sampler.solver.name} cannot start from an image: choose ddpm or ddim")
-    return image_sampler.solver.step, image_sampler.solver.diffusion
+    return image_sampler.solver
 
 
-# ---------------------------------------------------------------- RePaint
+# ---------------------------------------------------------------- filling a hole
+
+METHODS = ("repaint", "side-interpolater")
 
 
 def resampling_times(num_timesteps: int, jump_length: int, resamplings: int) -> list[int]:
@@ -81,6 +84,27 @@ def count_evaluations(num_timesteps: int, jump_length: int, resamplings: int) ->
     return sum(a > b for a, b in itertools.pairwise(resampling_times(num_timesteps, jump_length, resamplings)))
 
 
+def known_tokens(model: torch.nn.Module, hole: torch.Tensor) -> torch.Tensor:
+    """The tokens of which something is known, as a masked pass keeps them; those wholly in the hole are dropped.
+
+    :param hole: (1, 1, h, w), 1 = hole.
+    :return: (1, K) int64 positions, ascending.
+    :raises UserError: for a model without a trained side-interpolater, and for a hole that is everything.
+    """
+    if not model.interpolates:
+        raise UserError(
+            "--method side-interpolater needs a model that was trained with --mask_ratio, but this "
+            f"{type(model).__name__} was not: choose --method repaint"
+        )
+    ids_keep = F.max_pool2d(1 - hole, model.patch_size).flatten().nonzero().view(1, -1)
+    if not ids_keep.numel():
+        raise UserError(
+            "nothing of the image is known, so --method side-interpolater has nothing to interpolate from: choose "
+            "--method repaint, or a smaller hole"
+        )
+    return ids_keep
+
+
 @torch.no_grad()
 def inpaint_progressive(
     image_sampler: ImageSampler,
@@ -90,33 +114,42 @@ def inpaint_progressive(
     hole: np.ndarray,
     jump_length: int = 10,
     resamplings: int = 10,
+    method: str = "repaint",
 ) -> Iterator[dict[str, torch.Tensor]]:
     """Fill a hole (RePaint, Lugmayr et al. 2022, algorithm 1), step by step.
+
+    With `side-interpolater`, every step is a masked pass of MDT or MDTv2 that drops the tokens of the hole: the encoder
+    sees the others alone, and the side-interpolater fills in the dropped ones. The rest is as in RePaint.
 
     :param indices: (n,) that the noise is a function of. :param labels: (n,) int64 classes to fill with.
     :param image: (H, W, 3) uint8, or (n, H, W, 3), one each.
     :param hole: (H, W) bool, True = to fill; what the image has there is not looked at.
     :param jump_length, resamplings: see `resampling_times`; more of either joins hole and surroundings better.
+    :param method: one of `METHODS`.
     :return: a generator of dicts of `sample` and `pred_xstart`, (n, C, h, w) latents. See `paste` for the end.
+    :raises UserError: for another method, and as `known_tokens`.
     """
-    step, diffusion = _stepper(image_sampler)
+    if method not in METHODS:
+        raise UserError(f"--method is {method!r}: choose one of {', '.join(METHODS)}")
+    solver = _stepper(image_sampler)
     x_start = encode(image_sampler, np.where(hole[:, :, None], np.uint8(128), image)).expand(len(indices), -1, -1, -1)
     hole = torch.from_numpy(hole).to(image_sampler.device)[None, None].float()
     hole = F.max_pool2d(
         hole, image_sampler.first_stage.downsample
     )  # a latent is unknown as soon as one of its pixels is
+    denoise = image_sampler.denoise
+    if method == "side-interpolater":
+        denoise = denoise.keeping(known_tokens(image_sampler.model, hole))
     x, options = image_sampler.start(indices, labels)
-    times = resampling_times(diffusion.num_timesteps, jump_length, resamplings)
+    times = resampling_times(solver.num_steps, jump_length, resamplings)
     for time, following in itertools.pairwise(times):
-        if following > time:  # one step of the forward process: eq. 1 of DDPM
-            beta = float(diffusion.betas[time])
-            x = (1 - beta) ** 0.5 * x + beta**0.5 * options["randn_like"](x)
+        if following > time:  # one step of the forward process
+            x = solver.renoise(x, time, options["randn_like"](x))
             continue
-        out = step(image_sampler.denoise, x, time - 1, **options)
+        out = solver.step(denoise, x, time - 1, **options)
         known = x_start
         if following > 0:
-            t = torch.full((len(x),), following - 1, device=x.device)
-            known = diffusion.q_sample(x_start, t, options["randn_like"](x))
+            known = solver.add_noise(x_start, following - 1, options["randn_like"](x))
         x = hole * out["sample"] + (1 - hole) * known
         yield {"sample": x, "pred_xstart": hole * out["pred_xstart"] + (1 - hole) * x_start}
 
@@ -132,7 +165,7 @@ def inpaint(
     labels: torch.Tensor,
     image: np.ndarray,
     hole: np.ndarray,
-    **options: int,
+    **options: Any,
 ) -> np.ndarray:
     """The end of `inpaint_progressive`: (n, H, W, 3) uint8, with the image's own pixels outside the hole."""
     steps = inpaint_progressive(image_sampler, indices, labels, image, hole, **options)
@@ -155,12 +188,11 @@ def vary_progressive(
     """
     if not 0 < strength <= 1:
         raise UserError(f"strength is {strength}: it must lie in (0, 1]")
-    step, diffusion = _stepper(image_sampler)
+    solver = _stepper(image_sampler)
     noise, options = image_sampler.start(indices, labels)
-    first = max(round(strength * diffusion.num_timesteps), 1) - 1
-    t = torch.full((len(noise),), first, device=noise.device)
-    x = diffusion.q_sample(encode(image_sampler, image).expand_as(noise), t, noise)
+    first = max(round(strength * solver.num_steps), 1) - 1
+    x = solver.add_noise(encode(image_sampler, image).expand_as(noise), first, noise)
     for i in range(first, -1, -1):
-        out = step(image_sampler.denoise, x, i, **options)
+        out = solver.step(image_sampler.denoise, x, i, **options)
         x = out["sample"]
         yield out

@@ -6,12 +6,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..config import CLASS_RULES, QUANTIZERS
 from ..guidance import Guidance, GuidedDenoiser
+from ..sample_config import CLASS_RULES, QUANTIZERS
 from ..utils.errors import UserError
 from ..utils.precision import autocast
 from ..utils.random_numbers import PerSampleRandom, fold_seed
-from .solvers import DiffusionSolver, SchedulerSolver
+from .solvers import DiffusionSolver, FlowSolver, SchedulerSolver
 
 # ---------------------------------------------------------------- images by index
 
@@ -54,7 +54,7 @@ class ImageSampler:
     def __init__(
         self,
         model: torch.nn.Module,
-        solver: DiffusionSolver | SchedulerSolver,
+        solver: DiffusionSolver | SchedulerSolver | FlowSolver,
         first_stage: Any,
         *,
         guidance: Guidance | None = None,

@@ -21,7 +21,7 @@ from ..utils.files import atomic_write, write_json
 from ..utils.locks import FileLock
 from .image_sampler import ImageSampler
 
-BEFORE = {"quantize": "round"}  # settings that older files do not mention, as they were then
+BEFORE = {"quantize": "round", "vae_precision": "fp32"}  # settings that older files do not mention, as they were then
 FIRST_IMAGES = 64  # that `merge` returns
 
 

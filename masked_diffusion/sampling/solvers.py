@@ -1,7 +1,8 @@
-"""Solvers by name: DDPM and DDIM of this package, and few-step solvers through diffusers' schedulers.
+"""Solvers by name: DDPM and DDIM of this package, few-step solvers through diffusers' schedulers, and flow matching's.
 
-All run on the trained discrete schedule, with guidance. The learned variance belongs to the ancestral chain: `ddpm`
-uses it, all others follow the ODE or SDE of the schedule and use the prediction alone.
+Those of a diffusion run on the trained discrete schedule, with guidance. The learned variance belongs to the ancestral
+chain: `ddpm` uses it, all others follow the ODE or SDE of the schedule and use the prediction alone. The steps of flow
+matching are in `flow_matching`.
 """
 
 from collections.abc import Callable, Iterator
@@ -11,9 +12,10 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from ..config import SOLVERS
+from ..flow_matching import FLOW_STEPS, NUM_TIMESTEPS, Prediction, add_noise, check_velocity, renoise
 from ..guidance import at_timestep
 from ..respace import SpacedDiffusion, create_diffusion
+from ..sample_config import SOLVERS_OF
 from ..utils.errors import UserError
 
 # name: scheduler of diffusers, its options
@@ -33,17 +35,23 @@ SCHEDULERS = {
 
 def create_solver(
     name: str, num_sampling_steps: str | int, diffusion_config: dict[str, Any]
-) -> "DiffusionSolver | SchedulerSolver":
+) -> "DiffusionSolver | SchedulerSolver | FlowSolver":
     """Make a solver.
 
-    :param name: one of `config.SOLVERS`.
+    :param name: one of `config.SOLVERS_OF` the objective that the model was trained with.
     :param num_sampling_steps: `250`; for ddpm and ddim also `10,15,20` and `ddim50`.
     :param diffusion_config: options of `create_diffusion` that the model was trained with.
-    :return: an object with `progressive(denoise, noise, ...)`, see `DiffusionSolver`, and `original_num_steps`.
-    :raises UserError: for an unknown name, and for steps that the solver cannot take.
+    :return: an object with `progressive(denoise, noise, ...)`, see `DiffusionSolver`; `name`; `num_steps`;
+        `num_outputs`, how many dicts `progressive` yields; and `original_num_steps`.
+    :raises UserError: for an unknown name, one of another objective, and steps that the solver cannot take.
     """
-    if name not in SOLVERS:
-        raise UserError(f"--solver is {name!r}: choose one of {', '.join(SOLVERS)}")
+    objective = diffusion_config.get("objective", "diffusion")
+    if name not in SOLVERS_OF[objective]:
+        known = any(name in solvers for solvers in SOLVERS_OF.values())
+        reason = f", but the model was trained with --objective {objective}" if known else ""
+        raise UserError(f"--solver is {name!r}{reason}: choose one of {', '.join(SOLVERS_OF[objective])}")
+    if name in FLOW_STEPS:
+        return FlowSolver(name, num_sampling_steps)
     if name in SCHEDULERS:
         return SchedulerSolver(name, num_sampling_steps, create_diffusion(**diffusion_config))
     steps = str(num_sampling_steps)
@@ -54,12 +62,24 @@ def create_solver(
     return DiffusionSolver(diffusion, use_ddim=name == "ddim")
 
 
+def read_num_steps(name: str, num_sampling_steps: str | int, last: int) -> int:
+    """The number of steps of a solver that takes no respacing.
+
+    :raises UserError: for what is not a number from 1 to `last`.
+    """
+    text = str(num_sampling_steps)
+    if not text.isdecimal() or not 1 <= int(text) <= last:
+        raise UserError(f"--num_sampling_steps is {text!r}: solver {name} takes one number from 1 to {last}")
+    return int(text)
+
+
 class DiffusionSolver:
     """Ancestral sampling (DDPM) or DDIM on a respaced diffusion."""
 
     def __init__(self, diffusion: SpacedDiffusion, use_ddim: bool = False):
         self.diffusion, self.original_num_steps = diffusion, diffusion.original_num_steps
-        self.use_ddim, self.num_evaluations = use_ddim, diffusion.num_timesteps
+        self.use_ddim, self.name = use_ddim, "ddim" if use_ddim else "ddpm"
+        self.num_steps = self.num_outputs = diffusion.num_timesteps
 
     @torch.no_grad()
     def step(
@@ -75,6 +95,15 @@ class DiffusionSolver:
         timestep = self.diffusion.model_timesteps(torch.tensor([index])).item()
         take = self.diffusion.ddim_sample if self.use_ddim else self.diffusion.p_sample
         return take(at_timestep(denoise, timestep), x, t, **options)
+
+    def add_noise(self, x_start: torch.Tensor, index: int, noise: torch.Tensor) -> torch.Tensor:
+        """x_start noised to what `step` takes at `index`."""
+        return self.diffusion.q_sample(x_start, torch.full((len(x_start),), index, device=x_start.device), noise)
+
+    def renoise(self, x: torch.Tensor, index: int, noise: torch.Tensor) -> torch.Tensor:
+        """What `step` gave at `index`, noised to what it takes there: eq. 1 of DDPM."""
+        beta = float(self.diffusion.betas[index])
+        return (1 - beta) ** 0.5 * x + beta**0.5 * noise
 
     def progressive(
         self,
@@ -93,7 +122,7 @@ class DiffusionSolver:
         :return: a generator of dicts of `sample` and `pred_xstart`, each (N, C, H, W); the last `sample` is the result.
         """
         options, x = {"clip_denoised": clip_denoised, "model_kwargs": model_kwargs, "randn_like": randn_like}, noise
-        for index in reversed(range(self.num_evaluations)):
+        for index in reversed(range(self.num_steps)):
             out = self.step(denoise, x, index, **options)
             yield out
             x = out["sample"]
@@ -119,12 +148,8 @@ class SchedulerSolver:
 
     def __init__(self, name: str, num_sampling_steps: str | int, diffusion: SpacedDiffusion):
         self.name, self.diffusion, self.original_num_steps = name, diffusion, diffusion.original_num_steps
-        text = str(num_sampling_steps)
-        if not text.isdecimal() or not 1 <= int(text) < self.original_num_steps:
-            last = self.original_num_steps - 1
-            raise UserError(f"--num_sampling_steps is {text!r}: solver {name} takes one number from 1 to {last}")
-        self.num_steps = int(text)
-        self.num_evaluations = 2 * self.num_steps - 1 if name == "heun" else self.num_steps
+        self.num_steps = read_num_steps(name, num_sampling_steps, self.original_num_steps - 1)
+        self.num_outputs = 2 * self.num_steps - 1 if name == "heun" else self.num_steps
 
     def make_scheduler(self, device: torch.device) -> Any:
         """A fresh scheduler: each holds the state of one run. Its timesteps are on the CPU.
@@ -166,3 +191,62 @@ class SchedulerSolver:
             with SolveWithoutWaiting():
                 x = scheduler.step(eps, timestep, x, **noises).prev_sample
             yield {"sample": x, "pred_xstart": out["pred_xstart"]}
+
+
+class FlowSolver:
+    """A solver of `flow_matching`, with the interface of a `DiffusionSolver`."""
+
+    original_num_steps = NUM_TIMESTEPS
+
+    def __init__(self, name: str, num_sampling_steps: str | int):
+        self.name, (self.take_step, make_times) = name, FLOW_STEPS[name]
+        self.num_steps = self.num_outputs = read_num_steps(name, num_sampling_steps, NUM_TIMESTEPS)
+        self.times = make_times(self.num_steps)[::-1]  # of the result of `step` at each index, and of pure noise: 1
+
+    @torch.no_grad()
+    def step(
+        self,
+        denoise: Callable[..., torch.Tensor],
+        x: torch.Tensor,
+        index: int,
+        clip_denoised: bool = False,
+        model_kwargs: dict[str, Any] | None = None,
+        randn_like: Callable[[torch.Tensor], torch.Tensor] = torch.randn_like,
+    ) -> dict[str, torch.Tensor]:
+        """As `DiffusionSolver.step`: the step at `index` num_steps - 1 is the first one, from noise."""
+
+        def predict(x: torch.Tensor, time: float) -> Prediction:
+            timestep = NUM_TIMESTEPS * time
+            t = torch.full((len(x),), timestep, device=x.device)
+            velocity = at_timestep(denoise, timestep)(x, t, **(model_kwargs or {}))
+            check_velocity(velocity, x)
+            x_start = x - time * velocity
+            if clip_denoised:
+                x_start = x_start.clamp(-1, 1)
+                velocity = (x - x_start) / time
+            return Prediction(velocity, x_start)
+
+        return self.take_step(predict, x, self.times[index + 1], self.times[index], randn_like)
+
+    def add_noise(self, x_start: torch.Tensor, index: int, noise: torch.Tensor) -> torch.Tensor:
+        """x_start noised to what `step` takes at `index`."""
+        return add_noise(x_start, self.times[index + 1], noise)
+
+    def renoise(self, x: torch.Tensor, index: int, noise: torch.Tensor) -> torch.Tensor:
+        """What `step` gave at `index`, noised to what it takes there."""
+        return renoise(x, self.times[index], self.times[index + 1], noise)
+
+    def progressive(
+        self,
+        denoise: Callable[..., torch.Tensor],
+        noise: torch.Tensor,
+        clip_denoised: bool = False,
+        model_kwargs: dict[str, Any] | None = None,
+        randn_like: Callable[[torch.Tensor], torch.Tensor] = torch.randn_like,
+    ) -> Iterator[dict[str, torch.Tensor]]:
+        """As `DiffusionSolver.progressive`; only `flow-sde` has noise on the way."""
+        x = noise
+        for index in reversed(range(self.num_steps)):
+            out = self.step(denoise, x, index, clip_denoised, model_kwargs, randn_like)
+            yield out
+            x = out["sample"]

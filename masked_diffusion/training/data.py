@@ -9,8 +9,8 @@ import numpy as np
 
 from .. import dist_util, logger
 from ..config import RunConfig
-from ..find_images import INDEX_NAME, check_index_place, find_images
 from ..image_datasets import StreamSampler, data_signature, image_classes, load_data, relative_names
+from ..images.finding import INDEX_NAME, check_index_place, find_images
 from ..latents.cache import LatentCache, load_latents
 from . import preflight
 

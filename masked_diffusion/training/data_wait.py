@@ -10,7 +10,7 @@ import numpy as np
 
 from .. import dist_util, logger
 from ..config import RunConfig
-from ..image_decoding import largest_short_side
+from ..images.decoding import largest_short_side
 
 NOTABLE = 0.1  # share of the training time
 QUIET_SECONDS = 6 * 3600  # between two lines about it in the log

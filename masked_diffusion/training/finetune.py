@@ -38,7 +38,7 @@ def load_pretrained(model: DiT, source: str | Path, class_names: Sequence[str] =
         differences = [f"lacks {sorted(missing)[:3]}"] * bool(missing) + [f"has {sorted(unknown)[:3]}"] * bool(unknown)
         raise UserError(
             f"{path} belongs to another model: it {' and it '.join(differences)}; "
-            "choose the --model and --decode_layer that it was trained with"
+            "choose the --model, --decode_layer and --qk_norm that it was trained with"
         )
     run = read_config(path)
     old_names = run.classes if run else ()

@@ -33,6 +33,7 @@ class TrainMetrics:
     ) -> None:
         self.device, self.num_timesteps = device, num_timesteps
         self.global_batch, self.last_step, self.data_wait = global_batch, last_step, data_wait
+        self.paused_seconds = 0.0
         self.clear()
 
     def clear(self) -> None:
@@ -48,7 +49,9 @@ class TrainMetrics:
         try:
             yield
         finally:
-            self._last_row += time.perf_counter() - start
+            seconds = time.perf_counter() - start
+            self._last_row += seconds
+            self.paused_seconds += seconds
 
     def add(self, losses: dict[str, torch.Tensor], t: torch.Tensor, grad_norm: float) -> None:
         """Add one step: (N,) losses by name, and their (N,) timesteps. The host does not wait for the device."""

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 import torch.nn as nn
 
+from ..flow_matching import FlowMatching
 from ..gaussian_diffusion import GaussianDiffusion
 from ..models import DiT
 from ..utils.precision import autocast
@@ -16,12 +17,17 @@ class TwoPassObjective(nn.Module):
     Both passes belong to one `forward`, so that DistributedDataParallel and gradient accumulation see one call per
     step. A model without a `mask_ratio` has the full pass only, as in DiT's training.
 
+    :param diffusion: its `training_losses` are the loss of each pass.
     :param precision: number format of the network (mixed precision), one of `precision.PRECISIONS`.
     :param kept_multiple: round the number of kept tokens to a multiple of this; see `MDT.draw_kept`.
     """
 
     def __init__(
-        self, model: DiT, diffusion: GaussianDiffusion, precision: str = "fp32", kept_multiple: int = 1
+        self,
+        model: DiT,
+        diffusion: GaussianDiffusion | FlowMatching,
+        precision: str = "fp32",
+        kept_multiple: int = 1,
     ) -> None:
         super().__init__()
         self.model, self.diffusion, self.precision = model, diffusion, precision
@@ -65,12 +71,13 @@ class TwoPassObjective(nn.Module):
     ) -> dict[str, torch.Tensor]:
         """The losses of one batch.
 
-        :param x_start: (N, C, H, W) latents. :param t: (N,) int64 timesteps. :param y: (N,) int64 labels, or None.
+        :param x_start: (N, C, H, W) latents. :param y: (N,) int64 labels, or None.
+        :param t: (N,) timesteps, int64, or float32 of flow matching.
         :param noise, drop_labels, masked_noise, masked_drop_labels, ids_keep: from `draw`; those left None are drawn
             here.
         :param passes: `both`; or only `full` or `masked`, whose gradients add up to those of `both`.
         :return: dict of (N,) losses: `loss` is the sum over the passes, `masked_loss` the loss of the masked pass,
-            `mse` and `vb` are the two terms of the full pass.
+            `mse` and `vb` are the terms of the full pass.
         """
         model, terms = autocast(self.model, self.precision), {}
         if passes != "masked":

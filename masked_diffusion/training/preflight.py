@@ -10,7 +10,7 @@ import torch.nn as nn
 
 from .. import dist_util, logger
 from ..config import RunConfig, TrainConfig
-from ..image_sequence import ImageSequence
+from ..images.sequence import ImageSequence
 from ..utils.errors import UserError
 from ..utils.flag_values import split_numbers
 from ..utils.flops import forward_flops
@@ -145,6 +145,17 @@ def memory_estimate(num_params: int, num_emas: int, optimizer: str, num_shards: 
     return 4 * num_params * (2 + states + num_emas - sharded + sharded / num_shards)
 
 
+def state_bytes(config: RunConfig, num_params: int) -> float:
+    """`memory_estimate` of a run. With `hsdp`, all ranks call it together.
+
+    :param config: from `resume.resolve`, with the global batch filled in.
+    """
+    train = config.train
+    num_shards = len(dist_util.node_group().ranks) if train.shard == "hsdp" else config.global_batch // train.batch_size
+    num_emas = len(train.ema_rate.split(",")) + len(split_numbers(train.phema))
+    return memory_estimate(num_params, num_emas, train.optimizer, num_shards, train.shard)
+
+
 def report(
     config: RunConfig, model: nn.Module, first_stage: Any, *, num_images: int, labels: np.ndarray | None
 ) -> None:
@@ -166,7 +177,7 @@ def report(
     logger.log(_describe_first_stage(model, first_stage, config.model.vae))
     logger.log(f"precision: {config.precision}, {'compiled blocks' if train.compile else 'not compiled'}")
     attention = model.attention_in_use(dist_util.dev(), PRECISIONS[config.precision])
-    logger.log(f"attention: {attention} (--attention {train.attention})")
+    logger.log(f"attention: {attention} (--attention {train.attention}){', QK-norm' if model.qk_norm else ''}")
     logger.log(f"optimizer: {', '.join(_describe_optimizer(train))}")
     world_size = config.global_batch // train.batch_size
     micro = train.microbatch if 0 < train.microbatch < train.batch_size else train.batch_size
@@ -174,9 +185,7 @@ def report(
         f"batch: {train.batch_size} images x {world_size} ranks = global batch {config.global_batch} per step, in "
         f"microbatches of {micro}; {num_images / config.global_batch:.1f} steps per epoch"
     )
-    num_shards = len(dist_util.node_group().ranks) if train.shard == "hsdp" else world_size
-    num_emas = len(train.ema_rate.split(",")) + len(split_numbers(train.phema))
-    memory = memory_estimate(num_params, num_emas, train.optimizer, num_shards, train.shard)
+    memory = state_bytes(config, num_params)
     logger.log(
         f"memory: about {memory / 2**30:.2f} GiB per rank for weights, gradients, optimizer state and EMA, plus "
         "activations"
@@ -200,7 +209,10 @@ def _describe_first_stage(model: nn.Module, first_stage: Any, vae: str) -> str:
     shape = f"{model.in_channels} x {model.input_size} x {model.input_size}"
     if first_stage.downsample == 1:
         return f"first stage: {vae}, diffusion in pixels of {shape}"
-    return f"first stage: {vae}, latents of {shape}, {first_stage.downsample} times smaller than the images"
+    return (
+        f"first stage: {vae}, latents of {shape}, {first_stage.downsample} times smaller than the images; scale "
+        f"{first_stage.scale:g}, shift {first_stage.shift:g}, computed in {first_stage.precision}"
+    )
 
 
 def _describe_optimizer(train: TrainConfig) -> Iterator[str]:

@@ -224,9 +224,10 @@ def describe_architecture(config: RunConfig, first_stage: Any, num_classes: int)
         "input_size": config.model.image_size // first_stage.downsample,
         "in_channels": first_stage.channels,
         "num_classes": num_classes,
-        "learn_sigma": config.diffusion.learn_sigma,
+        "learn_sigma": config.diffusion.options(None)["learn_sigma"],
     }
     given = {"mask_ratio": config.model.mask_ratio, "decode_layer": config.model.decode_layer}
+    given["qk_norm"] = config.model.qk_norm or None
     options |= {key: value for key, value in given.items() if value is not None}
     return {"name": config.model.model, "options": options}
 
@@ -240,13 +241,15 @@ def resolve(config: RunConfig) -> RunConfig:
         model = create_model(config.model.model)
     train, options = config.train, config.architecture.get("options", {})
     optimizer = train.optimizer or model.default_optimizer
+    diffusion = config.diffusion.options(model.default_snr_gamma)
     num_classes = options.get("num_classes") if config.model.num_classes is None else config.model.num_classes
     decode_layer = config.model.decode_layer
     return config.replaced(
         model=next(name for name, make in MODELS.items() if make is find_model(config.model.model)),
         optimizer=optimizer,
         grad_clip=default_grad_clip(optimizer) if train.grad_clip is None else train.grad_clip,
-        snr_gamma=config.diffusion.options(model.default_snr_gamma)["snr_gamma"],
+        snr_gamma=diffusion["snr_gamma"],
+        learn_sigma=diffusion["learn_sigma"],
         precision=config.precision,
         use_fp16=False,
         num_classes=num_classes,
@@ -271,6 +274,9 @@ def find_differences(before: RunConfig, now: RunConfig) -> Iterator[tuple[str, A
             yield f"--{flag.name}", old[flag.name], new[flag.name]
     if before.rounds_lengths != now.rounds_lengths:
         yield "--compile without --exact_lengths", before.rounds_lengths, now.rounds_lengths
+    for name in sorted(before.autoencoder.keys() & now.autoencoder):
+        if before.autoencoder[name] != now.autoencoder[name]:
+            yield f"the {name} of the autoencoder", before.autoencoder[name], now.autoencoder[name]
     if None not in (before.global_batch, now.global_batch) and before.global_batch != now.global_batch:
         yield "the global batch (--batch_size times the number of ranks)", before.global_batch, now.global_batch
     if before.classes and before.classes != now.classes:

@@ -11,7 +11,8 @@ import torch
 from .. import dist_util, logger
 from ..config import LogConfig
 from ..weights.checkpoint import prune_checkpoints, sharded_name
-from ..weights.sharded import Part, Section, write_sharded
+from ..weights.sharded import Part, Section
+from ..weights.sharded_writer import write_sharded
 from .sharded import small_state, state_sections
 from .state import TrainState
 

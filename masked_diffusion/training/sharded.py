@@ -147,6 +147,6 @@ def _check_fit(path: Path, contents: Contents, tensors: dict[str, torch.Tensor])
             found = "is not there" if saved is None else f"has the shape {tuple(saved.size)} there"
             raise UserError(
                 f"{path} is of another model than the flags describe ({name} of shape {tuple(tensor.shape)} {found}): "
-                "repeat --model, --num_classes and --decode_layer, or start at step 0 from its weights in another "
-                "--log_dir with --resume_checkpoint"
+                "repeat --model, --num_classes, --decode_layer and --qk_norm, or start at step 0 from its weights in "
+                "another --log_dir with --resume_checkpoint"
             )

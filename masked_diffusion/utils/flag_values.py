@@ -7,6 +7,8 @@ requirement, for the message "--NAME is VALUE: it must be REQUIREMENT".
 import math
 from collections.abc import Callable
 
+from .trackers import TRACKERS
+
 MAX_SIGMA_REL = 12**-0.5  # relative width of the plain average of all steps (Karras et al. 2024, eq. 123)
 
 
@@ -44,6 +46,13 @@ def check_phema_widths(text: str) -> str | None:
     return check_list(text, lambda width: 0 < width < MAX_SIGMA_REL and round(width, 3) == width, requirement)
 
 
+def check_loggers(text: str) -> str | None:
+    """For `--loggers`."""
+    names = text.split(",") if text else []
+    fits = set(names) <= set(TRACKERS) and len(set(names)) == len(names)
+    return None if fits else f"some of {', '.join(TRACKERS)}, separated by commas, or empty"
+
+
 def read_gamma(text: str) -> float | str | None:
     """For `--snr_gamma`: a number, None or auto."""
     words = {"none": None, "auto": "auto"}
@@ -61,6 +70,20 @@ def check_gamma(value: float | str) -> str | None:
     return None if value == "auto" or (type(value) in (int, float) and 0 < value < math.inf) else requirement
 
 
+def read_microbatch(text: str) -> int | str:
+    """For `--microbatch`: a number or auto."""
+    try:
+        return int(text)
+    except ValueError:
+        return text  # `check_microbatch` refuses it in a sentence
+
+
+def check_microbatch(value: int | str) -> str | None:
+    """For `--microbatch`."""
+    fits = value == "auto" or (type(value) is int and value >= -1)
+    return None if fits else "a whole number of images, -1 (all of batch_size) or auto"
+
+
 def check_source(text: str) -> str | None:
     """For `--model_path`."""
     return None if text else "a checkpoint, a training folder or a hub id"
@@ -73,9 +96,15 @@ def check_steps(text: str) -> str | None:
     return None if fits else "a number of steps above 0, such as 250; for ddpm and ddim also 10,15,20 or ddim50"
 
 
-def read_channels(text: str) -> int | None:
-    """For `--guided_channels`: a number, or None for all channels."""
-    return None if text.lower() in ("all", "none") else int(text)
+def read_channels(text: str) -> int | str | None:
+    """For `--guided_channels`: a number, None for all channels, or auto."""
+    words = {"all": None, "none": None, "auto": "auto"}
+    return words[text.lower()] if text.lower() in words else int(text)
+
+
+def check_channels(value: int | str) -> str | None:
+    """For `--guided_channels`."""
+    return None if value == "auto" or (type(value) is int and value >= 1) else "at least 1, all (None) or auto"
 
 
 def check_interval(interval: tuple[float, float]) -> str | None:

@@ -1,8 +1,11 @@
 """Floating-point operations of a forward pass, computed from the sizes. One multiply-add counts as two operations."""
 
+from collections import Counter
 from collections.abc import Iterable
 
 import torch.nn as nn
+
+RATIOS = 1000  # points of the range of the mask ratio over which its mean is taken
 
 
 def block_flops(num_tokens: int, hidden_size: int, mlp_ratio: float, skip: bool) -> int:
@@ -25,6 +28,19 @@ def forward_flops(model: nn.Module, num_kept: int | None = None) -> int:
     condition = 2 * (model.t_embedder.frequency_embedding_size * width + width**2)
     final = 2 * (tokens * width * model.out_channels * patch**2 + 2 * width**2)
     return total + embed + condition + final
+
+
+def training_flops(model: nn.Module) -> float:
+    """FLOP of one image in one training step, on average over the ratio that a masked pass draws.
+
+    The backward pass costs twice the forward pass. The optimizer's own work is not counted.
+    """
+    total = float(forward_flops(model))
+    if model.mask_ratio is not None:
+        ratios = [model.mask_ratio + model.mask_ratio_spread * (i + 0.5) / RATIOS for i in range(RATIOS)]
+        counts = Counter(int(model.num_patches * (1 - ratio)) for ratio in ratios)
+        total += sum(count * forward_flops(model, num_kept) for num_kept, count in counts.items()) / RATIOS
+    return 3 * total
 
 
 def attention_flops(model: nn.Module, num_kept: int | None = None) -> int:

@@ -8,7 +8,7 @@ MODEL_CARD = """\
 
 # Masked Diffusion Transformer
 
-A denoiser of images, or of latents of the Stable Diffusion VAE, conditioned on a class, of the family of *Masked
+A denoiser of images, or of latents of an autoencoder, conditioned on a class, of the family of *Masked
 Diffusion Transformer is a Strong Image Synthesizer* ([arXiv:2303.14389](https://arxiv.org/abs/2303.14389)).
 `config.json` holds its sizes, `model.safetensors` its weights.
 

@@ -26,6 +26,8 @@ def option(
     read: Callable[[str], Any] | None = None,
     metavar: Any = None,
     changes_run: bool = False,
+    presets: dict[str, dict[str, Any]] | None = None,
+    excludes: str | None = None,
 ) -> Any:
     """A dataclass field that is a flag.
 
@@ -36,16 +38,20 @@ def option(
     :param read: a function that turns the flag's text into the value, if the type of the field is not enough for that.
     :param metavar: what `--help` shows in the place of the values.
     :param changes_run: whether the value changes the result of a run, so that resuming must compare it.
+    :param presets: for a flag that sets others: by its value, their values by name.
+    :param excludes: another flag that must not be given beside this one.
     """
     bounds = {"at_least": at_least, "above": above, "at_most": at_most, "below": below}
     metadata = {"help": help, "bounds": {key: value for key, value in bounds.items() if value is not None}}
     metadata |= {"choices": choices, "check": check, "read": read, "metavar": metavar, "changes_run": changes_run}
+    metadata |= {"presets": presets, "excludes": excludes}
     return field(default=default, metadata=metadata)
 
 
 def describe_bounds(bounds: dict[str, float]) -> str:
     """The bounds of `option` in words, such as `at least 0 and below 1`."""
-    return " and ".join(f"{key.replace('_', ' ')} {value:.4g}" for key, value in bounds.items())
+    shown = {key: value if isinstance(value, int) else f"{value:.4g}" for key, value in bounds.items()}
+    return " and ".join(f"{key.replace('_', ' ')} {value}" for key, value in shown.items())
 
 
 def _outside(value: float, bounds: dict[str, float]) -> bool:

@@ -1,12 +1,17 @@
-"""Mixed precision: the number format of the network. Weights, losses and the diffusion itself stay float32."""
+"""Mixed precision: the number format of the network. Weights, losses and the diffusion itself stay float32.
+
+`layers.blocks` says which part of the network computes in which format.
+"""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn as nn
 
 from .errors import UserError
 
@@ -43,6 +48,7 @@ def computes_bf16(device_type: str) -> bool:
     return cpu_has_bf16() is not False and bf16_speedup() >= WORTHWHILE
 
 
+@cache
 def cpu_has_bf16() -> bool | None:
     """Whether the processor has instructions for bf16; None where the system does not tell, as outside of Linux."""
     if not CPU_FLAGS.exists():
@@ -85,6 +91,29 @@ def autocast(model: Callable, precision: str) -> Callable:
         return out.to(x.dtype)
 
     return run
+
+
+@contextmanager
+def cast_weights(model: nn.Module, precision: str) -> Iterator[None]:
+    """Within the block, the linear layers and convolutions of `model` have their weights in `precision`, cast once.
+
+    For all of a training step's forward and backward passes: autocast by itself casts every weight again in each pass
+    and microbatch, in compiled blocks, and where activations are recomputed. Gradients reach the weights themselves,
+    in float32, through the cast; those of both passes are summed before it. Sharded weights (FSDP) are left to
+    autocast, since a rank has them only while a block runs. `fp32` and `tf32` change nothing.
+    """
+    dtype, kinds = PRECISIONS[precision], nn.Linear | nn.Conv2d
+    layers = [module for module in model.modules() if isinstance(module, kinds)] if dtype is not None else []
+    own = [dict(layer._parameters) for layer in layers]
+    try:
+        for layer in layers:
+            for name, weight in layer._parameters.items():
+                if type(weight) is nn.Parameter:
+                    layer._parameters[name] = weight.to(dtype)
+        yield
+    finally:
+        for layer, weights in zip(layers, own, strict=True):
+            layer._parameters.update(weights)
 
 
 def check_fp16(use_fp16: bool, precision: str) -> None:

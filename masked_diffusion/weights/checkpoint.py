@@ -24,7 +24,7 @@ from .torch_file import save_tensors
 CONFIG_NAME = "config.json"
 STATE_NAME = "state.pt"  # of a sharded checkpoint: with it, a run can be resumed from the folder
 MANIFEST_NAME = "manifest.json"  # of a sharded checkpoint: size and checksum of each of its files
-PARTIAL_FILES = (".model*.partial", ".ema_*.partial", ".phema_*.partial", ".opt*.partial")
+PARTIAL_FILES = tuple(f".{name}*.partial" for name in ("model", "ema_", "phema_", "opt", "grid", CONFIG_NAME))
 SAVE_ADVICE = "free some disk space and run the same command again to resume; the last checkpoint is intact"
 
 # ---------------------------------------------------------------- writing

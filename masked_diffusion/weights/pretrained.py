@@ -217,7 +217,7 @@ def find_architecture(
     """Determine the family, sizes and options of a model from its state dict.
 
     What a state dict does not show is taken from the paper: `decode_layer` of MDT (2), and the number of heads of DiT
-    (from its depth and width).
+    without QK-norm (from its depth and width).
 
     :param state_dict: checked by `check_state_dict`.
     :param num_heads: needed for a DiT whose depth and width are none of the named sizes.
@@ -240,6 +240,9 @@ def find_architecture(
         family = "MDTv2"
         options["decode_layer"] = count_blocks(state_dict, "de_blocks")
     sizes = [name for name, size in SIZES.items() if (size.depth, size.hidden_size) == (depth, hidden_size)]
+    head_norm = next((v for k, v in state_dict.items() if k.endswith("attn.q_norm.weight")), None)
+    if head_norm is not None:
+        options["qk_norm"], num_heads = True, hidden_size // len(head_norm)
     if table is not None or num_heads is not None:
         options["num_heads"] = num_heads if table is None else table.shape[1]
     if not sizes:
@@ -255,6 +258,7 @@ def find_architecture(
 def describe(model: DiT) -> str:
     """A short description of a model: its family and sizes."""
     decoder = f", {model.decode_layer} of them decoder blocks" if model.decode_layer else ""
+    decoder += ", with QK-norm" if model.qk_norm else ""
     return (
         f"{type(model).__name__} of {model.depth} blocks{decoder}, width {model.hidden_size}, "
         f"patch {model.patch_size}, {model.num_classes} classes, "

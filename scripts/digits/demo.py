@@ -15,6 +15,7 @@ import demo_run
 from demo_run import grade_digits
 
 from masked_diffusion import dist_util, script_util
+from masked_diffusion.sample_config import SOLVERS_OF
 from masked_diffusion.utils.files import write_json
 from masked_diffusion.utils.options import Config, option
 from masked_diffusion.utils.precision import PRECISIONS_OR_AUTO, choose_precision
@@ -29,6 +30,8 @@ TRAIN_FLAGS = {
     "batch_size": 32,
     "lr": 5e-3,
     "ema_rate": 0.995,
+    "phema": "0.05,0.10",  # of which the study of sweep.py makes other EMAs
+    "save_interval": 300,
     "log_interval": 50,
     "num_workers": 0,
 }
@@ -47,6 +50,7 @@ class DemoConfig(Config):
     """the demo"""
 
     out: str = option("output_demo", "folder for everything that is made")
+    objective: str = option("diffusion", "what the model learns: diffusion or flow matching", choices=tuple(SOLVERS_OF))
     train_steps: int = option(3000, "training steps", at_least=1)
     num_samples: int = option(1000, "images to draw and grade", at_least=2)
     precision: str = option(
@@ -106,7 +110,8 @@ def main() -> None:
         run_script("datasets/digits.py", data)
     if not (train / f"opt{config.train_steps:06d}.pt").exists():
         flags = TRAIN_FLAGS | {"data_dir": data / "train", "log_dir": train, "lr_anneal_steps": config.train_steps}
-        run_timed("train", "scripts/image_train.py", flags | {"precision": precision}, out)
+        flags |= {"objective": config.objective, "precision": precision}
+        run_timed("train", "scripts/image_train.py", flags, out)
     if not samples.exists():
         flags = SAMPLE_FLAGS | {"model_path": train, "log_dir": samples.parent, "num_samples": config.num_samples}
         run_timed("sample", "scripts/image_sample.py", flags | {"precision": precision}, out)

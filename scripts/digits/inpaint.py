@@ -1,5 +1,6 @@
-"""Fill holes of real digits with the model that `make demo` learned: accuracy of what comes out, and a picture."""
+"""Fill holes of real digits with the model that `make demo` learned, by either method: accuracy, time and a picture."""
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +11,8 @@ from PIL import Image
 
 from masked_diffusion import script_util
 from masked_diffusion.latents.autoencoder import IdentityFirstStage
-from masked_diffusion.sampling.editing import inpaint
+from masked_diffusion.sample_config import SOLVERS_OF
+from masked_diffusion.sampling.editing import METHODS, inpaint
 from masked_diffusion.sampling.image_sampler import ImageSampler
 from masked_diffusion.sampling.solvers import create_solver
 from masked_diffusion.utils.files import write_json
@@ -28,8 +30,10 @@ class InpaintConfig(Config):
 
     demo: str = option("output_demo", "what `make demo` left")
     out: str = option("docs/inpainting", "path of the picture and the figures, without ending")
-    num_sampling_steps: str = option("50", "steps of ancestral sampling")
-    resamplings: int = option(5, "how often RePaint walks every stretch", at_least=1)
+    num_sampling_steps: str = option("50", "steps of the default solver of the model's objective")
+    resamplings: int = option(
+        5, "how often every stretch is walked; each method also runs without, which is 1", at_least=1
+    )
     num_digits: int = option(360, "test digits to complete", at_least=1)
 
 
@@ -48,20 +52,29 @@ def main() -> None:
     config = script_util.parse_flags(InpaintConfig, __doc__)
     demo = open_demo(config.demo)
     images, labels = read_digits(demo.data / "test", config.num_digits)
-    solver = create_solver("ddpm", config.num_sampling_steps, demo.diffusion)
+    solver = create_solver(SOLVERS_OF[demo.diffusion["objective"]][0], config.num_sampling_steps, demo.diffusion)
     image_sampler = ImageSampler(demo.model, solver, IdentityFirstStage(), guidance=GUIDANCE)
+    runs = [(method, walks) for walks in sorted({config.resamplings, 1}, reverse=True) for method in METHODS]
     rows, sheets = {"untouched": accuracy(demo.data, images, labels)}, [images[:SHOWN]]
+    seconds = {f"{method}, resamplings {walks}": 0.0 for method, walks in runs}
     for name, place in HOLES.items():
         hole = np.zeros((SIZE, SIZE), dtype=bool)
         hole[place] = True
-        filled = inpaint(image_sampler, range(len(images)), labels, images, hole, resamplings=config.resamplings)
         emptied = np.where(hole[:, :, None], np.uint8(255), images)
         rows[f"{name} emptied"] = accuracy(demo.data, emptied, labels)
-        rows[f"{name} filled"] = accuracy(demo.data, filled, labels)
-        kept = np.array_equal(filled[:, ~hole], images[:, ~hole])
-        print(f"{name}: accuracy {rows[f'{name} filled']:.3f}, known pixels kept: {kept}", flush=True)
-        sheets += [emptied[:SHOWN], filled[:SHOWN]]
-    write_json(f"{config.out}.json", {"class_accuracy": rows, "num_digits": len(images)})
+        sheets.append(emptied[:SHOWN])
+        for (method, walks), run in zip(runs, seconds, strict=True):
+            start = time.process_time()
+            options = {"resamplings": walks, "method": method}
+            filled = inpaint(image_sampler, range(len(images)), labels, images, hole, **options)
+            seconds[run] += time.process_time() - start
+            rows[f"{name}, {run}"] = accuracy(demo.data, filled, labels)
+            kept = np.array_equal(filled[:, ~hole], images[:, ~hole])
+            print(f"{name}, {run}: accuracy {rows[f'{name}, {run}']:.3f}, known pixels kept: {kept}", flush=True)
+            sheets.append(filled[:SHOWN])
+    report = {"class_accuracy": rows, "cpu_seconds": seconds, "num_digits": len(images)}
+    report |= {"solver": solver.name, "num_sampling_steps": solver.num_steps}
+    write_json(f"{config.out}.json", report)
     framed = np.pad(np.concatenate(sheets), ((0, 0), (0, 1), (0, 1), (0, 0)), constant_values=128)
     save_grid(f"{config.out}.png", framed, min(SHOWN, len(images)), SCALE)
 

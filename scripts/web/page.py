@@ -1,10 +1,12 @@
 """A web page that draws images of a class, shows them as they form, and fills what is painted over.
 
-It listens on 127.0.0.1 unless told otherwise, and it asks nobody who they are: with --host 0.0.0.0 everyone in reach
-may use the GPU. Numbers from the browser are checked again here, and no path or address that a browser names is opened
-but the pictures uploaded for the editor, in a temporary folder of the page's own.
+It listens on 127.0.0.1 unless told otherwise. Without --password it asks nobody who they are: with --host 0.0.0.0
+everyone in reach may use the GPU. Numbers from the browser are checked again here, and no path or address that a
+browser names is opened but the pictures uploaded for the editor, in a temporary folder of the page's own.
 """
 
+import hmac
+import html
 import os
 import random
 import signal
@@ -13,29 +15,29 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
+import web_guards
 import web_requests
 from gradio.utils import get_upload_folder
 from PIL import Image
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
-from starlette.responses import PlainTextResponse
 
 from masked_diffusion import logger, script_util
-from masked_diffusion.config import SOLVERS, SampleConfig
+from masked_diffusion.sample_config import SOLVERS_OF, SampleConfig
 from masked_diffusion.sampling.build import load_weights, make_image_sampler
+from masked_diffusion.utils.errors import UserError
 from masked_diffusion.utils.options import Config, option
 from masked_diffusion.utils.pictures import make_grid, save_grid
 from masked_diffusion.weights.pretrained import describe
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-MAX_UPLOAD = 64 * 2**20  # bytes of one request
 MAX_WAITING = 20  # jobs in the queue
-CACHE_SECONDS = 3600
+ENDING_SECONDS = 10  # that the step of a job may take when the page ends
 PANE = 540  # pixels
 CSS = """
 .gradio-container {max-width: 1280px !important; margin: auto}
@@ -50,7 +52,11 @@ class PageConfig(Config):
     """page"""
 
     host: str = option("127.0.0.1", "address to listen on; 0.0.0.0: all of this machine's")
-    port: int = option(7860, "port to listen on", at_least=0, at_most=65535)
+    port: int = option(7860, "port to listen on; 0: a free one", at_least=0, at_most=65535)
+    password: str | None = option(
+        None, "what visitors have to enter, with any name; of use with --host 0.0.0.0; None: nothing",
+        check=lambda text: None if text else "a password that is not empty",
+    )  # fmt: skip
     max_images: int = option(16, "images that one request may ask for", at_least=1)
     max_steps: int = option(250, "sampling steps that one request may ask for", at_least=1)
 
@@ -71,17 +77,38 @@ def parse_flags() -> Flags:
 
 
 class Page(gr.Blocks):
-    """Blocks that open nothing that a browser names but what was uploaded for the editor.
+    """Blocks that open nothing that a browser names but what was uploaded for the editor, and few pixels of that.
 
     Gradio itself also fetches addresses, for any widget.
     """
 
     async def preprocess_data(self, block_fn, inputs, *args, **kwargs):
-        for widget, value in zip(block_fn.inputs, inputs, strict=False):  # gradio complains of a wrong number
-            for path in named_files(value):
-                if not isinstance(widget, gr.ImageEditor) or not is_upload(path):
-                    raise gr.Error("This page opens no paths and no addresses.", print_exception=False)
-        return await super().preprocess_data(block_fn, inputs, *args, **kwargs)
+        try:
+            inputs = [self.check_value(widget, value) for widget, value in zip(block_fn.inputs, inputs, strict=True)]
+            return await super().preprocess_data(block_fn, inputs, *args, **kwargs)
+        except (gr.Error, UserError) as error:
+            raise refusal(getattr(error, "message", str(error))) from error
+        except Exception as error:  # what gradio and pydantic raise for values that no widget sends
+            raise refusal("The values are of another form than this page sends: load it again.") from error
+
+    def check_value(self, widget, value):
+        """The value of a widget, without what nobody looks at."""
+        files = list(named_files(value))
+        if not all(isinstance(widget, gr.ImageEditor) and is_upload(path) for path in files):
+            raise UserError("This page opens no paths and no addresses.")
+        if not isinstance(widget, gr.ImageEditor) or value is None:
+            return value
+        layers = value.get("layers") or []
+        if not isinstance(layers, list) or len(layers) > 1:
+            raise UserError("the picture has several layers of paint: one is taken")
+        value = {"background": value.get("background"), "layers": layers, "composite": None}
+        web_guards.check_pictures(list(named_files(value)), web_requests.MOST_PIXELS)
+        return value
+
+
+def refusal(message: str) -> gr.Error:
+    """What a browser shows; it takes the message for HTML."""
+    return gr.Error(html.escape(message, quote=False), print_exception=False)
 
 
 def named_files(value: Any) -> Iterator[Any]:
@@ -100,21 +127,6 @@ def is_upload(path: Any) -> bool:
     return isinstance(path, str) and folder in Path(path).resolve().parents
 
 
-class BodyLimit:
-    """Refuses requests whose body is larger than `MAX_UPLOAD`, or of a size that they do not tell."""
-
-    def __init__(self, app):
-        self.app = app
-
-    async def __call__(self, scope, receive, send):
-        headers = dict(scope.get("headers", ()))
-        length = headers.get(b"content-length", b"0")
-        if b"transfer-encoding" in headers or not length.isdigit() or int(length) > MAX_UPLOAD:
-            await PlainTextResponse(f"at most {MAX_UPLOAD} bytes", status_code=413)(scope, receive, send)
-            return
-        await self.app(scope, receive, send)
-
-
 # ---------------------------------------------------------------- jobs
 
 
@@ -124,7 +136,7 @@ def errors_shown() -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        raise gr.Error(str(error), print_exception=False) from error
+        raise refusal(str(error)) from error
 
 
 class Studio:
@@ -132,17 +144,19 @@ class Studio:
 
     :param config: holds what the page offers no choice of. :param weights: from `load_weights(config)`.
     :param folder: where files to download are written; gradio copies them.
+    :param jobs: what runs, and may have to end.
     :raises UserError: when the flags' own settings are none that the page may ask for.
     """
 
-    def __init__(self, config, limits, weights, folder):
-        self.config, self.limits, self.weights, self.folder = config, limits, weights, Path(folder)
+    def __init__(self, config, limits, weights, folder, jobs):
+        self.config, self.weights, self.folder, self.jobs = config, weights, Path(folder), jobs
+        self.limits = replace(limits, solvers=SOLVERS_OF[weights.diffusion["objective"]])
         image_sampler, solver = make_image_sampler(config, weights), config.solver
         self.size, guidance = image_sampler.size, image_sampler.denoise.guidance
         self.rule, steps = guidance.rule, solver.num_sampling_steps
         self.initial = self.check(
-            0, min(4, limits.images), solver.seed, solver.name, int(steps) if steps.isdecimal() else steps,
-            guidance.cfg_scale, guidance.scale_pow,
+            0, min(4, limits.images), solver.seed, image_sampler.solver.name,
+            int(steps) if steps.isdecimal() else steps, guidance.cfg_scale, guidance.scale_pow,
         )  # fmt: skip
 
     def check(self, *values: Any) -> web_requests.Request:
@@ -157,18 +171,18 @@ class Studio:
         name = self.weights.class_names[label] if self.weights.class_names else str(label)
         return name if name == str(label) else f"{label}  {name}"
 
-    def draw(self, *values: Any) -> Iterator[tuple]:
+    def draw(self, visitor: gr.Request, *values: Any) -> Iterator[tuple]:
         """The values of `Request`, in its order -> what `show` yields."""
-        with errors_shown():
+        with errors_shown(), self.jobs.running(visitor.session_hash) as check:
             request = self.check(*values)
-            yield from self.show(request, web_requests.draw(self.config, self.weights, request))
+            yield from self.show(request, web_requests.draw(self.config, self.weights, request, check))
 
-    def fill(self, painting: Any, resamplings: Any, *values: Any) -> Iterator[tuple]:
+    def fill(self, visitor: gr.Request, painting: Any, resamplings: Any, *values: Any) -> Iterator[tuple]:
         """What the editor holds, resamplings, and the values of `Request` -> what `show` yields."""
-        with errors_shown():
+        with errors_shown(), self.jobs.running(visitor.session_hash) as check:
             request = self.check(*values)
             image, hole = web_requests.check_painting(painting, self.size)
-            job = web_requests.fill(self.config, self.weights, request, image, hole, resamplings)
+            job = web_requests.fill(self.config, self.weights, request, image, hole, resamplings, check)
             yield from self.show(request, job)
 
     def show(self, request: web_requests.Request, job: Iterator[web_requests.Progress]) -> Iterator[tuple]:
@@ -181,14 +195,15 @@ class Studio:
                 yield view, f"Step {progress.done} of {progress.total}, {seconds:.1f} s", gr.skip(), gr.skip()
         path = self.folder / f"class{request.label}_seed{request.seed}.png"
         save_grid(path, progress.images, web_requests.columns_of(request.count))
-        line = f"{request.count} x **{self.name_of(request.label)}**, seed {request.seed}: "
+        line = f"{request.count} x **{web_guards.escape(self.name_of(request.label))}**, seed {request.seed}: "
         line += f"{progress.total} steps in {seconds:.1f} s"
         yield view, line, gr.DownloadButton(value=path, interactive=True), progress.images
 
-    def take(self, images: Any, event: gr.SelectData) -> Any:
+    def take(self, images: Any, event: gr.EventData) -> Any:
         """The image that was clicked goes into the editor."""
         with errors_shown():
-            image = web_requests.clicked(images, event.index)
+            place = event._data.get("index") if isinstance(event._data, dict) else None
+            image = web_requests.clicked(images, place)
         return make_grid(image[None], 1, max(1, web_requests.VIEW // self.size))
 
 
@@ -197,7 +212,8 @@ class Studio:
 
 def build_page(studio: Studio) -> gr.Blocks:
     """The widgets, and which of them do what."""
-    with Page(title="Masked diffusion", analytics_enabled=False, delete_cache=(CACHE_SECONDS, CACHE_SECONDS)) as page:
+    age = web_guards.STORED_SECONDS
+    with Page(title="Masked diffusion", analytics_enabled=False, delete_cache=(age, age)) as page:
         gr.Markdown(f"# Masked diffusion\n{describe(studio.weights.model)}, images of {studio.size}x{studio.size}")
         values = add_settings(studio)
         images = gr.State(None)
@@ -221,7 +237,8 @@ def build_page(studio: Studio) -> gr.Blocks:
                     )
                 gr.Markdown(
                     "Click one of the images, or upload one, and paint over what is to be drawn anew, as the class "
-                    "above. ddpm and ddim can do it; more resamplings join old and new better, and take longer."
+                    "above. ddpm, ddim and the flow solvers can do it; more resamplings join old and new better, and "
+                    "take longer."
                 )
         # One job at a time, whichever button it comes from.
         shared = {"outputs": [view, status, download, images], "concurrency_id": "model", "concurrency_limit": 1}
@@ -246,7 +263,7 @@ def add_settings(studio: Studio) -> list:
         another = gr.Button("another", size="sm")
         seed = gr.Number(initial.seed, precision=0, minimum=0, label="Seed", buttons=[another], elem_id="seed")
     with gr.Row(equal_height=True):
-        solver = gr.Dropdown(list(SOLVERS), value=initial.solver, label="Solver")
+        solver = gr.Dropdown(list(limits.solvers), value=initial.solver, label="Solver")
         steps = gr.Slider(1, limits.steps, value=initial.steps, step=1, label="Steps", buttons=[], elem_id="steps")
         scale = gr.Slider(
             0, web_requests.LARGEST_SCALE, value=initial.cfg_scale, step=0.1, label="Guidance scale", buttons=[],
@@ -271,35 +288,74 @@ def add_editor(size: int) -> gr.ImageEditor:
     return editor
 
 
-def serve(page: gr.Blocks, host: str, port: int) -> None:
-    """Serve a page until it is interrupted.
+def launch(page: gr.Blocks, config: PageConfig, listeners: web_guards.Listeners) -> None:
+    """Start to serve a page, in a thread.
 
-    :raises OSError: when the address cannot be had.
+    :raises UserError: when the address cannot be had.
     """
-    middleware = [Middleware(BodyLimit)]
-    if host in LOOPBACK:  # other sites' pages cannot reach it under a name of theirs
-        middleware.append(Middleware(TrustedHostMiddleware, allowed_hosts=[*LOOPBACK, "[::1]"]))
+
+    def session_of(event_id: str) -> str | None:
+        event = page._queue.event_ids_to_events.get(event_id)
+        return event.session_hash if event else None
+
+    middleware = [
+        Middleware(web_guards.BodyLimit),
+        Middleware(web_guards.OriginCheck),
+        Middleware(web_guards.UploadLimit, folder=get_upload_folder()),
+        Middleware(web_guards.CancelCheck, session_of=session_of),
+        Middleware(web_guards.ListenerCount, listeners=listeners),
+    ]
+    if config.host in LOOPBACK:  # other sites' pages cannot reach it under a name of theirs
+        middleware.insert(0, Middleware(TrustedHostMiddleware, allowed_hosts=[*LOOPBACK, "[::1]"]))
+    elif config.password is None:
+        logger.log(f"everyone who reaches {config.host} may use this page: --password asks for a password")
+    auth = None
+    if config.password is not None:
+
+        def auth(name: str, password: str) -> bool:
+            return hmac.compare_digest(password.encode(), config.password.encode())
+
+    port = web_guards.find_port(config.host, config.port)
     fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}  # none to fetch
     page.launch(
-        server_name=host, server_port=port, share=False, inbrowser=False, quiet=True, footer_links=[],
+        server_name=config.host, server_port=port, share=False, inbrowser=False, quiet=True, footer_links=[],
         theme=gr.themes.Soft(**fonts), css=CSS, ssr_mode=False, mcp_server=False, pwa=False, run_history=False,
-        enable_monitoring=False, max_file_size=MAX_UPLOAD, prevent_thread_lock=True,
+        enable_monitoring=False, max_file_size=web_guards.MAX_UPLOAD, prevent_thread_lock=True,
+        auth=auth, auth_message="Any name, and the password that the owner of this page gave you.",
         app_kwargs={"middleware": middleware, "docs_url": None, "redoc_url": None},
     )  # fmt: skip
-    logger.log(f"open http://{host}:{port} in a browser; Ctrl+C ends it")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that temporary folders are removed
-    page.block_thread()
+    logger.log(f"open http://{config.host}:{port} in a browser; Ctrl+C ends it")
+
+
+def wait_for_the_end(page: gr.Blocks, jobs: web_guards.Jobs) -> bool:
+    """Wait for SIGTERM or Ctrl+C, then end the jobs and close the page. Return whether all jobs have ended."""
+    signals = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, _: signals.append(number))
+    while not signals:
+        time.sleep(0.1)
+    ended = jobs.end(ENDING_SECONDS)
+    page.close(verbose=False)
+    return ended
 
 
 def main() -> None:
     flags = parse_flags()
     page, limits = flags.page, web_requests.Limits(flags.page.max_images, flags.page.max_steps)
+    web_guards.find_port(page.host, page.port)  # before the weights, which take long
     Image.MAX_IMAGE_PIXELS = web_requests.LONGEST_SIDE**2  # twice as many are refused before they are decoded
     weights = load_weights(flags.sample)
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as cache:
         # Uploads and pictures lie apart from those of other pages on this machine, and go when this one ends.
         os.environ |= {"GRADIO_TEMP_DIR": cache, "GRADIO_ALLOWED_PATHS": "", "GRADIO_ANALYTICS_ENABLED": "False"}
-        serve(build_page(Studio(flags.sample, limits, weights, folder)), page.host, page.port)
+        jobs = web_guards.Jobs(web_guards.Listeners())
+        built = build_page(Studio(flags.sample, limits, weights, folder, jobs))
+        launch(built, page, jobs.listeners)
+        ended = wait_for_the_end(built, jobs)
+    if not ended:
+        # A thread that computes when Python takes itself apart aborts the process.
+        sys.stdout.flush()
+        os._exit(0)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from masked_diffusion.config import SOLVERS, SampleConfig
 from masked_diffusion.image_datasets import center_crop_arr
+from masked_diffusion.sample_config import SOLVERS_OF, SampleConfig
 from masked_diffusion.sampling import editing
 from masked_diffusion.sampling.build import LoadedWeights, make_image_sampler
 from masked_diffusion.sampling.image_sampler import ImageSampler
@@ -23,6 +23,7 @@ GAP = 4  # pixels between the images of a sheet on the screen
 JUMP_LENGTH = 10
 LARGEST_SEED, LARGEST_SCALE, LARGEST_POWER, MOST_RESAMPLINGS = 2**31 - 1, 20, 10, 10
 LONGEST_SIDE, LONGEST_RATIO = 4096, 4  # of an uploaded image
+MOST_PIXELS = 2 * LONGEST_SIDE**2  # of an uploaded image and its paint
 PAINTED = 64  # of 255: how much of a pixel's area must be painted over for it to be filled
 
 
@@ -33,11 +34,12 @@ PAINTED = 64  # of 255: how much of a pixel's area must be painted over for it t
 class Limits:
     """What one request may ask for.
 
-    :param images: images at a time. :param steps: sampling steps.
+    :param images: images at a time. :param steps: sampling steps. :param solvers: those that the model can have.
     """
 
     images: int = 16
     steps: int = 250
+    solvers: tuple[str, ...] = SOLVERS_OF["diffusion"]
 
 
 @dataclass(frozen=True)
@@ -94,8 +96,8 @@ def check_request(
 
     :raises UserError: for the first value that is of another type or out of its range.
     """
-    if not isinstance(solver, str) or solver not in SOLVERS:
-        raise UserError(f"solver is {shorten(solver)}: choose one of {', '.join(SOLVERS)}")
+    if not isinstance(solver, str) or solver not in limits.solvers:
+        raise UserError(f"solver is {shorten(solver)}: choose one of {', '.join(limits.solvers)}")
     return Request(
         whole_number("class", label, 0, max(num_classes, 1) - 1),
         whole_number("images", count, 1, limits.images),
@@ -154,11 +156,20 @@ def image_sampler_of(config: SampleConfig, weights: LoadedWeights, request: Requ
     return make_image_sampler(config.replaced(**asked), weights)
 
 
-def draw(config: SampleConfig, weights: LoadedWeights, request: Request) -> Iterator[Progress]:
-    """Draw images, step by step: a generator of `Progress`."""
+def go_on() -> None:
+    """What a job that nobody stops calls before every step."""
+
+
+def draw(
+    config: SampleConfig, weights: LoadedWeights, request: Request, check: Callable[[], None] = go_on
+) -> Iterator[Progress]:
+    """Draw images, step by step: a generator of `Progress`.
+
+    :param check: called before every step; what it raises ends the job.
+    """
     image_sampler = image_sampler_of(config, weights, request)
     steps = image_sampler.progressive(range(request.count), labels_of(request))
-    yield from watch(steps, image_sampler.solver.num_evaluations, image_sampler.decode)
+    yield from watch(steps, image_sampler.solver.num_outputs, image_sampler.decode, check)
 
 
 def fill(
@@ -168,19 +179,21 @@ def fill(
     image: np.ndarray,
     hole: np.ndarray,
     resamplings: Any,
+    check: Callable[[], None] = go_on,
 ) -> Iterator[Progress]:
     """Fill the hole of an image `request.count` times, step by step: a generator of `Progress`.
 
     :param image, hole: from `check_painting`. :param resamplings: as it came, see `editing.inpaint_progressive`.
+    :param check: see `draw`.
     :raises UserError: for resamplings out of range, and for a solver that cannot start from an image.
     """
     resamplings = whole_number("resamplings", resamplings, 1, MOST_RESAMPLINGS)
     image_sampler = image_sampler_of(config, weights, request)
     options = {"jump_length": JUMP_LENGTH, "resamplings": resamplings}
-    total = editing.count_evaluations(image_sampler.solver.num_evaluations, **options)
+    total = editing.count_evaluations(image_sampler.solver.num_steps, **options)
     indices = range(request.count)
     steps = editing.inpaint_progressive(image_sampler, indices, labels_of(request), image, hole, **options)
-    yield from watch(steps, total, lambda latents: editing.paste(image, hole, image_sampler.decode(latents)))
+    yield from watch(steps, total, lambda latents: editing.paste(image, hole, image_sampler.decode(latents)), check)
 
 
 def labels_of(request: Request) -> torch.Tensor:
@@ -188,14 +201,20 @@ def labels_of(request: Request) -> torch.Tensor:
 
 
 def watch(
-    steps: Iterable[dict[str, torch.Tensor]], total: int, finish: Callable[[torch.Tensor], np.ndarray]
+    steps: Iterable[dict[str, torch.Tensor]],
+    total: int,
+    finish: Callable[[torch.Tensor], np.ndarray],
+    check: Callable[[], None] = go_on,
 ) -> Iterator[Progress]:
     """`Progress` every few steps: predictions on the way, the sample at the end.
 
     :param steps: dicts of `sample` and `pred_xstart`. :param total: how many. :param finish: makes images of latents.
+    :param check: see `draw`.
     """
     every = math.ceil(total / PREVIEWS)
+    check()
     for done, out in enumerate(steps, 1):
+        check()
         if done % every == 0 and done < total:
             yield Progress(done, total, finish(out["pred_xstart"]))
     yield Progress(total, total, finish(out["sample"]))

@@ -27,13 +27,13 @@ from typing import Any
 import blobfile as bf
 import numpy as np
 
-from .image_listing import Listing, check_listed, list_names
-from .image_sequence import ImageSequence, StreamedSignature, read_image_file
-from .utils.errors import UserError
-from .utils.files import atomic_write, disk_errors, file_hash, write_json
-from .utils.image_headers import NO_HEADER, THREADS, read_headers
-from .utils.progress import Progress
-from .utils.remote_files import is_remote
+from ..utils.errors import UserError
+from ..utils.files import atomic_write, disk_errors, file_hash, write_json
+from ..utils.image_headers import NO_HEADER, THREADS, read_headers
+from ..utils.progress import Progress
+from ..utils.remote_files import is_remote
+from .listing import Listing, check_listed, list_names
+from .sequence import ImageSequence, StreamedSignature, check_header, read_image_file
 
 VERSION = 1
 HEADER_NAME, RECORDS_NAME, NAMES_NAME, CHECKED_NAME = "index.json", "records.npy", "names.npy", "checked.npy"
@@ -206,13 +206,7 @@ def _read_header(path: Path) -> tuple[dict[str, Any], str]:
     try:
         data = path.read_bytes()
         header = json.loads(data)
-        if not isinstance(header, dict):
-            raise ValueError(f"it holds a {type(header).__name__} instead of a dictionary")
-        if header.get("version") != VERSION:
-            raise ValueError(f"its version is {header.get('version')!r}, this program reads {VERSION}")
-        for key, kind in HEADER_TYPES.items():
-            if not isinstance(header.get(key), kind):
-                raise ValueError(f"its {key!r} is {header.get(key)!r}")
+        check_header(header, VERSION, HEADER_TYPES)
         if not isinstance(header["classes"], list | None):
             raise ValueError(f"its 'classes' is {header['classes']!r}")
         if header.get("checksum") != checksum(header):

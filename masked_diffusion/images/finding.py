@@ -14,8 +14,12 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 
-from . import dist_util, logger
-from .image_index import (
+from .. import dist_util, logger
+from ..utils.errors import UserError
+from ..utils.files import DiskError, disk_errors
+from ..utils.locks import FileLock
+from ..utils.remote_files import is_remote
+from .index import (
     CHECKED_NAME,
     HEADER_NAME,
     NAMES_NAME,
@@ -25,13 +29,9 @@ from .image_index import (
     open_index,
     other_formats,
 )
-from .image_listing import check_folder, check_name, log_other_formats
-from .image_sequence import ImageSequence
-from .image_shards import ImageShards, is_packed, open_packed
-from .utils.errors import UserError
-from .utils.files import DiskError, disk_errors
-from .utils.locks import FileLock
-from .utils.remote_files import is_remote
+from .listing import check_folder, check_name, log_other_formats
+from .sequence import ImageSequence
+from .shards import ImageShards, is_packed, open_packed
 
 INDEX_NAME = "data_index"  # in the log directory
 LOCK_NAME = "lock"

@@ -1,22 +1,24 @@
 """Image files as a sequence: names kept in arrays, not as Python strings, whatever holds the bytes.
 
 A list of ten million paths takes gigabytes in every process that has one. `ImageSequence` is what stands in its place
-for a packed folder (`image_shards`) and for an unpacked one that has been listed before (`image_index`). `ImageFiles`
+for a packed folder (`shards`) and for an unpacked one that has been listed before (`index`). `ImageFiles`
 gives a plain list of paths the same way of reading.
 """
 
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
+from types import UnionType
+from typing import Any
 
 import blobfile as bf
 import numpy as np
 
-from .utils.errors import UserError
-from .utils.remote_files import is_remote
+from ..utils.errors import UserError
+from ..utils.remote_files import is_remote
 
 CHUNK = 1 << 16  # names that are Python strings at the same time
 
@@ -116,6 +118,21 @@ class ImageSequence(Sequence[str]):
     def signature(self) -> str:
         """The `data_signature` of the names relative to the folder."""
         return signature_of(self._name(self._row(index)) for index in range(len(self)))
+
+
+def check_header(header: Any, version: int, types: Mapping[str, type | UnionType]) -> None:
+    """Look at the JSON header of an index.
+
+    :param types: of the values that it must have, by key.
+    :raises ValueError: says what is wrong with it.
+    """
+    if not isinstance(header, dict):
+        raise ValueError(f"it holds a {type(header).__name__} instead of a dictionary")
+    if header.get("version") != version:
+        raise ValueError(f"its version is {header.get('version')!r}, this program reads {version}")
+    for key, kind in types.items():
+        if not isinstance(header.get(key), kind):
+            raise ValueError(f"its {key!r} is {header.get(key)!r}")
 
 
 def signature_of(names: Iterable[str]) -> str:

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 
 import blobfile as bf
 
-from . import logger
-from .image_shards import HEADER_NAME, UNFINISHED, shard_name
-from .utils.errors import UserError
-from .utils.remote_files import check_scheme, is_remote
+from .. import logger
+from ..utils.errors import UserError
+from ..utils.remote_files import check_scheme, is_remote
+from .shards import HEADER_NAME, UNFINISHED, shard_name
 
 EXTENSIONS = ("jpg", "jpeg", "png", "gif")
 # Not read, as ADM does not read them either: otherwise the list of files would not be ADM's.

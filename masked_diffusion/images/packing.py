@@ -1,4 +1,4 @@
-"""Packs the images of a folder into shards; `image_shards` describes what comes out, and reads it.
+"""Packs the images of a folder into shards; `shards` describes what comes out, and reads it.
 
 Every shard is made by itself, out of `shard_size` consecutive files, and its bytes depend on nothing but them: a killed
 run goes on, and processes and ranks share the work. What is known of a finished shard waits in the folder `.packing`
@@ -21,11 +21,16 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
-from . import dist_util, logger
-from .find_images import INDEX_NAME, find_images
-from .image_datasets import data_signature, image_classes, relative_names
-from .image_sequence import ImageSequence
-from .image_shards import (
+from .. import dist_util, logger
+from ..image_datasets import data_signature, image_classes, relative_names
+from ..utils.errors import UserError
+from ..utils.files import atomic_write, disk_errors, file_hash, write_json
+from ..utils.image_headers import read_header as read_image_header
+from ..utils.loader_processes import LoaderIterator, init_loader_process
+from ..utils.tar_shards import TarWriter, find_shared_stems, member_name
+from .finding import INDEX_NAME, find_images
+from .sequence import ImageSequence
+from .shards import (
     HEADER_NAME,
     NAMES_NAME,
     RECORD,
@@ -38,11 +43,6 @@ from .image_shards import (
     read_header,
     shard_name,
 )
-from .utils.errors import UserError
-from .utils.files import atomic_write, disk_errors, file_hash, write_json
-from .utils.image_headers import read_header as read_image_header
-from .utils.loader_processes import LoaderIterator, init_loader_process
-from .utils.tar_shards import TarWriter, find_shared_stems, member_name
 
 SETTINGS_NAME = "settings.json"
 ADVICE = "make room, or choose another --out; the same command goes on where it stopped"

@@ -25,10 +25,10 @@ from typing import Any
 import blobfile as bf
 import numpy as np
 
-from .image_sequence import ImageSequence
-from .utils import remote_files
-from .utils.errors import UserError
-from .utils.remote_files import is_remote
+from ..utils import remote_files
+from ..utils.errors import UserError
+from ..utils.remote_files import is_remote
+from .sequence import ImageSequence, check_header
 
 VERSION = 1
 HEADER_NAME, RECORDS_NAME, NAMES_NAME = "image_shards.json", "image_shards.npy", "image_shards_names.npy"
@@ -74,13 +74,7 @@ def read_header(folder: str) -> dict[str, Any]:
     try:
         with bf.BlobFile(path, "rb") as file:
             header = json.loads(file.read())
-        if not isinstance(header, dict):
-            raise ValueError(f"it holds a {type(header).__name__} instead of a dictionary")
-        if header.get("version") != VERSION:
-            raise ValueError(f"its version is {header.get('version')!r}, this program reads {VERSION}")
-        for key, kind in HEADER_TYPES.items():
-            if not isinstance(header.get(key), kind):
-                raise ValueError(f"its {key!r} is {header.get(key)!r}")
+        check_header(header, VERSION, HEADER_TYPES)
         for name in (RECORDS_NAME, NAMES_NAME):
             described = header["index"][name]
             if not re.fullmatch("[0-9a-f]{64}", described["sha256"]) or not isinstance(described["size"], int):

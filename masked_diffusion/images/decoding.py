@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image
 
-from .image_sequence import image_errors, read_image_file
+from .sequence import image_errors, read_image_file
 
 Box = tuple[float, float, float, float]  # left, upper, right, lower
 SEPARABLE = ("L", "RGB")  # modes whose rows and columns may be resized in two calls, with the same bytes as in one

@@ -1,0 +1,287 @@
+"""How fast MDTv2, MDT and DiT learn: variants x optimizers x Min-SNR x seeds, and their quality against the cost.
+
+Without --data_dir the images are scikit-learn's digits. Every finished run is a row of OUT.json; the same command goes
+on with the runs that are not there yet, also on another machine. --report makes the tables and pictures alone.
+"""
+
+import json
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import learning_report
+import torch
+from demo import run_script
+from demo_run import grade_digits
+from learning_runs import VARIANTS, Cell, Judge, Run, published_cell, train
+
+from masked_diffusion import script_util
+from masked_diffusion.sample_config import SOLVERS
+from masked_diffusion.utils.errors import UserError
+from masked_diffusion.utils.files import write_json
+from masked_diffusion.utils.locks import FileLock
+from masked_diffusion.utils.options import Config, option
+
+TUNING_SEED = 0
+MOST_RATES = 6  # that tuning tries: where a cell hardly learns, the best may lie at an edge for ever
+OPTIMIZERS, MIN_SNR = ("adan", "adamw"), (True, False)
+LEAST_EVALUATIONS = 8
+# Flags with which the rows of one JSON may differ, and still compare.
+MAY_CHANGE = ("out", "doc", "work", "seeds", "report", "cells", "data_dir", "test_dir", "tuning_from")
+
+
+@dataclass(frozen=True)
+class StudyConfig(Config):
+    """the study of learning speed"""
+
+    out: str = option("docs/learning", "path of the JSON and the pictures, without ending")
+    doc: str = option("", "Markdown file that gets the tables, between its marks if it has them; '': OUT.md")
+    work: str = option("output_learning", "folder for what is not kept: data, unfinished runs, samples, the classifier")
+    report: bool = option(False, "train nothing: make tables and pictures of what the JSON has")
+    data_dir: str = option("", "training images named CLASS_ANYTHING.jpg, as for image_train.py; '': the digits")
+    test_dir: str = option("", "other real images of the same classes, which samples are compared with")
+    cells: str = option(
+        "all", "all: every variant with every optimizer, with and without Min-SNR; published: each as in its paper",
+        choices=("all", "published"),
+    )  # fmt: skip
+    seeds: int = option(5, "training runs of each cell", at_least=1)
+    size: str = option("Nano_2", "size and patch size, of MDTv2_Nano_2 for example")
+    hidden_size: int = option(48, "width of the models", at_least=1)
+    num_heads: int = option(3, "attention heads of the models", at_least=1)
+    image_size: int = option(8, "height and width of the images in pixels", at_least=1)
+    random_flip: bool = option(False, "mirror half of the training images")
+    mask_ratio: float = option(0.3, "fraction of tokens that the masked pass drops", at_least=0, below=1)
+    batch_size: int = option(32, "images of a step", at_least=1)
+    ema_rate: float = option(0.99, "EMA rate", at_least=0, below=1)
+    steps: int = option(3000, "training steps of a run", at_least=1)
+    eval_interval: int = option(250, "steps between evaluations of the EMA", at_least=1)
+    tuning_steps: int = option(750, "training steps of a run that tunes the learning rate", at_least=1)
+    tuning_lr: float = option(4e-3, "the learning rate that tuning starts from", above=0)
+    tuning_factor: float = option(2.0, "ratio of neighbouring learning rates", above=1)
+    tuning_from: str = option("", "take the tuning of this study's JSON instead; '': tune here")
+    num_samples: int = option(500, "images to draw in each evaluation", at_least=2)
+    solver: str = option("dpm++", "sampling algorithm of the evaluations", choices=SOLVERS)
+    num_sampling_steps: int = option(10, "its steps", at_least=1)
+
+    def check(self) -> "StudyConfig":
+        super().check()
+        if self.steps % self.eval_interval or self.steps // self.eval_interval < LEAST_EVALUATIONS:
+            raise UserError(
+                f"--steps is {self.steps} and --eval_interval {self.eval_interval}: steps must be a multiple, of at "
+                f"least {LEAST_EVALUATIONS} evaluations"
+            )
+        if bool(self.data_dir) != bool(self.test_dir):
+            raise UserError("--data_dir and --test_dir go together: name a folder of training images and one of others")
+        return self
+
+
+def cells_of(config: StudyConfig) -> list[Cell]:
+    """The cells of the study, those of the papers first."""
+    published = [published_cell(variant) for variant in VARIANTS]
+    others = [Cell(*each) for each in product(VARIANTS, OPTIMIZERS, MIN_SNR)] if config.cells == "all" else []
+    return list(dict.fromkeys([*published, *others]))
+
+
+# ---------------------------------------------------------------- the JSON
+
+
+class Results:
+    """The study's JSON: its settings, what judges it, and one row for every finished run.
+
+    :raises UserError: when the file there is of other settings.
+    """
+
+    def __init__(self, config: StudyConfig) -> None:
+        self.path = Path(f"{config.out}.json")
+        settings = {key: value for key, value in config.values().items() if key not in MAY_CHANGE}
+        settings["data"] = Path(config.data_dir).name if config.data_dir else "digits"
+        self.content: dict[str, Any] = {"settings": settings, "judge": {}, "tuning": [], "runs": []}
+        if self.path.exists():
+            self.content = json.loads(self.path.read_text())
+            found = self.content["settings"]
+            for key, value in settings.items():
+                if found.get(key) != value:
+                    raise UserError(
+                        f"{self.path} was made with {key} {found.get(key)}, not {value}: give the same flags, or "
+                        "another --out"
+                    )
+
+    def take_tuning(self, config: StudyConfig) -> None:
+        """Take the tuning runs of another study, where this one has none.
+
+        :raises UserError: when they do not tune every cell of this study.
+        """
+        path = Path(config.tuning_from)
+        if not path.is_file():
+            raise UserError(f"--tuning_from {path} is no file: name the JSON of a study")
+        rows = json.loads(path.read_text())["tuning"]
+        for cell in cells_of(config):
+            scores = tried(rows, cell)
+            if not scores or next_lr(scores, config.tuning_lr, config.tuning_factor) is not None:
+                raise UserError(f"--tuning_from {path} has not tuned the learning rate of {cell}: let it finish first")
+        self.content["tuning"] = self.content["tuning"] or rows
+
+    def find(self, kind: str, run: Run) -> dict | None:
+        """The row of a run in `tuning` or `runs`, or None."""
+        wanted = {**run.cell._asdict(), "lr": run.lr, "seed": run.seed}
+        return next((row for row in self.content[kind] if wanted.items() <= row.items()), None)
+
+    def add(self, kind: str, row: dict) -> None:
+        self.content[kind].append(row)
+        write_json(self.path, self.content)
+
+
+# ---------------------------------------------------------------- the queue
+
+
+def tuning_score(row: dict) -> float:
+    """What tuning minimises: the Frechet distance at the end; a run that diverged is the worst."""
+    return row["curve"][-1]["frechet"] if row["complete"] else float("inf")
+
+
+def next_lr(scores: dict[float, float], first: float, factor: float) -> float | None:
+    """The learning rate to try next, by the rule that is the same for all cells; None: tuning is done.
+
+    The first, then its neighbours on a grid of constant ratio, and further while the best lies at an edge, up to
+    `MOST_RATES` in all.
+
+    :param scores: by learning rate.
+    """
+    if not scores:
+        return first
+    if len(scores) >= MOST_RATES:
+        return None
+    best = best_lr(scores)
+    for lr in (best / factor, best * factor):
+        if not any(abs(lr / other - 1) < 1e-6 for other in scores):
+            return float(f"{lr:.6g}")
+    return None
+
+
+def tuning_cell(cell: Cell) -> Cell:
+    """The cell whose runs tune the learning rate of a cell: the same without Min-SNR.
+
+    Both optimizers divide by the size of the gradients, which is most of what the weighting changes.
+    """
+    return cell._replace(min_snr=False)
+
+
+def tried(rows: list[dict], cell: Cell) -> dict[float, float]:
+    """Score by learning rate, of a cell's tuning runs."""
+    own = tuning_cell(cell)._asdict().items()
+    return {row["lr"]: tuning_score(row) for row in rows if own <= row.items()}
+
+
+def best_lr(scores: dict[float, float]) -> float:
+    return min(scores, key=lambda lr: (scores[lr], lr))
+
+
+def queue(config: StudyConfig, results: Results) -> Iterator[tuple[str, Run]]:
+    """The runs that are not in the JSON, in an order that keeps it balanced: tuning first, then seed by seed.
+
+    What comes next depends on what is found: a run must be in the JSON when the next is asked for.
+    """
+    cells, rows = cells_of(config), results.content["tuning"]
+    for cell in dict.fromkeys(map(tuning_cell, cells)):
+        while (lr := next_lr(tried(rows, cell), config.tuning_lr, config.tuning_factor)) is not None:
+            yield "tuning", Run(cell, lr, TUNING_SEED, config.tuning_steps, config.tuning_steps)
+    for seed, cell in product(range(TUNING_SEED + 1, TUNING_SEED + 1 + config.seeds), cells):
+        run = Run(cell, best_lr(tried(rows, cell)), seed, config.steps, config.eval_interval)
+        if results.find("runs", run) is None:
+            yield "runs", run
+
+
+# ---------------------------------------------------------------- data, and who judges
+
+
+def digits_judge(digits: Path) -> tuple[Judge, dict[str, Any]]:
+    grader = grade_digits.Grader(digits)
+
+    def judge(images: Any, labels: Any) -> dict[str, float]:
+        grades = grader(images, labels)
+        return {"class_accuracy": grades["class_accuracy"], "frechet": grades["frechet_pixels"]}
+
+    about = {"class_accuracy": grader.real["real_accuracy"], "frechet": grader.real["frechet_pixels_real"]}
+    return judge, {"features": "pixels", "real": about}
+
+
+def open_data(config: StudyConfig, work: Path) -> tuple[Path, Judge, dict[str, Any]]:
+    """Folder of training images, the judge of samples, and what it says of real images."""
+    if config.data_dir:
+        from image_classifier import classifier_judge
+
+        options = (config.data_dir, config.test_dir, config.image_size, config.num_samples, work)
+        return Path(config.data_dir), *classifier_judge(*options)
+    run_script("datasets/digits.py", work / "digits")
+    return work / "digits/train", *digits_judge(work / "digits")
+
+
+def run_flags(config: StudyConfig, data: Path, work: Path) -> dict[str, Any]:
+    """The flags of image_train.py that all runs share."""
+    same = ("image_size", "mask_ratio", "random_flip", "batch_size")
+    return {name: getattr(config, name) for name in same} | {
+        "model": config.size,
+        "ema_rate": str(config.ema_rate),
+        "data_dir": str(data),
+        "index": str(work / "data_index"),
+        "vae": "identity",
+        "num_workers": 0,
+    }
+
+
+def study(config: StudyConfig, say: Callable[[str], None]) -> None:
+    """Train what the JSON lacks."""
+    results, work = Results(config), Path(config.work)
+    if config.tuning_from:
+        results.take_tuning(config)
+    work.mkdir(parents=True, exist_ok=True)
+    data, judge, about = open_data(config, work)
+    results.content["judge"] = about
+    size = {"hidden_size": config.hidden_size, "num_heads": config.num_heads}
+    solver = (config.solver, str(config.num_sampling_steps))
+    curve_options = {"judge": judge, "solver": solver, "num_samples": config.num_samples}
+    command = shlex.join(["python", "scripts/digits/compare_learning.py", *sys.argv[1:]])
+    began, done = time.time(), 0
+    for kind, run in queue(config, results):
+        if kind == "runs" and not done:
+            began = time.time()  # runs that tune are shorter
+        row = train(run, run_flags(config, data, work), size, curve_options, work)
+        if not row["complete"] and row["fault"] is None:
+            raise KeyboardInterrupt  # the training loop took the signal, and has saved a checkpoint
+        results.add(kind, row | {"command": command})
+        shutil.rmtree(work / run.name)
+        last = row["curve"][-1] if row["curve"] else {}
+        text = "  ".join(f"{key} {last[key]:.4g}" for key in ("class_accuracy", "frechet") if key in last)
+        done += kind == "runs"
+        left = len(cells_of(config)) * config.seeds - len(results.content["runs"])
+        each = (time.time() - began) / max(done, 1)
+        eta = f"  at most {left} runs left, ETA {timedelta(seconds=round(left * each))}" if kind == "runs" else ""
+        say(f"{kind} {run.name}  {text or row['fault']}  {row['process_cpu_seconds']:.1f} s of CPU{eta}")
+
+
+def main() -> None:
+    config = script_util.parse_flags(StudyConfig, __doc__)
+    torch.set_num_threads(1)  # CPU seconds compare only when no thread waits for another
+    if not config.report:
+        advice = "wait for it, stop it, or choose another --out"
+        lock = FileLock(f"{config.out}.json.lock", f"{config.out}.json is being added to", advice)
+        try:
+            study(config, lambda line: print(line, flush=True))
+        finally:
+            lock.release()
+    path = Path(f"{config.out}.json")
+    if not path.is_file():
+        raise UserError(f"{path} is no file: leave --report out, to train what it is to hold")
+    doc = Path(config.doc or f"{config.out}.md")
+    learning_report.write(config.out, doc, json.loads(path.read_text()), Path(config.work))
+
+
+if __name__ == "__main__":
+    script_util.run(main)

@@ -1,0 +1,162 @@
+"""The report of a sweep: JSON, a table, heat maps, and which setting is the best, with its interval."""
+
+import math
+from collections.abc import Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from sweep_grading import HIGHER_IS_BETTER, GradingConfig
+
+from masked_diffusion.utils.evaluations import load_evaluations
+from masked_diffusion.utils.files import atomic_write
+
+AXES = {"cfg_scale": "guidance scale", "ema": "EMA", "solver": "solver:steps", "shape": "guidance"}
+LABELS = {"class_accuracy": "class accuracy", "frechet_pixels": "Frechet distance of pixels"}
+
+
+def label(measure: str) -> str:
+    return LABELS.get(measure) or load_evaluations("suite").LABELS[measure]
+
+
+def best_of(rows: dict[str, dict[str, Any]], measure: str) -> str:
+    """The name of the row that is best by a measure; of equal ones the first."""
+    sign = -1 if measure in HIGHER_IS_BETTER else 1
+    return min(rows, key=lambda key: sign * rows[key]["metrics"][measure])
+
+
+def interval(row: dict[str, Any], measure: str) -> list[float] | None:
+    """The 95 % interval over images around a row's value, where its standard error is known."""
+    deviation = row["deviations"].get(measure)
+    return deviation and load_evaluations("metrics").interval(row["metrics"][measure], deviation)
+
+
+def not_told_apart(rows: dict[str, dict[str, Any]], best: str, measure: str) -> list[str]:
+    """Other rows whose difference from the best lies within its 95 % interval.
+
+    Images of one index share their noise, which makes the true interval narrower: no row is left out wrongly.
+    """
+    found, reach = [], load_evaluations("metrics").TWO_SIDED_95
+    for key, row in rows.items():
+        errors = [rows[name]["deviations"].get(measure, 0.0) for name in (key, best)]
+        difference = abs(row["metrics"][measure] - rows[best]["metrics"][measure])
+        found += [key] if key != best and difference <= reach * math.hypot(*errors) else []
+    return found
+
+
+def rows_of(report: dict[str, Any], cells: Sequence[Any]) -> dict[str, dict[str, Any]]:
+    """The rows of these settings, as far as there are, in their order; a report may hold those of earlier calls too."""
+    return {cell.key(): report["rows"][cell.key()] for cell in cells if cell.key() in report["rows"]}
+
+
+def add_best(report: dict[str, Any], cells: Sequence[Any], grading: GradingConfig) -> dict[str, Any]:
+    """The report, saying which of these settings is the best so far."""
+    measure, rows = grading.best or grading.keys[0], rows_of(report, cells)
+    best = best_of(rows, measure)
+    value, bounds, equals = rows[best]["metrics"][measure], interval(rows[best], measure), []
+    sentence = f"best {label(measure)}: {value:.4g}"
+    if bounds:
+        equals = not_told_apart(rows, best, measure)
+        sentence += f" (95 % over images: {bounds[0]:.4g} to {bounds[1]:.4g})"
+    sentence += f" with {best}"
+    if bounds:
+        sentence += f"; {len(equals)} of the {len(rows) - 1} others cannot be told apart from it"
+    found = {"measure": measure, "setting": best, "value": value, "interval": bounds, "not_told_apart": equals}
+    return report | {"best": found | {"sentence": sentence}}
+
+
+def write_pictures(out: Path, report: dict[str, Any], cells: Sequence[Any], measures: Sequence[str]) -> None:
+    """The report for people: `out`.md and `out`.png, each whole or not at all."""
+    with atomic_write(f"{out}.md") as file:
+        file.write(as_markdown(report, cells, measures).encode())
+    with atomic_write(f"{out}.png") as file:
+        draw_heat_maps(file, report, cells, measures)
+
+
+def as_markdown(report: dict[str, Any], cells: Sequence[Any], measures: Sequence[str]) -> str:
+    """A table of the settings, and the sentence on the best."""
+    head = ["setting", *map(label, measures), "images/s"]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for key, row in rows_of(report, cells).items():
+        cells_of_row = [f"**{key}**" if key == report["best"]["setting"] else key]
+        cells_of_row += [_with_error(row, measure) for measure in measures]
+        speed = row["images_per_second"]
+        lines.append(f"| {' | '.join(cells_of_row)} | {'' if speed is None else format(speed, '.3g')} |")
+    count, error = report["settings"]["num_samples"], ", ± 1.96 standard errors over images"
+    settings = f"{count} images of each setting, of the same noises{error if report['settings']['bootstrap'] else ''}; "
+    settings += f"{report['device']}."
+    sentence = report["best"]["sentence"]
+    return "\n".join([*lines, "", settings, f"{sentence[0].upper()}{sentence[1:]}.", ""])
+
+
+def _with_error(row: dict[str, Any], measure: str) -> str:
+    bounds = interval(row, measure)
+    width = f" ± {(bounds[1] - bounds[0]) / 2:.2g}" if bounds else ""
+    return f"{row['metrics'][measure]:.4g}{width}"
+
+
+# ---------------------------------------------------------------- heat maps
+
+
+def draw_heat_maps(file: Any, report: dict[str, Any], cells: Sequence[Any], measures: Sequence[str]) -> None:
+    """Write a PNG: a row of panels for each measure, the two longest axes within the panels, the best framed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = rows_of(report, cells)
+    values = {axis: list(dict.fromkeys(getattr(cell, axis) for cell in cells)) for axis in AXES}
+    y, x = sorted(values, key=lambda axis: len(values[axis]), reverse=True)[1::-1]
+    others = [axis for axis in AXES if axis not in (x, y)]
+    panels = list(product(*(values[axis] for axis in others)))
+    width, height = 1.1 + 0.75 * len(values[x]), 0.9 + 0.42 * len(values[y])
+    figure, axes = plt.subplots(
+        len(measures), len(panels), squeeze=False, layout="constrained", sharex=True, sharey=True,
+        figsize=(max(width * len(panels) + 1.5, 5), height * len(measures) + 0.9),
+    )  # fmt: skip
+    for measure, line in zip(measures, axes, strict=True):
+        key = best_of(rows, measure)
+        numbers = [row["metrics"][measure] for row in rows.values()]
+        colours = "viridis" if measure in HIGHER_IS_BETTER else "viridis_r"
+        for panel, place in zip(line, panels, strict=True):
+            keys = _keys(cells, dict(zip(others, place, strict=True)), x, values[x], y, values[y])
+            grid = np.array([[rows[k]["metrics"][measure] if k in rows else np.nan for k in row] for row in keys])
+            image = panel.imshow(grid, cmap=colours, vmin=min(numbers), vmax=max(numbers), aspect="auto")
+            _write_numbers(panel, grid, keys, key, image)
+            panel.set_xticks(range(len(values[x])), [_word(value) for value in values[x]])
+            panel.set_yticks(range(len(values[y])), [_word(value) for value in values[y]])
+            shown = [_word(value) for axis, value in zip(others, place, strict=True) if len(values[axis]) > 1]
+            panel.set_title(f"{label(measure)}{': ' if shown else ''}{', '.join(shown)}", fontsize=9)
+            panel.set(xlabel=AXES[x] if measure == measures[-1] else "", ylabel=AXES[y] if panel is line[0] else "")
+        figure.colorbar(image, ax=line)
+    figure.suptitle(f"{report['settings']['num_samples']} images of each setting; the best of each measure is framed")
+    figure.savefig(file, dpi=110, format="png")
+    plt.close(figure)
+
+
+def _keys(cells: Sequence[Any], fixed: dict[str, Any], x: str, xs: list, y: str, ys: list) -> list[list[str]]:
+    """Names of the settings of one panel."""
+    kind = type(cells[0])
+    return [[kind(**fixed, **{x: column, y: row}).key() for column in xs] for row in ys]
+
+
+def _write_numbers(panel: Any, grid: np.ndarray, keys: list[list[str]], best: str, image: Any) -> None:
+    """The value in each field, in a colour that shows on it; a frame around the best."""
+    from matplotlib.patches import Rectangle
+
+    for (row, column), value in np.ndenumerate(grid):
+        if np.isnan(value):
+            continue
+        dark = np.dot(image.cmap(image.norm(value))[:3], (0.3, 0.6, 0.1)) < 0.5
+        bold = "bold" if keys[row][column] == best else "normal"
+        colour = "white" if dark else "black"
+        panel.text(column, row, f"{value:.3g}", ha="center", va="center", color=colour, fontsize=8, weight=bold)
+        if bold == "bold":
+            frame = {"fill": False, "edgecolor": "red", "linewidth": 2.5}
+            panel.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, **frame))
+
+
+def _word(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,252 @@
+"""scripts/sweep.py: every setting is graded once, whatever happens on the way, and the best one is named."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import demo_run
+import numpy as np
+import pytest
+import sweep
+import sweep_report
+from digits import write_digits
+from fill import fill
+from helpers import REPO, crops, evaluate, run_sample, run_script, sample_flags
+from PIL import Image
+from sweep_grading import GradingConfig
+
+from evaluations import grade_digits
+from masked_diffusion import create_model, script_util
+from masked_diffusion.sampling.shards import ShardStore
+from masked_diffusion.training.ema import reconstruct, save_snapshots
+from masked_diffusion.utils.errors import UserError
+from masked_diffusion.weights.checkpoint import save_checkpoint
+
+
+@pytest.fixture(scope="module")
+def demo_folder(tmp_path_factory):
+    """What `make demo` leaves, of a model that has learned nothing: two checkpoints with snapshots of two widths."""
+    folder = tmp_path_factory.mktemp("demo")
+    options = {"input_size": 8, "in_channels": 3, "num_classes": 10}
+    model = fill(create_model("MDTv2_Nano_2", **options))
+    (folder / "train").mkdir()
+    names = [name for name, _ in model.named_parameters()]
+    for step in (10, 20):
+        for parameter in model.parameters():
+            parameter.data *= 1 - step / 200
+        state = {name: value.clone() for name, value in model.state_dict().items()}
+        save_checkpoint(folder / "train", step, state, {"0.9": state}, {"step": step})
+        save_snapshots(folder / "train", step, {w: list(model.parameters()) for w in ("0.050", "0.100")}, state, names)
+    config = {"model": {"name": "MDTv2_Nano_2", "options": options}, "diffusion": {"snr_gamma": 5.0}, "vae": "identity"}
+    (folder / "train" / "config.json").write_text(json.dumps(config))
+    write_digits(folder / "data")
+    return folder
+
+
+def words_of(demo, out, **flags):
+    base = {"model_path": demo / "train", "digits": demo / "data", "out": out, "num_samples": 20, "batch_size": 8}
+    base |= {"scale_pows": 1, "bootstrap": 5, "solvers": "ddim:2", "cfg_scales": [1, 2.5]}
+    words = []
+    for name, value in (base | {"sigma_rels": [0.05, 0.08]} | flags).items():
+        words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])] if value is not None else []
+    return words
+
+
+def run(monkeypatch, words):
+    monkeypatch.setattr(sys, "argv", ["sweep.py", *words])
+    script_util.run(sweep.main)
+
+
+def report_of(out):
+    """The report without speeds and command, which differ from run to run."""
+    report = json.loads(out.with_suffix(".json").read_text())
+    assert "cores" in report.pop("device") and report.pop("command").startswith("python scripts/sweep.py ")
+    for row in report["rows"].values():
+        row.pop("images_per_second")
+    return report
+
+
+def test_an_interrupted_sweep_goes_on_to_the_same_report(demo_folder, tmp_path, monkeypatch, capsys):
+    whole, out = tmp_path / "whole", tmp_path / "interrupted"
+    run(monkeypatch, words_of(demo_folder, whole))
+    write, written = ShardStore.write, []
+
+    def write_until_ctrl_c(*args):
+        write(*args)
+        written.append(args)
+        if len(written) == 8:  # in the third of four settings, after two of its three batches
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(ShardStore, "write", write_until_ctrl_c)
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, words_of(demo_folder, out))
+    assert stop.value.code == 130 and len(report_of(out)["rows"]) == 2
+    capsys.readouterr()
+    run(monkeypatch, words_of(demo_folder, out))
+    said = capsys.readouterr().out
+    assert "4 settings, of which 2 are to be drawn" in said and "16 of 20 images are there already" in said
+    assert len(written) == 12 and report_of(out) == report_of(whole) and len(report_of(out)["rows"]) == 4
+    with Image.open(out.with_suffix(".png")) as picture:
+        assert picture.width > 500
+    table = out.with_suffix(".md").read_text()
+    assert table.count("\n| ") == 4 and report_of(out)["best"]["setting"] in re.search(r"\*\*(.*)\*\*", table)[1]
+    assert not list((tmp_path / "interrupted_samples").glob("*.npz"))  # graded images are not kept
+    assert len(list((tmp_path / "interrupted_samples").glob("*.png"))) == 4
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_killed_sweep_goes_on_to_the_same_report(demo_folder, tmp_path, monkeypatch, capsys):
+    whole, out = tmp_path / "whole", tmp_path / "killed"
+    flags = {"sigma_rels": [0.05, 0.08, 0.1], "cfg_scales": [1, 1.5, 2, 3], "solvers": ["ddim:2", "sde-dpm++:2"]}
+    run(monkeypatch, words_of(demo_folder, whole, **flags))
+    command = [sys.executable, REPO / "scripts" / "sweep.py", *words_of(demo_folder, out, **flags)]
+    for rows in (2, 9):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        deadline = time.time() + 200
+        while process.poll() is None and time.time() < deadline:
+            if out.with_suffix(".json").exists() and len(report_of(out)["rows"]) >= rows:
+                process.send_signal(signal.SIGKILL)
+                break
+            time.sleep(0.02)
+        process.wait()
+        assert process.returncode == -signal.SIGKILL and rows <= len(report_of(out)["rows"]) < 24
+    run(monkeypatch, words_of(demo_folder, out, **flags))
+    assert report_of(out) == report_of(whole) and len(report_of(out)["rows"]) == 24
+
+
+@pytest.mark.slow
+def test_two_ranks_share_the_images_of_each_setting(demo_folder, tmp_path, monkeypatch):
+    run(monkeypatch, words_of(demo_folder, tmp_path / "one", sigma_rels=0.05))
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    run_script("sweep.py", *words_of(demo_folder, tmp_path / "two", sigma_rels=0.05), launcher=launcher)
+    one, two = report_of(tmp_path / "one")["rows"], report_of(tmp_path / "two")["rows"]
+    assert list(one) == list(two) and len(one) == 2
+    for key, row in one.items():
+        assert two[key]["metrics"] == pytest.approx(row["metrics"], rel=1e-2)
+
+
+def test_a_setting_is_the_images_of_image_sample_with_these_weights(demo_folder, tmp_path, monkeypatch):
+    import torch
+
+    out = tmp_path / "one"
+    run(monkeypatch, words_of(demo_folder, out, sigma_rels=0.08, cfg_scales=2.5, solvers="ddim:2"))
+    path = tmp_path / "posthoc.pt"
+    torch.save(reconstruct(demo_folder / "train", 0.08), path)
+    (tmp_path / "config.json").write_text((demo_folder / "train" / "config.json").read_text())
+    flags = {"num_samples": 20, "batch_size": 20, "class_rule": "balanced", "solver": "ddim", "num_sampling_steps": 2}
+    flags |= {"cfg_cond": True, "cfg_scale": 2.5, "scale_pow": 1.0}
+    run_sample(monkeypatch, sample_flags(path, tmp_path / "samples", **flags))
+    images, labels = grade_digits.read_samples(tmp_path / "samples" / "samples_20x8x8x3.npz")
+    expected = grade_digits.grade(demo_folder / "data", images, labels)
+    (row,) = report_of(out)["rows"].values()
+    assert row["metrics"] == {key: expected[key] for key in ("class_accuracy", "frechet_pixels")}
+
+
+def test_more_values_are_added_to_a_report(demo_folder, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "grown"
+    small = {"solvers": "ddim:2", "sigma_rels": None}
+    run(monkeypatch, words_of(demo_folder, out, **small))
+    before = report_of(out)["rows"]
+    run(monkeypatch, words_of(demo_folder, out, **small | {"guidance_intervals": ["0,500", "200,900"]}))
+    assert "4 settings, of which 2 are to be drawn" in capsys.readouterr().out  # the unguided one has no shape
+    rows = report_of(out)["rows"]
+    assert before.items() <= rows.items() and len(rows) == 4
+    assert "weights, ddim:2, scale 2.5, interval 200,900" in rows
+    with pytest.raises(SystemExit):
+        run(monkeypatch, words_of(demo_folder, out, **small | {"seed": 1}))
+    assert "was made with seed 0, now it is 1: move" in capsys.readouterr().err
+    emas = {"solvers": "ddim:2", "sigma_rels": None, "emas": ["ema_0.9_000010.pt", "ema_0.9_000020.pt"]}
+    run(monkeypatch, words_of(demo_folder, out, **emas))
+    assert len(report_of(out)["rows"]) == 8  # those of other EMAs stay
+    assert report_of(out)["best"]["setting"].startswith("ema_0.9_0000")
+
+
+def test_the_suite_grades_like_the_evaluator(demo_folder, batches, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("tensorflow")
+    np.savez(tmp_path / "reference.npz", crops(30, seed=0, size=8))
+    out, inception = tmp_path / "suite", batches / "small.pb"
+    flags = {"digits": None, "reference": tmp_path / "reference.npz", "inception": inception, "bootstrap": 0}
+    flags |= {"metrics": "fid,is,pr", "solvers": "ddim:2", "cfg_scales": 2.5, "sigma_rels": None, "best": "recall"}
+    kept = []
+    monkeypatch.setattr("pathlib.Path.unlink", lambda path, **_: kept.append(path), raising=True)
+    run(monkeypatch, words_of(demo_folder, out, **flags))
+    monkeypatch.undo()
+    (row,), (samples,) = report_of(out)["rows"].values(), [path for path in kept if path.suffix == ".npz"]
+    words = [tmp_path / "reference.npz", samples, "--inception", inception, "--metrics", "is,fid,pr"]
+    evaluate(monkeypatch, capsys, *words, "--json", tmp_path / "metrics.json")
+    metrics = json.loads((tmp_path / "metrics.json").read_text())["metrics"]
+    assert row["metrics"] == pytest.approx(metrics, rel=1e-9)
+    assert report_of(out)["best"]["measure"] == "recall"
+
+
+def test_the_best_is_named_with_its_interval():
+    def cell(scale):
+        return sweep.Cell("ema", scale, "power 1", "ddim:2")
+
+    values = {1.0: (0.9, 0.01), 2.0: (0.95, 0.01), 3.0: (0.94, 0.01), 4.0: (0.5, 0.01)}
+    rows = {
+        cell(scale).key(): {"metrics": {"class_accuracy": value}, "deviations": {"class_accuracy": error}}
+        for scale, (value, error) in values.items()
+    }
+    config = GradingConfig(digits="digits", best="class_accuracy")
+    best = sweep_report.add_best({"rows": rows}, [cell(scale) for scale in values], config)["best"]
+    assert best["setting"] == cell(2.0).key() and best["interval"] == pytest.approx([0.9304, 0.9696], abs=1e-4)
+    assert best["not_told_apart"] == [cell(3.0).key()]
+    assert "1 of the 3 others cannot be told apart" in best["sentence"]
+    lowest = {
+        key: {"metrics": {"fid": row["metrics"]["class_accuracy"]}, "deviations": {}} for key, row in rows.items()
+    }
+    config = GradingConfig(reference="r.npz", metrics="fid")
+    best = sweep_report.add_best({"rows": lowest}, [cell(scale) for scale in values], config)["best"]
+    assert best["setting"] == cell(4.0).key() and best["interval"] is None
+
+
+def test_the_presets_are_the_studies_of_the_demo():
+    for preset in sweep.PRESETS:
+        config = sweep.read_flags(["--preset", preset])
+        assert config.axes.scale_pows == (demo_run.GUIDANCE.scale_pow,)
+        assert {1.0, demo_run.GUIDANCE.cfg_scale} <= set(config.axes.cfg_scales)
+        assert config.images.out.startswith("output_demo/")
+    assert sweep.read_flags(["--preset", "digits", "--cfg_scales", "3"]).axes.cfg_scales == (3.0,)
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ({"solvers": "ddim"}, "--solvers is ddim: it must be SOLVER:STEPS such as ddim:50"),
+        ({"solvers": "ddim:0"}, "--solvers is ddim:0: it must be"),
+        ({"solvers": "dpm++:1000"}, "solver dpm++ takes one number from 1 to 999"),
+        ({"guidance_intervals": "9,3"}, "--guidance_intervals is 9,3: it must be FIRST,LAST"),
+        ({"cfg_scales": [2, 2]}, "--cfg_scales names a value twice: 2.0 2.0"),
+        ({"digits": None}, "give --reference, an npz to compare with, or --digits"),
+        ({"digits": "nowhere"}, "nowhere/train holds no digits"),
+        ({"digits": None, "reference": "r.npz", "metrics": "fid,lpips"}, "--metrics names 'lpips': choose of is, fid"),
+        ({"digits": None, "reference": "r.npz"}, "r.npz does not exist"),
+        ({"best": "fid"}, "--best is fid: choose one of class_accuracy, frechet_pixels"),
+        ({"bootstrap": 1}, "--bootstrap is 1"),
+        ({"sigma_rels": 0.5}, "--sigma_rels is 0.5: it must be above 0 and below 0.2887"),
+        ({"emas": "ema_0.5_000010.pt"}, "--emas names ema_0.5_000010.pt, but"),
+        ({"preset": "none"}, "--preset is none: it must be one of digits, solvers"),
+        ({"out": "nowhere/out"}, "nowhere is no folder"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_swept_is_said_before_anything_is_drawn(demo_folder, tmp_path, monkeypatch, flags, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sweep, "draw_samples", None)
+    monkeypatch.setattr(sys, "argv", ["sweep.py", *words_of(demo_folder, **{"out": tmp_path / "out"} | flags)])
+    with pytest.raises(UserError, match=re.escape(message)):
+        sweep.main()
+
+
+def test_a_file_that_is_no_report_is_refused(demo_folder, tmp_path, monkeypatch, capsys):
+    for content in ("[]", "{", '{"settings": {}, "emas": {}, "rows": 3}'):
+        (tmp_path / "out.json").write_text(content)
+        with pytest.raises(SystemExit):
+            run(monkeypatch, words_of(demo_folder, tmp_path / "out"))
+        assert "out.json is no report of this script" in capsys.readouterr().err
+        assert (tmp_path / "out.json").read_text() == content
