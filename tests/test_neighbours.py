@@ -150,7 +150,9 @@ def peak_memory(folder, backend, samples, reference):
     paths = [folder / f"{count}.npy" for count in (reference, samples)]
     for path, count in zip(paths, (reference, samples), strict=True):
         np.save(path, rng.standard_normal((count, 64), dtype=np.float32))
-    env = {**os.environ, "MALLOC_ARENA_MAX": "2"}  # else what threads have freed stays in as many arenas as they like
+    # What is freed goes back to the system at once, and is not counted: by default glibc raises this threshold to the
+    # size of what was freed, and tiles leave holes in as many arenas as there are threads.
+    env = {**os.environ, "MALLOC_ARENA_MAX": "2", "MALLOC_MMAP_THRESHOLD_": str(4 * 2**20)}
     command = [sys.executable, "-c", MEASURE, backend, *map(str, paths)]
     result = subprocess.run(command, cwd=REPO, env=env, capture_output=True, text=True, check=True)
     return int(result.stdout.split()[-1])
