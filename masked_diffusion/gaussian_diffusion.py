@@ -8,6 +8,7 @@ import enum
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from numbers import Number
 from typing import Any
 
@@ -91,10 +92,12 @@ class GaussianDiffusion(ReverseProcess):
             the other images of its batch.
         :return: dict of `sample` and `pred_xstart`, each of x's shape.
         """
-        out = self.p_mean_variance(model, x, t, clip_denoised, denoised_fn, model_kwargs)
+        out = self.p_mean_variance(
+            model, x, t, clip_denoised=clip_denoised, denoised_fn=denoised_fn, model_kwargs=model_kwargs
+        )
         noise = randn_like(x)
         if cond_fn is not None:
-            out["mean"] = self.condition_mean(cond_fn, out, x, t, model_kwargs)
+            out["mean"] = self.condition_mean(cond_fn, out, x, t, model_kwargs=model_kwargs)
         nonzero_mask = (t != 0).to(x.dtype).view(-1, *[1] * (x.ndim - 1))
         sample = out["mean"] + nonzero_mask * torch.exp(0.5 * out["log_variance"]) * noise
         return {"sample": sample, "pred_xstart": out["pred_xstart"]}
@@ -113,8 +116,11 @@ class GaussianDiffusion(ReverseProcess):
         randn_like: Callable[[Tensor], Tensor] = torch.randn_like,
     ) -> Tensor:
         """Samples of the given shape, after all ancestral steps. Arguments: see `p_sample_loop_progressive`."""
-        options = (clip_denoised, denoised_fn, cond_fn, model_kwargs, device, progress, randn_like)
-        return _last_sample(self.p_sample_loop_progressive(model, shape, noise, *options))
+        steps = self.p_sample_loop_progressive(
+            model, shape, noise=noise, clip_denoised=clip_denoised, denoised_fn=denoised_fn, cond_fn=cond_fn,
+            model_kwargs=model_kwargs, device=device, progress=progress, **_draw_option(randn_like),
+        )  # fmt: skip
+        return _last_sample(steps)
 
     def p_sample_loop_progressive(
         self,
@@ -137,8 +143,11 @@ class GaussianDiffusion(ReverseProcess):
         :param device: device of the samples; None is that of `noise`, or without it that of the model's parameters.
         :param progress: show a progress bar.
         """
-        options = (clip_denoised, denoised_fn, cond_fn, model_kwargs, randn_like)
-        yield from self._loop(self.p_sample, model, shape, noise, device, progress, options)
+        step = partial(
+            self.p_sample, model, clip_denoised=clip_denoised, denoised_fn=denoised_fn, cond_fn=cond_fn,
+            model_kwargs=model_kwargs, **_draw_option(randn_like),
+        )  # fmt: skip
+        yield from self._loop(step, model, shape, noise, device, progress)
 
     def _loop(
         self,
@@ -148,16 +157,15 @@ class GaussianDiffusion(ReverseProcess):
         noise: Tensor | None,
         device: torch.device | str | None,
         progress: bool,
-        step_arguments: tuple,
     ) -> Iterator[dict[str, Tensor]]:
-        """Yield what `step(model, x, t, *step_arguments)` returns, for every step from the last to step 0."""
+        """Yield what `step(x, t)` returns, for every step from the last to step 0."""
         if device is None:
             device = noise.device if noise is not None else next(model.parameters()).device
         x = torch.randn(*shape, device=device) if noise is None else noise
         for i in tqdm(range(self.num_timesteps)[::-1], disable=not progress):
             t = torch.full((shape[0],), i, dtype=torch.long, device=device)
             with torch.no_grad():
-                out = step(model, x, t, *step_arguments)
+                out = step(x, t)
             yield out
             x = out["sample"]
 
@@ -182,9 +190,11 @@ class GaussianDiffusion(ReverseProcess):
         :param eta: 0 is deterministic, 1 adds as much noise as DDPM's posterior.
         :return: dict of `sample` and `pred_xstart`, each of x's shape.
         """
-        out = self.p_mean_variance(model, x, t, clip_denoised, denoised_fn, model_kwargs)
+        out = self.p_mean_variance(
+            model, x, t, clip_denoised=clip_denoised, denoised_fn=denoised_fn, model_kwargs=model_kwargs
+        )
         if cond_fn is not None:
-            out = self.condition_score(cond_fn, out, x, t, model_kwargs)
+            out = self.condition_score(cond_fn, out, x, t, model_kwargs=model_kwargs)
         eps = self._predict_eps_from_xstart(x, t, out["pred_xstart"])
         alpha_bar, alpha_bar_prev = self._extract("alphas_cumprod", t, x), self._extract("alphas_cumprod_prev", t, x)
         sigma = eta * torch.sqrt((1 - alpha_bar_prev) / (1 - alpha_bar)) * torch.sqrt(1 - alpha_bar / alpha_bar_prev)
@@ -220,9 +230,11 @@ class GaussianDiffusion(ReverseProcess):
                 raise TypeError("ddim_reverse_sample takes (cond_fn, model_kwargs, eta), or ADM's (model_kwargs, eta)")
         if eta != 0.0:
             raise UserError(f"eta is {eta}: eta must be 0, since the reverse ODE is deterministic")
-        out = self.p_mean_variance(model, x, t, clip_denoised, denoised_fn, model_kwargs)
+        out = self.p_mean_variance(
+            model, x, t, clip_denoised=clip_denoised, denoised_fn=denoised_fn, model_kwargs=model_kwargs
+        )
         if cond_fn is not None:
-            out = self.condition_score(cond_fn, out, x, t, model_kwargs)
+            out = self.condition_score(cond_fn, out, x, t, model_kwargs=model_kwargs)
         eps = self._predict_eps_from_xstart(x, t, out["pred_xstart"])
         alpha_bar_next = self._extract("alphas_cumprod_next", t, x)
         sample = out["pred_xstart"] * alpha_bar_next.sqrt() + torch.sqrt(1 - alpha_bar_next) * eps
@@ -243,10 +255,11 @@ class GaussianDiffusion(ReverseProcess):
         randn_like: Callable[[Tensor], Tensor] = torch.randn_like,
     ) -> Tensor:
         """Samples of the given shape, after all DDIM steps. Arguments: see `ddim_sample_loop_progressive`."""
-        step = (clip_denoised, denoised_fn, cond_fn, model_kwargs)
-        return _last_sample(
-            self.ddim_sample_loop_progressive(model, shape, noise, *step, device, progress, eta, randn_like)
-        )
+        steps = self.ddim_sample_loop_progressive(
+            model, shape, noise=noise, clip_denoised=clip_denoised, denoised_fn=denoised_fn, cond_fn=cond_fn,
+            model_kwargs=model_kwargs, device=device, progress=progress, eta=eta, **_draw_option(randn_like),
+        )  # fmt: skip
+        return _last_sample(steps)
 
     def ddim_sample_loop_progressive(
         self,
@@ -263,13 +276,22 @@ class GaussianDiffusion(ReverseProcess):
         randn_like: Callable[[Tensor], Tensor] = torch.randn_like,
     ) -> Iterator[dict[str, Tensor]]:
         """Yield what `ddim_sample` returns, for every step. Arguments: as `p_sample_loop_progressive`, and `eta`."""
-        options = (clip_denoised, denoised_fn, cond_fn, model_kwargs, eta, randn_like)
-        yield from self._loop(self.ddim_sample, model, shape, noise, device, progress, options)
+        step = partial(
+            self.ddim_sample, model, clip_denoised=clip_denoised, denoised_fn=denoised_fn, cond_fn=cond_fn,
+            model_kwargs=model_kwargs, eta=eta, **_draw_option(randn_like),
+        )  # fmt: skip
+        yield from self._loop(step, model, shape, noise, device, progress)
 
     # ------------------------------------------------------------ losses
 
     def _vb_terms_bpd(
-        self, model_output: Tensor, x_start: Tensor, x_t: Tensor, t: Tensor, clip_denoised: bool
+        self,
+        model: Callable[..., Tensor],
+        x_start: Tensor,
+        x_t: Tensor,
+        t: Tensor,
+        clip_denoised: bool = True,
+        model_kwargs: Mapping[str, Any] | None = None,
     ) -> dict[str, Tensor]:
         """The term of the variational bound at t, in bits per dimension (DDPM, eq. 5).
 
@@ -278,7 +300,7 @@ class GaussianDiffusion(ReverseProcess):
         :return: dict of `output` (N,) and `pred_xstart`, of x_start's shape.
         """
         true_mean, _, true_log_variance = self.q_posterior_mean_variance(x_start, x_t, t)
-        out = self._mean_variance_from_output(model_output, x_t, t, clip_denoised)
+        out = self.p_mean_variance(model, x_t, t, clip_denoised=clip_denoised, model_kwargs=model_kwargs)
         kl = normal_kl(true_mean, true_log_variance, out["mean"], out["log_variance"])
         decoder_nll = -discretized_gaussian_log_likelihood(
             x_start, means=out["mean"], log_scales=0.5 * out["log_variance"]
@@ -310,18 +332,16 @@ class GaussianDiffusion(ReverseProcess):
         if noise is None:
             noise = torch.randn_like(x_start)
         x_t = self.q_sample(x_start, t, noise)
-        model_output = self._call(model, x_t, t, model_kwargs)
-
         if self.loss_type.is_vb():
-            loss = self._vb_terms_bpd(model_output, x_start, x_t, t, clip_denoised=False)["output"]
+            loss = self._vb_terms_bpd(model, x_start, x_t, t, clip_denoised=False, model_kwargs=model_kwargs)["output"]
             return {"loss": loss * self.num_timesteps if self.loss_type == LossType.RESCALED_KL else loss}
 
         terms = {}
-        prediction, variance_values = self._split_output(model_output, x_t)
+        prediction, variance_values = self._split_output(self._call(model, x_t, t, model_kwargs), x_t)
         if variance_values is not None:
             # The mean is detached, so that the bound trains only the variance (improved DDPM, sec. 3.1).
             frozen = torch.cat([prediction.detach(), variance_values], dim=1)
-            terms["vb"] = self._vb_terms_bpd(frozen, x_start, x_t, t, clip_denoised=False)["output"]
+            terms["vb"] = self._vb_terms_bpd(lambda *_: frozen, x_start, x_t, t, clip_denoised=False)["output"]
             if self.loss_type == LossType.RESCALED_MSE:
                 terms["vb"] = terms["vb"] * (self.num_timesteps / 1000.0)
         target = {
@@ -360,8 +380,7 @@ class GaussianDiffusion(ReverseProcess):
             noise = torch.randn_like(x_start)
             x_t = self.q_sample(x_start, t, noise)
             with torch.no_grad():
-                output = self._call(model, x_t, t, model_kwargs)
-                out = self._vb_terms_bpd(output, x_start, x_t, t, clip_denoised)
+                out = self._vb_terms_bpd(model, x_start, x_t, t, clip_denoised=clip_denoised, model_kwargs=model_kwargs)
             eps = self._predict_eps_from_xstart(x_t, t, out["pred_xstart"])
             vb.append(out["output"])
             xstart_mse.append(mean_flat((out["pred_xstart"] - x_start) ** 2))
@@ -375,6 +394,11 @@ class GaussianDiffusion(ReverseProcess):
             "xstart_mse": xstart_mse,
             "mse": mse,
         }
+
+
+def _draw_option(randn_like: Callable[[Tensor], Tensor]) -> dict[str, Callable[[Tensor], Tensor]]:
+    """`randn_like` for the next call, unless it is the default: overrides with published arguments do not know it."""
+    return {} if randn_like is torch.randn_like else {"randn_like": randn_like}
 
 
 def _last_sample(steps: Iterable[dict[str, Tensor]]) -> Tensor:

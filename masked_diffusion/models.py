@@ -28,7 +28,7 @@ from .layers.embeddings import (  # noqa: F401 (published names)
     get_2d_sincos_pos_embed_from_grid,
     sincos_pos_embed_2d,
 )
-from .layers.relative_attention import KeptTokens, look_up_kept
+from .layers.relative_attention import KeptTokens, look_up_kept, relative_position_index
 from .utils.errors import UserError
 
 
@@ -171,6 +171,11 @@ class DiT(BlockModel):
         return torch.cat(guide(out_cond, out_null, guidance.weight(t[: len(half)]), guided))
 
 
+def take_tokens(x: Tensor, ids_keep: Tensor) -> Tensor:
+    """The tokens at (N, K) positions: (N, T, D) -> (N, K, D)."""
+    return x.gather(1, ids_keep[:, :, None].expand(-1, -1, x.shape[2]))
+
+
 class MDT(DiT):
     """Masked Diffusion Transformer, version 1: one stack of blocks, with the side-interpolater before the last ones.
 
@@ -190,8 +195,9 @@ class MDT(DiT):
         learn_sigma: bool = True, mask_ratio: float | None = None, decode_layer: int | None = None,
         qk_norm: bool = False,
     ):  # fmt: skip
-        # Set before the constructor of DiT, which calls `make_stacks`.
-        self.decode_layer = self.default_decode_layer if decode_layer is None else decode_layer
+        # Set before the constructor of DiT, which calls `make_stacks`. Published scripts pass on words of a flag.
+        self.decode_layer = self.default_decode_layer if decode_layer is None else int(decode_layer)
+        mask_ratio = None if mask_ratio is None else float(mask_ratio)
         if not 0 <= self.decode_layer <= depth:
             raise UserError(f"decode_layer is {self.decode_layer}: it must lie in [0, depth ({depth})]")
         num_patches, largest = (input_size // patch_size) ** 2, (mask_ratio or 0.0) + self.mask_ratio_spread
@@ -218,29 +224,56 @@ class MDT(DiT):
     def make_blocks(self, count: int, skip: bool = False) -> list[MDTBlock]:
         """Create blocks with a relative position bias, and with `skip` also with a long skip connection."""
         size = (self.hidden_size, self.num_heads, self.mlp_ratio)
-        return [MDTBlock(*size, skip, self.num_patches, self.qk_norm) for _ in range(count)]
+        options = {"num_patches": self.num_patches, "qk_norm": self.qk_norm}
+        return [MDTBlock(*size, skip, **options) for _ in range(count)]
 
     def make_stacks(self) -> dict[str, list[MDTBlock]]:
         return {"blocks": self.make_blocks(self.depth), "sideblocks": self.make_blocks(1)}
 
+    def draw_ratio(self, host_rand: Draw = torch.rand) -> float | Tensor:
+        """Draw the share of the tokens that a masked pass drops.
+
+        :param host_rand: `host_rand(1)` draws on the CPU: the ratio decides a shape, so the CPU needs its value.
+        """
+        return host_rand(1) * self.mask_ratio_spread + self.mask_ratio if self.mask_ratio_spread else self.mask_ratio
+
     def draw_kept(
         self, num_samples: int, device: torch.device, rand: Draw = torch.rand, host_rand: Draw = torch.rand,
-        multiple: int = 1,
+        multiple: int = 1, ratio: float | Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """Draw the tokens that each sample keeps in a masked pass, with one ratio r for all samples.
 
         :param rand: `rand(N, T, device=device)` draws the scores of the tokens.
-        :param host_rand: `host_rand(1)` draws the ratio on the CPU: it decides a shape, so the CPU needs its value.
+        :param host_rand: see `draw_ratio`.
         :param multiple: round K to a multiple of this, for fewer different shapes to compile.
+        :param ratio: r; None draws it.
         :return: (N, K) int64 positions in ascending order: the tokens with the K = int(T (1 - r)) smallest scores.
         """
-        ratio = self.mask_ratio
-        if self.mask_ratio_spread:
-            ratio = host_rand(1) * self.mask_ratio_spread + ratio
+        ratio = self.draw_ratio(host_rand) if ratio is None else ratio
         num_kept = int(self.num_patches * (1 - ratio))
         num_kept = max(round(num_kept / multiple), 1) * multiple
         scores = rand(num_samples, self.num_patches, device=device)
         return scores.argsort(dim=1)[:, :num_kept].sort(dim=1).values
+
+    def random_masking(self, x: Tensor, mask_ratio: float | Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Keep some of the (N, T, D) tokens of each sample. A subclass that overrides this masks as it likes.
+
+        :return: the kept tokens (N, K, D); a mask (N, T), 1 where a token was dropped; (N, T) int64 `ids_restore`, the
+            place of each token in the order of those kept, then those dropped; (N, K) int64 `ids_keep`.
+        """
+        ids_keep = self.draw_kept(len(x), x.device, ratio=mask_ratio)
+        mask = x.new_ones(x.shape[:2]).scatter_(1, ids_keep, 0)
+        ids_restore = mask.argsort(dim=1, stable=True).argsort(dim=1)
+        return take_tokens(x, ids_keep), mask, ids_restore, ids_keep
+
+    def forward_side_interpolater(self, x: Tensor, c: Tensor, mask: Tensor, ids_restore: Tensor) -> Tensor:
+        """`interpolate_dropped` with the published arguments. A subclass that overrides this interpolates as it likes.
+
+        :param x: (N, K, D) kept tokens. :param c: (N, D) conditioning vectors.
+        :param mask, ids_restore: see `random_masking`; of `ids_restore`, all dropped tokens may have place K.
+        :return: (N, T, D) tokens.
+        """
+        return self.interpolate_dropped(x, c, ids_restore.argsort(dim=1, stable=True)[:, : x.shape[1]])
 
     def interpolate_dropped(self, x: Tensor, c: Tensor, ids_keep: Tensor) -> Tensor:
         """The side-interpolater: predict the dropped tokens from the kept ones.
@@ -266,7 +299,7 @@ class MDT(DiT):
     def encode(self, x: Tensor, c: Tensor, kept: KeptTokens | None) -> Tensor:
         """Run (N, K, D) tokens through the blocks before the side-interpolater; `kept` is None for all tokens."""
         for block in self.blocks[: self.depth - self.decode_layer]:
-            x = block(x, c, pair_index=kept)
+            x = block(x, c, ids_keep=kept)
         return x
 
     def decode(self, x: Tensor, c: Tensor, patches: Tensor) -> Tensor:
@@ -289,13 +322,23 @@ class MDT(DiT):
         patches = self.embed(x)  # (N, T, D)
         c = self.condition(t, y, drop_labels)  # (N, D)
         if ids_keep is not None or (enable_mask and self.mask_ratio is not None):
-            ids_keep = self.draw_kept(len(x), x.device) if ids_keep is None else ids_keep  # (N, K)
+            if ids_keep is None:
+                x, _, _, ids_keep = self.random_masking(patches, self.draw_ratio())  # (N, K, D), and (N, K)
+            else:
+                x = take_tokens(patches, ids_keep)  # (N, K, D)
             attention = self.sideblocks[0].attn
-            index = attention.rel_pos_bias.relative_position_index  # (T, T)
-            kept = look_up_kept(ids_keep, index, rows_too=not attention.runs_kernel(patches))
-            x = patches.gather(1, ids_keep[:, :, None].expand(-1, -1, self.hidden_size))  # (N, K, D)
+            if isinstance(attention, Attention):
+                index = attention.rel_pos_bias.relative_position_index  # (T, T)
+                kept = look_up_kept(ids_keep, index, rows_too=not attention.runs_kernel(patches))
+            else:  # a user's, which gets the positions alone
+                index = relative_position_index(self.grid_size, self.grid_size).to(x.device)
+                kept = look_up_kept(ids_keep, index)
             x = self.encode(x, c, kept)  # (N, K, D)
-            x = self.interpolate_dropped(x, c, ids_keep)  # (N, T, D)
+            if type(self).forward_side_interpolater is MDT.forward_side_interpolater:
+                x = self.interpolate_dropped(x, c, ids_keep)  # (N, T, D)
+            else:
+                mask = (kept.slots == x.shape[1]).to(x.dtype)
+                x = self.forward_side_interpolater(x, c, mask, kept.slots)  # (N, T, D)
         else:
             x = add_positions(self.encode(patches, c, None), self.decoder_pos_embed)  # (N, T, D)
         x = self.decode(x, c, patches)  # (N, T, D)
@@ -328,10 +371,10 @@ class MDTv2(MDT):
     def encode(self, x: Tensor, c: Tensor, kept: KeptTokens | None) -> Tensor:
         skips = []
         for block in self.en_inblocks:
-            x = block(x, c, pair_index=kept)
+            x = block(x, c, ids_keep=kept)
             skips.append(x.view_as(x))  # a view: if x and skip are one object, torch.compile compiles a block again
         for block in self.en_outblocks:
-            x = block(x, c, skip=skips.pop(), pair_index=kept)
+            x = block(x, c, skip=skips.pop(), ids_keep=kept)
         return x
 
     def decode(self, x: Tensor, c: Tensor, patches: Tensor) -> Tensor:

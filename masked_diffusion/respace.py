@@ -1,6 +1,7 @@
 """Diffusions that use only some of the original timesteps, and the functions that create a diffusion."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
 
@@ -94,6 +95,27 @@ class SpacedDiffusion(GaussianDiffusion):
             self._device_maps[t.device] = torch.tensor(self.timestep_map).to(t.device, non_blocking=True)
         t = self._device_maps[t.device][t]
         return t.float() * (1000.0 / self.original_num_steps) if self.rescale_timesteps else t
+
+    def _scale_timesteps(self, t: Tensor) -> Tensor:
+        return t  # what `_wrap_model` returns scales them
+
+    def _wrap_model(self, model: Callable[..., Tensor]) -> "_AtOriginalSteps":
+        """The model as a function of the steps of this process, which overrides in users' scripts call directly."""
+        return model if isinstance(model, _AtOriginalSteps) else _AtOriginalSteps(model, self)
+
+    def _call(self, function: Callable[..., Tensor], x: Tensor, t: Tensor, kwargs: Mapping[str, Any] | None) -> Tensor:
+        return self._wrap_model(function)(x, t, **(kwargs or {}))
+
+
+@dataclass
+class _AtOriginalSteps:
+    """A model, or a `cond_fn`, that is called with the steps of a `SpacedDiffusion`."""
+
+    model: Callable[..., Tensor]
+    diffusion: SpacedDiffusion
+
+    def __call__(self, x: Tensor, t: Tensor, **kwargs: Any) -> Tensor:
+        return self.model(x, self.diffusion.model_timesteps(t), **kwargs)
 
 
 def create_gaussian_diffusion(

@@ -64,6 +64,10 @@ class ReverseProcess(ForwardProcess):
 
     def model_timesteps(self, t: Tensor) -> Tensor:
         """The (N,) timesteps that models and `cond_fn`s get for the (N,) steps `t` of this process."""
+        return self._scale_timesteps(t)
+
+    def _scale_timesteps(self, t: Tensor) -> Tensor:
+        """What ADM's own methods give a model instead of `t`; overrides of them in users' scripts call this."""
         return t.float() * (1000.0 / self.num_timesteps) if self.rescale_timesteps else t
 
     def p_mean_variance(
@@ -79,25 +83,13 @@ class ReverseProcess(ForwardProcess):
 
         :param clip_denoised: clip the predicted x_0 to [-1, 1].
         :param denoised_fn: a function applied to the predicted x_0 before it is clipped.
-        :return: dict of `mean`, `variance`, `log_variance`, `pred_xstart`, each of x's shape.
+        :return: dict of `mean`, `variance`, `log_variance`, `pred_xstart`, each of x's shape. Of a model that returns
+            a tuple (output, extra), also `extra`.
         :raises UserError: if the model's output has the wrong shape.
         """
-        return self._mean_variance_from_output(self._call(model, x, t, model_kwargs), x, t, clip_denoised, denoised_fn)
-
-    def _call(self, function: Callable[..., Tensor], x: Tensor, t: Tensor, kwargs: Mapping[str, Any] | None) -> Tensor:
-        """The output of a model or a `cond_fn` at the steps `t` of this process."""
-        return function(x, self.model_timesteps(t), **(kwargs or {}))
-
-    def _mean_variance_from_output(
-        self,
-        model_output: Tensor,
-        x: Tensor,
-        t: Tensor,
-        clip_denoised: bool,
-        denoised_fn: Callable[[Tensor], Tensor] | None = None,
-    ) -> dict[str, Tensor]:
-        """What `p_mean_variance` returns, from the model's output."""
-        prediction, variance_values = self._split_output(model_output, x)
+        output = self._call(model, x, t, model_kwargs)
+        output, *extra = output if isinstance(output, tuple) else (output,)
+        prediction, variance_values = self._split_output(output, x)
         variance, log_variance = self._variance(variance_values, x, t)
         pred_xstart = self._pred_xstart(prediction, x, t)
         if denoised_fn is not None:
@@ -105,7 +97,12 @@ class ReverseProcess(ForwardProcess):
         if clip_denoised:
             pred_xstart = pred_xstart.clamp(-1, 1)
         mean, _, _ = self.q_posterior_mean_variance(pred_xstart, x, t)
-        return {"mean": mean, "variance": variance, "log_variance": log_variance, "pred_xstart": pred_xstart}
+        out = {"mean": mean, "variance": variance, "log_variance": log_variance, "pred_xstart": pred_xstart}
+        return out | {"extra": extra[0]} if extra else out
+
+    def _call(self, function: Callable[..., Tensor], x: Tensor, t: Tensor, kwargs: Mapping[str, Any] | None) -> Tensor:
+        """The output of a model or a `cond_fn` at the steps `t` of this process."""
+        return function(x, self.model_timesteps(t), **(kwargs or {}))
 
     def _split_output(self, model_output: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Split a model's output into the prediction and the variance values (None without a learned variance).

@@ -249,14 +249,14 @@ def naive_bias(self: RelativePositionBias, ids_keep: torch.Tensor | None) -> tor
 
 
 def naive_forward(
-    self: Attention, x: torch.Tensor, pair_index: KeptTokens | None = None, bias: torch.Tensor | None = None
+    self: Attention, x: torch.Tensor, ids_keep: KeptTokens | None = None, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
     """`Attention.forward` written out: softmax(q k^T scale + bias) v. The published code makes `bias` in every call."""
     n, tokens, dim = x.shape
     q, k, v = self.qkv(x).reshape(n, tokens, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
     logits = (q @ k.transpose(-2, -1)) * q.shape[-1] ** -0.5
     if self.rel_pos_bias is not None:
-        logits = logits + naive_bias(self.rel_pos_bias, None if pair_index is None else pair_index.positions)
+        logits = logits + naive_bias(self.rel_pos_bias, None if ids_keep is None else ids_keep.positions)
     return self.proj((logits.softmax(dim=-1) @ v).transpose(1, 2).reshape(n, tokens, dim))
 
 

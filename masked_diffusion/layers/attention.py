@@ -13,7 +13,7 @@ from .relative_attention import (
     KeptTokens,
     PairBias,
     biased_attention,
-    gather_pairs,  # noqa: F401  (users import it from here)
+    gather_pairs,
     relative_attention,
     relative_position_index,
     runs_kernel,
@@ -44,24 +44,21 @@ class RelativePositionBias(nn.Module):
         return PairBias.apply(self.relative_position_bias_table, pair_index, None, self.window_size)
 
     def dense(self, dtype: torch.dtype) -> torch.Tensor | None:
-        """The bias of all pairs for use without gradients: made once, and again when a weight has changed.
+        """The bias of all pairs for use without gradients, on a CPU: made once, and again when a weight has changed.
 
-        A change is seen by the version that every in-place operation raises, by another place in memory, and on a CPU
-        by the values themselves, so also after `weight.data.copy_(...)`. On a GPU comparing values would wait for it.
+        Weights are compared by value, since `weight.data.copy_(...)` leaves no other trace. On a GPU that would wait
+        for it, and looking the bias up costs little beside the attention.
 
-        :return: (1, heads, T, T); None for weights whose changes cannot be seen (sharded, or made for inference).
+        :return: (1, heads, T, T); None on other devices, and for sharded weights.
         """
         table, index = self.relative_position_bias_table, self.relative_position_index
-        if type(table) is not nn.Parameter or table.is_inference() or index.is_inference():
+        if type(table) is not nn.Parameter or table.device.type != "cpu":
             return None
-        key = (table._version, table.data_ptr(), index._version, index.data_ptr(), table.device, table.dtype, dtype)
-        made = self.made
-        if made is not None and made[0] == key and (table.device.type != "cpu" or torch.equal(made[1], table)):
-            return made[2]
-        bias = self().to(dtype).contiguous()
-        # The second `detach` keeps the memory of the weights, so that no other weights can come to lie there.
-        self.made = (key, table.detach().clone(), bias, table.detach(), index)
-        return bias
+        kind, made = (table.dtype, dtype), self.made
+        if made is None or made[0] != kind or not (torch.equal(made[1], table) and torch.equal(made[2], index)):
+            made = (kind, table.detach().clone(), index.clone(), self().to(dtype).contiguous())
+            self.made = made
+        return made[3]
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"made": None}  # a copy has weights of its own
@@ -85,58 +82,74 @@ class HeadNorm(nn.RMSNorm):
 class Attention(nn.Module):
     """Multi-head self-attention.
 
+    :param qk_scale, attn_drop, proj_drop: published arguments; other values than the defaults are refused.
     :param num_patches: number of tokens of the square grid for a relative position bias; None for no bias.
     :param qk_norm: normalize the queries and keys of each head, which keeps the logits from growing without bound
         (Dehghani et al. 2023, "Scaling vision transformers to 22 billion parameters", sec. 2).
-    :raises UserError: if `num_heads` does not divide `dim`.
+    :raises UserError: if `num_heads` does not divide `dim`, and for another scale and for dropout.
     """
 
     implementation: str = "auto"  # one of `relative_attention.IMPLEMENTATIONS`
+    fused_attn: bool = True  # with `head_dim`, `scale` and the dropouts, what users' own forwards read
 
     def __init__(
         self,
         dim: int,
         num_heads: int = 8,
         qkv_bias: bool = False,
+        qk_scale: float | None = None,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
         num_patches: int | None = None,
         qk_norm: bool = False,
     ):
         super().__init__()
         if dim % num_heads:
             raise UserError(f"hidden_size ({dim}) must be a multiple of num_heads ({num_heads})")
-        self.num_heads = num_heads
+        if qk_scale is not None or attn_drop or proj_drop:
+            given = f"qk_scale={qk_scale}, attn_drop={attn_drop}, proj_drop={proj_drop}"
+            raise UserError(f"attention has no other scale and no dropout, but got {given}: leave all three out")
+        self.num_heads, self.head_dim = num_heads, dim // num_heads
+        self.scale, self.attn_drop, self.proj_drop = self.head_dim**-0.5, nn.Dropout(0.0), nn.Dropout(0.0)
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
-        self.q_norm, self.k_norm = (HeadNorm(dim // num_heads) if qk_norm else nn.Identity() for _ in range(2))
+        self.q_norm, self.k_norm = (HeadNorm(self.head_dim) if qk_norm else nn.Identity() for _ in range(2))
         window_size = (math.isqrt(num_patches),) * 2 if num_patches else None
         self.rel_pos_bias = RelativePositionBias(window_size, num_heads) if window_size else None
 
     def forward(
         self,
         x: torch.Tensor,
-        pair_index: torch.Tensor | KeptTokens | None = None,
+        ids_keep: torch.Tensor | KeptTokens | None = None,
         bias: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """
         :param x: (N, T, D) tokens.
-        :param pair_index: if x holds only the kept tokens of a masked pass: what `look_up_kept` made of their
-            positions, or (N, T, T) int64 from `gather_pairs`.
+        :param ids_keep: if x holds only the kept tokens of a masked pass: their (N, T) int64 positions, or what
+            `look_up_kept` made of them once for all layers.
         :param bias: from `dense_bias`, instead of looking it up.
         :return: (N, T, D).
         """
         N, T, D = x.shape
         q, k, v = self.qkv(x).view(N, T, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # each (N, heads, T, D/heads)
         q, k = self.q_norm(q), self.k_norm(k)
-        if self.rel_pos_bias is not None and bias is None and not isinstance(pair_index, torch.Tensor):
+        if self.rel_pos_bias is None:
+            x = F.scaled_dot_product_attention(q, k, v)
+        elif bias is not None:
+            x = biased_attention(q, k, v, bias, self.implementation)
+        else:
             x = relative_attention(
-                q, k, v, self.rel_pos_bias.relative_position_bias_table, pair_index, self.rel_pos_bias.window_size,
+                q, k, v, self.rel_pos_bias.relative_position_bias_table, ids_keep, self.rel_pos_bias.window_size,
                 self.implementation, self.rel_pos_bias.relative_position_index,
             )  # fmt: skip
-        elif self.rel_pos_bias is not None:
-            x = biased_attention(q, k, v, self.rel_pos_bias(pair_index) if bias is None else bias, self.implementation)
-        else:
-            x = F.scaled_dot_product_attention(q, k, v)
         return self.proj(x.transpose(1, 2).reshape(N, T, D))
+
+    def get_masked_rel_bias(self, B: int, ids_keep: torch.Tensor) -> torch.Tensor:
+        """The bias between the kept tokens, as published; nothing here calls it.
+
+        :param B: number of samples. :param ids_keep: (B, K) int64 positions. :return: (B, heads, K, K).
+        """
+        return self.rel_pos_bias(gather_pairs(self.rel_pos_bias.relative_position_index, ids_keep))
 
     def runs_kernel(self, x: torch.Tensor) -> bool:
         """Whether attention of these tokens runs in the Triton kernel."""

@@ -90,7 +90,9 @@ class BlockModel(
         :param x: (N, C, H, W).
         :raises UserError: if C, H or W are not those of the model.
         """
-        shape = (self.in_channels, self.input_size, self.input_size)
+        # Users put a wider convolution there, for inputs with channels of their own.
+        channels = getattr(getattr(self.x_embedder, "proj", None), "in_channels", self.in_channels)
+        shape = (channels, self.input_size, self.input_size)
         if x.shape[1:] != shape:
             raise UserError(
                 f"each input has the shape {tuple(x.shape[1:])}, but this model was made for {shape}: create the model "

@@ -70,23 +70,15 @@ class Mlp(nn.Module):
 class DiTBlock(nn.Module):
     """A transformer block with adaLN-Zero conditioning (Peebles & Xie 2023, figure 3).
 
-    :param num_patches: number of tokens of the square grid for a relative position bias; None for no bias.
-    :param qk_norm: see `Attention`.
+    :param block_kwargs: options of `Attention`: `num_patches`, `qk_norm`.
     """
 
     grad_checkpoint: bool = False
 
-    def __init__(
-        self,
-        hidden_size: int,
-        num_heads: int,
-        mlp_ratio: float = 4.0,
-        num_patches: int | None = None,
-        qk_norm: bool = False,
-    ):
+    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float = 4.0, **block_kwargs: Any):
         super().__init__()
         self.norm1 = LayerNorm(hidden_size)
-        self.attn = Attention(hidden_size, num_heads, qkv_bias=True, num_patches=num_patches, qk_norm=qk_norm)
+        self.attn = Attention(hidden_size, num_heads, qkv_bias=True, **block_kwargs)
         self.norm2 = LayerNorm(hidden_size)
         self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
@@ -97,7 +89,7 @@ class DiTBlock(nn.Module):
         x: torch.Tensor,
         c: torch.Tensor,
         skip: torch.Tensor | None = None,
-        pair_index: torch.Tensor | KeptTokens | None = None,
+        ids_keep: torch.Tensor | KeptTokens | None = None,
         **options: Any,
     ) -> torch.Tensor:
         """`forward`, with the bias from `Attention.dense_bias`.
@@ -105,42 +97,53 @@ class DiTBlock(nn.Module):
         Here, because `compile_blocks` compiles what is called from here on: compiled code takes the bias as an input,
         and cannot hold the one of old weights.
         """
-        if pair_index is None and not torch.compiler.is_compiling():
-            bias = self.attn.dense_bias(x)
-            options = options if bias is None else {"bias": bias} | options
-        return super().__call__(x, c, skip=skip, pair_index=pair_index, **options)
+        if not torch.compiler.is_compiling():
+            if not self._attends_as_built():
+                ids_keep = ids_keep.positions if isinstance(ids_keep, KeptTokens) else ids_keep
+            elif ids_keep is None:
+                options = {"bias": self.attn.dense_bias(x)} | options
+        options = {"skip": skip, "ids_keep": ids_keep} | options
+        return super().__call__(x, c, **{name: value for name, value in options.items() if value is not None})
+
+    def _attends_as_built(self) -> bool:
+        """Whether no user's `forward` has taken the place of the block's or of the attention's, as users do."""
+        attention = self.attn
+        own = type(self).forward is DiTBlock.forward and getattr(type(attention), "forward", None) is Attention.forward
+        return own and "forward" not in vars(attention)
 
     def forward(
         self,
         x: torch.Tensor,
         c: torch.Tensor,
         skip: torch.Tensor | None = None,
-        pair_index: torch.Tensor | KeptTokens | None = None,
+        ids_keep: torch.Tensor | KeptTokens | None = None,
         bias: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """
         :param x: (N, T, D) tokens. :param c: (N, D) conditioning vectors.
         :param skip: (N, T, D) tokens of the long skip connection, for an `MDTBlock` that has one.
-        :param pair_index, bias: see `Attention.forward`.
+        :param ids_keep, bias: see `Attention.forward`.
         :return: (N, T, D).
         """
         if self.grad_checkpoint and torch.is_grad_enabled():
-            return checkpoint(self.compute, x, c, skip, pair_index, bias, use_reentrant=False)
-        return self.compute(x, c, skip, pair_index, bias)
+            return checkpoint(self.compute, x, c, skip, ids_keep, bias, use_reentrant=False)
+        return self.compute(x, c, skip, ids_keep, bias)
 
     def compute(
         self,
         x: torch.Tensor,
         c: torch.Tensor,
         skip: torch.Tensor | None,
-        pair_index: torch.Tensor | KeptTokens | None,
+        ids_keep: torch.Tensor | KeptTokens | None,
         bias: torch.Tensor | None,
     ) -> torch.Tensor:
         """`forward` without activation checkpointing."""
         if self.skip_linear is not None:
             x = self.skip_linear(torch.cat([x, skip], dim=-1))
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(6, dim=1)
-        attended = self.attn(modulate(self.norm1(x), shift_msa, scale_msa), pair_index, bias)
+        # An attention that a user has put here may take fewer arguments, so it gets only those that there are.
+        options = {name: value for name, value in (("ids_keep", ids_keep), ("bias", bias)) if value is not None}
+        attended = self.attn(modulate(self.norm1(x), shift_msa, scale_msa), **options)
         x = add_gated(x, gate_msa, attended)
         return add_gated(x, gate_mlp, self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp)))
 
@@ -152,15 +155,9 @@ class MDTBlock(DiTBlock):
     """
 
     def __init__(
-        self,
-        hidden_size: int,
-        num_heads: int,
-        mlp_ratio: float = 4.0,
-        skip: bool = False,
-        num_patches: int | None = None,
-        qk_norm: bool = False,
+        self, hidden_size: int, num_heads: int, mlp_ratio: float = 4.0, skip: bool = False, **block_kwargs: Any
     ):
-        super().__init__(hidden_size, num_heads, mlp_ratio, num_patches, qk_norm)
+        super().__init__(hidden_size, num_heads, mlp_ratio, **block_kwargs)
         if skip:
             self.skip_linear = nn.Linear(2 * hidden_size, hidden_size)
 
