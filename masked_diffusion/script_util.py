@@ -18,10 +18,10 @@ from .published import (  # noqa: F401  (ADM's and MDT's scripts import them fro
     NUM_CLASSES,
     add_dict_to_argparser,
     args_to_dict,
-    diffusion_defaults,
     model_and_diffusion_defaults,
     str2bool,
 )
+from .published import adm_diffusion_defaults as diffusion_defaults  # noqa: F401  (MDT's script_util has none)
 from .respace import create_gaussian_diffusion  # noqa: F401  (so do ADM's users)
 from .utils import last_words
 from .utils.errors import UserError

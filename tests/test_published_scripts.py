@@ -12,7 +12,8 @@ from fill import fill
 from helpers import write_images
 from PIL import Image
 
-from masked_diffusion import create_diffusion, create_model, dist_util, load_model, logger
+import masked_diffusion
+from masked_diffusion import create_diffusion, create_model, dist_util, load_model, logger, script_util
 from masked_diffusion.guidance import Guidance, GuidedDenoiser
 from masked_diffusion.latents.autoencoder import create_first_stage
 from masked_diffusion.respace import create_gaussian_diffusion
@@ -85,6 +86,13 @@ def test_mdts_inference(run, vae_folder, tmp_path):
     assert_same_picture(tmp_path / "sample.png", create_first_stage(vae_folder).decode(latents), tmp_path, nrow=3)
 
 
+def test_diffusion_defaults_are_mdts_at_the_top_and_adms_in_script_util():
+    ours = {"diffusion_steps": 1000, "noise_schedule": "linear", "timestep_respacing": "", "use_kl": False}
+    ours |= {"predict_xstart": False, "rescale_learned_sigmas": False}
+    assert masked_diffusion.diffusion_defaults() == ours | {"learn_sigma": True, "sigma_small": False}
+    assert script_util.diffusion_defaults() == ours | {"learn_sigma": False, "rescale_timesteps": False}
+
+
 def test_dits_sampling(run, vae_folder, tmp_path):
     model = write_weights("DiT_Nano_2", tmp_path / "dit.pt")
     flags = ["--model", "DiT-Nano/2", "--vae", vae_folder, "--image-size", 64, "--num-sampling-steps", 5]
@@ -129,6 +137,7 @@ def test_mdts_batches_of_samples(guided, run, vae_folder, tmp_path, capsys):
 def test_adms_training_bound_and_classifier_guidance(sampler, use_ddim, run, tmp_path, capsys):
     write_images(tmp_path / "data", [f"{name}_{i}.png" for name in "ab" for i in range(4)])
     flags = ["--data_dir", tmp_path / "data", "--log_dir", tmp_path / "log", "--schedule_sampler", sampler]
+    flags += ["--learn_sigma", True, "--timestep_respacing", 6]
     model = run(
         "adm_train_and_nll.py", *flags, "--use_ddim", use_ddim, "--resume_checkpoint", "elsewhere/model000007.pt"
     )["trained"]
