@@ -125,12 +125,13 @@ class LossSecondMomentResampler(LossAwareSampler):
     def _warmed_up(self) -> bool:
         return bool((self._loss_counts == self.history_per_term).all())
 
-    def weights(self) -> Tensor:
+    def weights(self) -> np.ndarray:
         if not self._warmed_up():
-            return torch.ones(self.num_timesteps, dtype=torch.float64)
+            return np.ones(self.num_timesteps)
+        # torch adds in another order than numpy, and runs resume bitwise.
         weights = torch.from_numpy(self._loss_history).square().mean(dim=1).sqrt()
         weights = weights / weights.sum()
-        return weights * (1 - self.uniform_prob) + self.uniform_prob / len(weights)
+        return (weights * (1 - self.uniform_prob) + self.uniform_prob / len(weights)).numpy()
 
     def update_with_all_losses(self, ts: list[int], losses: list[float]) -> None:
         for t, loss in zip(ts, losses, strict=True):

@@ -46,6 +46,14 @@ def test_a_subclass_of_the_uniform_sampler_draws_by_its_weights(make):
     np.testing.assert_allclose(weights, 1 / (10 * p[t]), rtol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["uniform", "loss-second-moment"])
+def test_weights_are_numpys_as_published(name):
+    w = create_named_schedule_sampler(name, DIFFUSION).weights()
+    p = w / np.sum(w)
+    assert type(p) is np.ndarray and p.dtype == np.float64 and np.random.choice(10, size=3, p=p).shape == (3,)
+    np.testing.assert_allclose(p, 0.1)
+
+
 def test_second_moment_is_uniform_until_it_has_seen_enough():
     sampler = LossSecondMomentResampler(DIFFUSION, history_per_term=2)
     sampler.update_with_local_losses(torch.arange(10), torch.rand(10))
