@@ -21,7 +21,7 @@ def timestep_embedding(timesteps: torch.Tensor, dim: int, max_period: float = 10
 def update_ema(
     target_params: Iterable[torch.Tensor], source_params: Iterable[torch.Tensor], rate: float = 0.99
 ) -> None:
-    """`training.optim.update_ema`, also for tensors of other number formats, and for as many as the shorter list has."""
+    """`training.optim.update_ema`, also where the number formats differ; the longer list's other tensors are left."""
     pairs = list(zip(target_params, source_params, strict=False))
     if pairs:
         _update_ema([target for target, _ in pairs], [source.to(target.dtype) for target, source in pairs], rate)
