@@ -136,6 +136,10 @@ class TrainConfig(Config):
     schedule_sampler: str = option(
         "uniform", "distribution of the training timesteps", choices=SCHEDULE_SAMPLERS, changes_run=True
     )
+    timestep_respacing: str = option(
+        "", "empty, as in the published commands: training draws from all diffusion_steps",
+        check=flag_values.check_no_respacing,
+    )  # fmt: skip
     precision: str = option(
         "fp32", "number format of the network; bf16 and fp16 are mixed precision", choices=tuple(PRECISIONS),
         changes_run=True,

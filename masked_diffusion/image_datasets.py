@@ -229,7 +229,9 @@ class StreamSampler(Sampler):
 class ImageDataset(Dataset):
     """Images as (3, resolution, resolution) float32 in [-1, 1], with `{}` or `{"y": int64}`.
 
-    An item's key is an index, or `(index, epoch)`. Crop and flip depend only on the seed and this key.
+    An item's key is `(index, epoch)`, as `load_data` gives it, and crop and flip depend only on the seed and this key.
+    Or it is an index, from a user's own DataLoader: then they are drawn from Python's `random`, as in ADM, which torch
+    seeds in every data loading process, and differ from epoch to epoch.
 
     :param classes: a label for each path, or None.
     :param shard, num_shards: use every num_shards-th image, beginning at `shard`. `load_data` does not use them: its
@@ -254,6 +256,7 @@ class ImageDataset(Dataset):
         is_sequence = isinstance(self.image_paths, ImageSequence)
         self.images = self.image_paths if is_sequence else ImageFiles(self.image_paths)
         self.classes = None if classes is None else classes[shard::num_shards]
+        self.local_images, self.local_classes = self.image_paths, self.classes  # ADM's names, for its forks
         self.random_crop, self.random_flip, self.seed = random_crop, random_flip, seed
         self.on_bad_image, self.fast_decode = on_bad_image, fast_decode
         self._largest_short_side = largest_short_side(resolution) if random_crop else resolution
@@ -262,8 +265,11 @@ class ImageDataset(Dataset):
         return len(self.image_paths)
 
     def __getitem__(self, key: int | tuple[int, int]) -> tuple[np.ndarray, dict[str, np.int64]]:
-        index, epoch = key if isinstance(key, tuple) else (key, 0)
-        rng = random.Random(fold_seed(self.seed, epoch, index))
+        if isinstance(key, tuple):
+            index, epoch = key
+            rng = random.Random(fold_seed(self.seed, epoch, index))
+        else:
+            index, rng = key, random
         index, image, box = self._read(index)
         if self.random_crop:
             pixels = random_crop_arr(image, self.resolution, rng=rng, box=box)

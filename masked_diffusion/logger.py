@@ -237,7 +237,8 @@ def configure(
     :param dir: the log directory, a folder of this machine; None is the environment variable `OPENAI_LOGDIR`, or
         `output` if it is not set. Data and weights may be read from the addresses that blobfile knows (`gs://`,
         `az://`, Azure's `https://`), but logs, checkpoints and images are written to folders: mount a bucket.
-    :param format_strs: some of `FORMATS`; None is all.
+    :param format_strs: some of `FORMATS`; None is those of the environment variable `OPENAI_LOG_FORMAT`, such as
+        `stdout,log,csv`, or all if it is not set.
     :param comm: must be None: values are not averaged over MPI ranks.
     :param log_suffix: added to the names of the files.
     :param quiet: print and write nothing; None means on all ranks except rank 0.
@@ -253,6 +254,8 @@ def configure(
             "bucket and give the path where it is mounted"
         )
     quiet = get_rank_without_mpi_import() != 0 if quiet is None else quiet
+    if format_strs is None and os.environ.get("OPENAI_LOG_FORMAT"):
+        format_strs = os.environ["OPENAI_LOG_FORMAT"].split(",")
     _current = Logger(dir, format_strs, comm, quiet, log_suffix, loggers)
 
 

@@ -34,6 +34,13 @@ def diffusion_defaults() -> dict[str, Any]:
     }
 
 
+def adm_diffusion_defaults() -> dict[str, Any]:
+    """The flags of the diffusion that ADM's `script_util` has, with its defaults."""
+    options = diffusion_defaults() | {"learn_sigma": False, "rescale_timesteps": False}
+    del options["sigma_small"]
+    return options
+
+
 def model_and_diffusion_defaults() -> dict[str, Any]:
     """MDT's options of the model and of the diffusion. `decode_layer` None means the number in the paper."""
     model = {"image_size": 256, "mask_ratio": None, "decode_layer": None, "class_cond": True, "use_fp16": False}

@@ -31,9 +31,9 @@ class ScheduleSampler:
     """A distribution over timesteps, with importance weights that keep the mean of the loss unbiased."""
 
     def __init__(self, diffusion: GaussianDiffusion | FlowMatching):
-        self.num_timesteps = diffusion.num_timesteps
+        self.diffusion, self.num_timesteps = diffusion, diffusion.num_timesteps
 
-    def weights(self) -> Tensor | np.ndarray:
+    def weights(self) -> np.ndarray | Tensor:
         """The relative probability of each timestep: (num_timesteps,) float64, not negative, of any sum."""
         raise NotImplementedError
 
@@ -64,29 +64,33 @@ class ScheduleSampler:
 
 
 class UniformSampler(ScheduleSampler):
-    """All timesteps are equally likely."""
+    """All timesteps are equally likely, unless a subclass has other `weights`."""
 
-    def weights(self) -> Tensor:
-        return torch.ones(self.num_timesteps, dtype=torch.float64)
+    def __init__(self, diffusion: GaussianDiffusion):
+        super().__init__(diffusion)
+        self._weights = np.ones(self.num_timesteps)
+
+    def weights(self) -> np.ndarray:
+        return self._weights
 
     def sample(
         self, batch_size: int, device: torch.device | str, rand: Callable[..., Tensor] = torch.rand
     ) -> tuple[Tensor, Tensor]:
-        t = (rand(batch_size, device=device).double() * self.num_timesteps).long()
+        weights = torch.as_tensor(self.weights())
+        if (weights != weights[0]).any():
+            return super().sample(batch_size, device, rand)
+        # Without the rounding of a cumulative sum, and what runs have drawn from their seeds since the beginning.
+        t = (rand(batch_size, device=device).double() * len(weights)).long()
         return t, torch.ones(batch_size, device=device)
 
 
 class FlowSampler(ScheduleSampler):
     """Fractional timesteps, from the distribution that a `FlowMatching` has."""
 
-    def __init__(self, diffusion: FlowMatching):
-        super().__init__(diffusion)
-        self.flow = diffusion
-
     def sample(
         self, batch_size: int, device: torch.device | str, rand: Callable[..., Tensor] = torch.rand
     ) -> tuple[Tensor, Tensor]:
-        return self.flow.draw_timesteps(batch_size, device, rand), torch.ones(batch_size, device=device)
+        return self.diffusion.draw_timesteps(batch_size, device, rand), torch.ones(batch_size, device=device)
 
 
 class LossAwareSampler(ScheduleSampler):
@@ -115,28 +119,35 @@ class LossSecondMomentResampler(LossAwareSampler):
     def __init__(self, diffusion: GaussianDiffusion, history_per_term: int = 10, uniform_prob: float = 0.001):
         super().__init__(diffusion)
         self.history_per_term, self.uniform_prob = history_per_term, uniform_prob
-        self.loss_history = torch.zeros(self.num_timesteps, history_per_term, dtype=torch.float64)
-        self.loss_counts = torch.zeros(self.num_timesteps, dtype=torch.int64)
+        self._loss_history = np.zeros((self.num_timesteps, history_per_term))
+        self._loss_counts = np.zeros(self.num_timesteps, dtype=np.int64)
 
-    def weights(self) -> Tensor:
-        if (self.loss_counts < self.history_per_term).any():
-            return torch.ones(self.num_timesteps, dtype=torch.float64)
-        weights = self.loss_history.square().mean(dim=1).sqrt()
+    def _warmed_up(self) -> bool:
+        return bool((self._loss_counts == self.history_per_term).all())
+
+    def weights(self) -> np.ndarray:
+        if not self._warmed_up():
+            return np.ones(self.num_timesteps)
+        # torch adds in another order than numpy, and runs resume bitwise.
+        weights = torch.from_numpy(self._loss_history).square().mean(dim=1).sqrt()
         weights = weights / weights.sum()
-        return weights * (1 - self.uniform_prob) + self.uniform_prob / len(weights)
+        return (weights * (1 - self.uniform_prob) + self.uniform_prob / len(weights)).numpy()
 
     def update_with_all_losses(self, ts: list[int], losses: list[float]) -> None:
         for t, loss in zip(ts, losses, strict=True):
-            if self.loss_counts[t] == self.history_per_term:
-                self.loss_history[t] = self.loss_history[t].roll(-1)
-                self.loss_history[t, -1] = loss
+            if self._loss_counts[t] == self.history_per_term:
+                self._loss_history[t, :-1] = self._loss_history[t, 1:]
+                self._loss_history[t, -1] = loss
             else:
-                self.loss_history[t, self.loss_counts[t]] = loss
-                self.loss_counts[t] += 1
+                self._loss_history[t, self._loss_counts[t]] = loss
+                self._loss_counts[t] += 1
 
     def state_dict(self) -> dict[str, Tensor]:
-        return {"loss_history": self.loss_history, "loss_counts": self.loss_counts}
+        return {
+            "loss_history": torch.from_numpy(self._loss_history),
+            "loss_counts": torch.from_numpy(self._loss_counts),
+        }
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.loss_history.copy_(state["loss_history"])
-        self.loss_counts.copy_(state["loss_counts"])
+        for name, own in self.state_dict().items():  # which share the arrays' memory
+            own.copy_(state[name])

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing_extensions import Self
 
 from .config import ATTENTION_HELP, LARGEST_SEED, VAE_PRECISION_HELP, VAE_PRECISIONS
+from .diffusion_config import NOISE_SCHEDULES
 from .guidance import RULES
 from .layers.relative_attention import IMPLEMENTATIONS
 from .utils import flag_values
@@ -20,6 +21,20 @@ SOLVERS = tuple(solver for solvers in SOLVERS_OF.values() for solver in solvers)
 CLASS_RULES = ("random", "balanced", "list")
 QUANTIZERS = ("truncate", "round")
 CFG_SCALE, SCALE_POW = 3.8, 4.0  # of MDTv2's published results
+
+
+@dataclass(frozen=True)
+class TrainedConfig(Config):
+    """what the model was trained with: not needed, the checkpoint tells it; if given, it must agree"""
+
+    class_cond: bool | None = option(None, "with class labels")
+    learn_sigma: bool | None = option(None, "with a learned variance")
+    diffusion_steps: int | None = option(None, "timesteps of the noise schedule", at_least=1)
+    noise_schedule: str | None = option(None, "noise schedule", choices=NOISE_SCHEDULES)
+    sigma_small: bool | None = option(None, "the variance of the posterior instead of beta")
+    use_kl: bool | None = option(None, "on the variational bound instead of the MSE")
+    predict_xstart: bool | None = option(None, "to predict x_start instead of eps")
+    rescale_learned_sigmas: bool | None = option(None, "variational loss term times diffusion_steps / 1000")
 
 
 @dataclass(frozen=True)
@@ -53,6 +68,7 @@ class WeightsConfig(Config):
     image_size: int | None = option(None, "not needed, the checkpoint tells it; if given, it must agree", at_least=1)
     decode_layer: int | None = option(None, "not needed, the checkpoint tells it; if given, it must agree", at_least=0)
     mask_ratio: float | None = option(None, "ignored, as sampling does not mask; accepted for the published commands")
+    trained: TrainedConfig = TrainedConfig()
 
     def check(self) -> Self:
         super().check()

@@ -18,10 +18,10 @@ from .published import (  # noqa: F401  (ADM's and MDT's scripts import them fro
     NUM_CLASSES,
     add_dict_to_argparser,
     args_to_dict,
-    diffusion_defaults,
     model_and_diffusion_defaults,
     str2bool,
 )
+from .published import adm_diffusion_defaults as diffusion_defaults  # noqa: F401  (MDT's script_util has none)
 from .respace import create_gaussian_diffusion  # noqa: F401  (so do ADM's users)
 from .utils import last_words
 from .utils.errors import UserError
@@ -51,7 +51,8 @@ class Parser(argparse.ArgumentParser):
         found, unknown = self.parse_known_args(args, namespace)
         if unknown:
             flag = unknown[0].partition("=")[0]
-            near = difflib.get_close_matches(flag, self._option_string_actions, n=1)
+            shown = [name for name, each in self._option_string_actions.items() if each.help != argparse.SUPPRESS]
+            near = difflib.get_close_matches(flag, shown, n=1)
             self.error(f"{flag} is not a flag of {self.prog}" + (f": did you mean {near[0]}?" if near else ""))
         return found
 
@@ -68,8 +69,9 @@ def parse_flags(config_class: type[C], description: str, argv: Sequence[str] | N
     :raises UserError: for an unknown flag, and for a value that is not allowed.
     """
     parser = Parser(description=description)
-    # Accepted for torch.distributed.launch, and ignored: torchrun sets an environment variable instead.
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    # For torch.distributed.launch and commands of MDT; ignored, since torchrun sets environment variables instead.
+    for name in ("local_rank", "rank", "world_size", "dist_url", "dist_on_itp"):
+        parser.add_argument(f"--{name}", nargs="?", help=argparse.SUPPRESS)
     groups = {}
     for owner, field in config_class.flags():
         if owner not in groups:

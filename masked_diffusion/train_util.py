@@ -37,7 +37,7 @@ from .training.sharded import load_sharded
 from .training.state import TrainState, read_on_nodes
 from .training.watchdog import Watchdog
 from .utils.errors import UserError
-from .utils.not_rebuilt import module_getattr
+from .utils.not_rebuilt import PUBLISHED_TRAIN_LOOP, module_getattr
 from .utils.precision import cast_weights
 from .utils.random_numbers import GlobalBatchRandom, fold_seed
 from .weights.checkpoint import checkpoint_path, is_sharded, latest_step, remove_leftovers
@@ -72,6 +72,11 @@ class TrainLoop:
     :param make_model: builds the model with its initial weights on the host. It is called on rank 0 only, and only for
         a run that does not resume from a checkpoint: a model that is larger than a device is never whole on one.
     """
+
+    def __new__(cls, *args: Any, **keywords: Any) -> "TrainLoop":
+        if {"model", "diffusion"} <= keywords.keys():
+            raise UserError(PUBLISHED_TRAIN_LOOP)
+        return super().__new__(cls)
 
     def __init__(
         self,

@@ -10,7 +10,7 @@ from masked_diffusion.sampling.build import describe, load_image_sampler
 from masked_diffusion.sampling.class_names import find_label
 from masked_diffusion.sampling.image_sampler import choose_labels
 from masked_diffusion.sampling.shards import ShardStore, draw_samples
-from masked_diffusion.utils.flag_values import check_words
+from masked_diffusion.utils.flag_values import check_steps, check_words
 from masked_diffusion.utils.options import Config, option
 from masked_diffusion.utils.pictures import save_grid
 
@@ -22,6 +22,10 @@ class ImagesConfig(Config):
     preset: str | None = option(
         None, "the settings of published numbers; flags given beside it override its values",
         choices=tuple(presets.SAMPLING), presets=presets.SAMPLING,
+    )  # fmt: skip
+    timestep_respacing: str | None = option(
+        None, "ADM's name of --num_sampling_steps; empty: not given", read=lambda text: text or None,
+        check=check_steps, excludes="num_sampling_steps",
     )  # fmt: skip
     num_samples: int = option(50000, "images to draw", at_least=1)
     batch_size: int = option(16, "images per rank at a time", at_least=1)
@@ -45,6 +49,8 @@ class Flags(Config):
 
 def main() -> None:
     flags = script_util.parse_flags(Flags, __doc__)
+    if flags.images.timestep_respacing:
+        flags = flags.replaced(num_sampling_steps=flags.images.timestep_respacing)
     images = flags.images
     dist_util.join_process_group()
     logger.configure(images.log_dir, quiet=not dist_util.is_main())

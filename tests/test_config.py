@@ -7,6 +7,7 @@ import typing
 import pytest
 
 from masked_diffusion.config import RunConfig
+from masked_diffusion.published import model_and_diffusion_defaults
 from masked_diffusion.sample_config import SampleConfig
 from masked_diffusion.script_util import parse_flags
 from masked_diffusion.utils.errors import UserError
@@ -75,6 +76,7 @@ def test_no_number_may_be_nan_infinite_or_out_of_its_range(field):
         (["--compile", "perhaps"], "argument --compile: 'perhaps' is neither True nor False"),
         (["--mask_ration", "0.3"], "--mask_ration is not a flag of .*: did you mean --mask_ratio?"),
         (["--mask", "0.3"], "--mask is not a flag of"),
+        (["--timestep_respacing", "250"], "--timestep_respacing is 250: it must be empty, since training draws from"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
@@ -102,6 +104,12 @@ def test_flags_take_the_spellings_of_the_published_scripts():
     assert sample.solver.seed == 7 and parse(
         "--guided_channels", "all", config_class=SampleConfig, model_path="m"
     ).guidance == (dataclasses.replace(SampleConfig().guidance, guided_channels=None))
+
+
+def test_flags_of_mdts_training_are_taken():
+    words = [word for key, value in model_and_diffusion_defaults().items() for word in (f"--{key}", str(value))]
+    words += ["--rank", "3", "--world_size", "9", "--dist_url", "env://", "--dist_on_itp", "--local-rank", "-1"]
+    assert parse(*words) == RunConfig()
 
 
 def test_spaces_after_commas_do_not_reach_file_names():

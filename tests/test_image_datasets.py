@@ -1,6 +1,7 @@
 """Items, order, sharding, classes, bad folders."""
 
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 import torch
 from helpers import REPO, break_image, write_images
 from PIL import Image
+from torch.utils.data import DataLoader
 
 from masked_diffusion import image_datasets
 from masked_diffusion.image_datasets import (
@@ -50,9 +52,30 @@ def test_flips_and_crops_depend_on_seed_epoch_and_index_alone(tmp_path):
     assert sum(np.array_equal(first[i], dataset[i, 2][0]) for i in range(40)) < 20
     plain = ImageDataset(8, paths, random_flip=False)
     flips = ImageDataset(8, paths, random_flip=True, seed=1)
-    flipped = [np.array_equal(flips[i][0], plain[i][0][:, :, ::-1]) for i in range(40)]
-    assert all(f or np.array_equal(flips[i][0], plain[i][0]) for i, f in enumerate(flipped))
+    flipped = [np.array_equal(flips[i, 0][0], plain[i, 0][0][:, :, ::-1]) for i in range(40)]
+    assert all(f or np.array_equal(flips[i, 0][0], plain[i, 0][0]) for i, f in enumerate(flipped))
     assert 8 < sum(flipped) < 32
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_users_own_loader_draws_crops_and_flips_anew_in_every_epoch(tmp_path, num_workers):
+    dataset = ImageDataset(8, write_images(tmp_path, [f"a_{i}.png" for i in range(4)], size=(16, 16)), random_crop=True)
+
+    def epochs(count):
+        random.seed(7)
+        torch.manual_seed(7)
+        loader = DataLoader(dataset, batch_size=4, num_workers=num_workers)
+        return [next(iter(loader))[0] for _ in range(count)]
+
+    found = epochs(3)
+    assert len({batch.numpy().tobytes() for batch in found}) == 3
+    assert all(torch.equal(batch, again) for batch, again in zip(found, epochs(3), strict=True))
+
+
+def test_adms_names_of_what_a_dataset_holds(tmp_path):
+    paths = write_images(tmp_path, ["a_0.png", "b_1.png", "c_2.png"])
+    shard = ImageDataset(8, paths, [10, 11, 12], shard=1, num_shards=2)
+    assert shard.local_images == [paths[1]] and shard.local_classes == [11]
 
 
 def test_files_are_listed_in_adms_order(tmp_path):

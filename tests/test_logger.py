@@ -15,7 +15,7 @@ from masked_diffusion.utils.files import atomic_write, disk_errors
 @pytest.fixture(autouse=True)
 def own_logger(monkeypatch):
     monkeypatch.setattr(logger, "_current", logger.Logger())
-    for name in (*logger.RANK_VARIABLES, "OPENAI_LOGDIR"):
+    for name in (*logger.RANK_VARIABLES, "OPENAI_LOGDIR", "OPENAI_LOG_FORMAT"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -47,6 +47,21 @@ def test_formats_choose_the_outputs(formats, files, tmp_path, capsys):
         assert out == ("a line\nstep 3, loss 0.25\n" if "stdout" in formats else "")
     logger.reset()
     assert logger.get_dir() is None
+
+
+def test_the_environment_chooses_the_outputs_where_the_script_does_not(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("OPENAI_LOG_FORMAT", "log,csv")
+    for folder, formats in (("env", None), ("script", ["json"])):
+        logger.configure(str(tmp_path / folder), formats)
+        logger.log("a line")
+        logger.logkv("a", 1)
+        logger.dumpkvs()
+    assert kinds(tmp_path / "env") == ["log.txt", "progress.csv"] and kinds(tmp_path / "script") == ["progress.jsonl"]
+    assert (tmp_path / "env" / "progress.csv").read_text().split() == ["a", "1"] and capsys.readouterr().out == ""
+    monkeypatch.setenv("RANK", "1")
+    logger.configure(str(tmp_path / "quiet"))
+    logger.log("nothing")
+    assert not (tmp_path / "quiet").exists()
 
 
 def test_adms_positions_and_suffix(tmp_path):

@@ -3,6 +3,7 @@ import pytest
 import torch
 from fill import tensor
 
+from masked_diffusion import nn
 from masked_diffusion.training.optim import annealed_lr, clip_gradients, create_optimizer, update_ema
 
 SHAPES = [(4, 5), (7,), (2, 3, 3)]
@@ -61,6 +62,21 @@ def test_ema_is_the_weighted_sum():
     update_ema(target, source, rate=0.9)
     for t, e in zip(target, expected, strict=True):
         torch.testing.assert_close(t, e)
+
+
+def test_published_ema_takes_other_formats_and_lengths():
+    source = [torch.nn.Parameter(tensor(f"s{i}", shape).bfloat16()) for i, shape in enumerate(SHAPES)]
+    target = [torch.nn.Parameter(tensor(f"t{i}", shape)) for i, shape in enumerate(SHAPES[:2])]
+    expected = [0.9 * t.detach() + 0.1 * s.detach().float() for t, s in zip(target, source, strict=False)]
+    nn.update_ema(iter(target), iter(source), rate=0.9)
+    for t, e in zip(target, expected, strict=True):
+        torch.testing.assert_close(t.detach(), e)
+    nn.update_ema([], source)
+    # Of equal formats, bitwise what training computes.
+    ours, theirs = ([tensor("t", (4, 5))] for _ in range(2))
+    nn.update_ema(ours, [tensor("s", (4, 5))], rate=0.9)
+    update_ema(theirs, [tensor("s", (4, 5))], rate=0.9)
+    assert torch.equal(ours[0], theirs[0])
 
 
 def test_annealing_is_a_line_to_zero():

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import REPO
+from helpers import DATA, REPO
 
+import masked_diffusion
 from masked_diffusion.utils.errors import UserError
 from masked_diffusion.utils.evaluations import load_evaluations
 
@@ -59,12 +60,24 @@ def test_tensorboard_does_not_bring_tensorflow(tmp_path):
 
 
 def test_the_names_that_users_import():
-    import masked_diffusion
     from masked_diffusion.models import MDT_XL_2, DiT_XL_2, MDTv2_S_2, MDTv2_XL_2  # noqa: F401
 
     assert masked_diffusion.create_diffusion("250").num_timesteps == 250
     with pytest.raises(AttributeError, match="nothing"):
         _ = masked_diffusion.nothing
+
+
+def test_modules_are_found_as_attributes():
+    loaded = python(
+        "import sys, masked_diffusion as md\n"
+        "assert not any(name in sys.modules for name in ('torch', 'masked_diffusion.respace'))\n"
+        "print(md.gaussian_diffusion.ModelMeanType.EPSILON.name, len(md.respace.space_timesteps(1000, 'ddim50')),\n"
+        "      *(getattr(md, name).__name__ for name in md._MODULES))"
+    ).split()
+    names = masked_diffusion._MODULES
+    assert loaded == ["EPSILON", "50", *(f"masked_diffusion.{name}" for name in names)]
+    published = json.loads((DATA / "published_signatures.json").read_text())["MDT masked_diffusion"]
+    assert {file.removesuffix(".py") for file in published} - {"__init__"} <= set(names)
 
 
 def test_the_wheel_holds_the_package_and_nothing_else(tmp_path):

@@ -1,5 +1,6 @@
 """Models from files, folders and the hub: architecture from state dicts, hostile and broken files."""
 
+import argparse
 import json
 import os
 import pickle
@@ -12,7 +13,7 @@ from fill import fill, tensor
 from helpers import DATA
 from safetensors.torch import save_file
 
-from masked_diffusion import create_model, load_model
+from masked_diffusion import create_model, dist_util, load_model
 from masked_diffusion.models import MDT, DiT, MDTv2
 from masked_diffusion.utils.errors import UserError
 from masked_diffusion.weights import pretrained
@@ -64,8 +65,16 @@ def test_a_file_becomes_the_model_that_it_holds(name, options, tmp_path):
     assert not loaded.training and type(loaded) is type(model)
 
 
+def as_dits_training(state):
+    """The checkpoint of DiT's train.py, with the flags of that script."""
+    flags = argparse.Namespace(results_dir="results", epochs=1400, global_batch_size=256)
+    raw = {key: value + 1 for key, value in state.items()}
+    return {"model": raw, "ema": state, "opt": {"state": {}, "param_groups": [{"lr": 1e-4}]}, "args": flags}
+
+
 @pytest.mark.parametrize(
-    "wrap", [lambda s: {"ema": s, "model": {}}, lambda s: {"module." + k: v for k, v in s.items()}]
+    "wrap",
+    [lambda s: {"ema": s, "model": {}}, lambda s: {"module." + k: v for k, v in s.items()}, as_dits_training],
 )
 def test_checkpoints_of_other_codes_are_unwrapped(wrap, tmp_path):
     model = fill(create_model("DiT_Nano_2", input_size=8))
@@ -259,7 +268,34 @@ def test_code_in_a_file_is_never_run(tmp_path):
     Hostile.path.unlink()  # the pickle does work, where it may
     with pytest.raises(ValueError, match=r"bad\.pt cannot be read as a checkpoint"):
         load_model(tmp_path / "bad.pt")
+    # Nor among the flags of DiT's checkpoints, of which the class alone is allowed.
+    torch.save({"ema": {}, "args": argparse.Namespace(lr=Hostile())}, tmp_path / "flags.pt")
+    with pytest.raises(
+        UserError, match=r"flags\.pt cannot be read as a checkpoint \(Unsupported global: GLOBAL io.open\)"
+    ):
+        load_model(tmp_path / "flags.pt")
     assert not (tmp_path / "pwned").exists()
+
+
+class Flags(argparse.Namespace):
+    pass
+
+
+def test_other_objects_are_named_without_torchs_advice_to_load_them(tmp_path):
+    torch.save({"ema": {}, "args": Flags(lr=1.0)}, tmp_path / "flags.pt")
+    with pytest.raises(UserError) as caught:
+        load_model(tmp_path / "flags.pt")
+    message = str(caught.value)
+    assert f"(Unsupported global: GLOBAL {__name__}.Flags)" in message
+    assert "\x1b" not in message and "weights_only" not in message and "\n" not in message
+    assert argparse.Namespace not in torch.serialization.get_safe_globals()
+
+
+def test_weights_only_may_be_said_and_not_denied(tmp_path):
+    torch.save({"a": torch.arange(3)}, tmp_path / "a.pt")
+    assert dist_util.load_state_dict(str(tmp_path / "a.pt"), weights_only=True)["a"].tolist() == [0, 1, 2]
+    with pytest.raises(UserError, match=r"weights_only is False, but .*a\.pt could then run any code"):
+        dist_util.load_state_dict(str(tmp_path / "a.pt"), weights_only=False)
 
 
 def test_broken_and_foreign_files(tmp_path):

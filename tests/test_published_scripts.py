@@ -1,7 +1,10 @@
 """Scripts in the style of ADM, DiT and MDT run on this package, and draw what our own samplers draw of their noise."""
 
+import argparse
 import csv
+import re
 import runpy
+import shutil
 import sys
 from pathlib import Path
 
@@ -9,15 +12,20 @@ import numpy as np
 import pytest
 import torch
 from fill import fill
-from helpers import write_images
+from helpers import read, run_sample, sample_flags, write_images
 from PIL import Image
 
-from masked_diffusion import create_diffusion, create_model, dist_util, load_model, logger
+import masked_diffusion
+from masked_diffusion import create_diffusion, create_model, dist_util, load_model, logger, script_util
 from masked_diffusion.guidance import Guidance, GuidedDenoiser
 from masked_diffusion.latents.autoencoder import create_first_stage
+from masked_diffusion.published import model_and_diffusion_defaults
 from masked_diffusion.respace import create_gaussian_diffusion
+from masked_diffusion.sample_config import SampleConfig, TrainedConfig, WeightsConfig
+from masked_diffusion.sampling.build import load_weights
 from masked_diffusion.sampling.image_sampler import last_sample
 from masked_diffusion.sampling.solvers import create_solver
+from masked_diffusion.utils.errors import UserError
 
 SCRIPTS = Path(__file__).parent / "published_scripts"
 SIZE = 8  # of the latents
@@ -85,8 +93,19 @@ def test_mdts_inference(run, vae_folder, tmp_path):
     assert_same_picture(tmp_path / "sample.png", create_first_stage(vae_folder).decode(latents), tmp_path, nrow=3)
 
 
+def test_diffusion_defaults_are_mdts_at_the_top_and_adms_in_script_util():
+    ours = {"diffusion_steps": 1000, "noise_schedule": "linear", "timestep_respacing": "", "use_kl": False}
+    ours |= {"predict_xstart": False, "rescale_learned_sigmas": False}
+    assert masked_diffusion.diffusion_defaults() == ours | {"learn_sigma": True, "sigma_small": False}
+    assert script_util.diffusion_defaults() == ours | {"learn_sigma": False, "rescale_timesteps": False}
+
+
 def test_dits_sampling(run, vae_folder, tmp_path):
-    model = write_weights("DiT_Nano_2", tmp_path / "dit.pt")
+    model = fill(create_model("DiT_Nano_2", input_size=SIZE)).eval()
+    raw = {name: torch.zeros_like(value) for name, value in model.state_dict().items()}
+    # As DiT's train.py saves it: find_model takes the EMA.
+    content = {"model": raw, "ema": model.state_dict(), "opt": {"state": {}}, "args": argparse.Namespace(epochs=1400)}
+    torch.save(content, tmp_path / "dit.pt")
     flags = ["--model", "DiT-Nano/2", "--vae", vae_folder, "--image-size", 64, "--num-sampling-steps", 5]
     run("dit_sample.py", *flags, "--seed", 3, "--ckpt", tmp_path / "dit.pt", "--out", tmp_path / "sample.png")
     torch.manual_seed(3)
@@ -129,6 +148,7 @@ def test_mdts_batches_of_samples(guided, run, vae_folder, tmp_path, capsys):
 def test_adms_training_bound_and_classifier_guidance(sampler, use_ddim, run, tmp_path, capsys):
     write_images(tmp_path / "data", [f"{name}_{i}.png" for name in "ab" for i in range(4)])
     flags = ["--data_dir", tmp_path / "data", "--log_dir", tmp_path / "log", "--schedule_sampler", sampler]
+    flags += ["--learn_sigma", True, "--timestep_respacing", 6]
     model = run(
         "adm_train_and_nll.py", *flags, "--use_ddim", use_ddim, "--resume_checkpoint", "elsewhere/model000007.pt"
     )["trained"]
@@ -163,3 +183,31 @@ def test_adms_training_bound_and_classifier_guidance(sampler, use_ddim, run, tmp
         pixels = ((expected + 1) * 127.5).clamp(0, 255).permute(0, 2, 3, 1).numpy()
         assert np.abs(file["arr_0"] - np.floor(pixels)).max() <= 1 and np.mean(file["arr_0"] != np.floor(pixels)) < 0.01
         assert file["arr_1"].tolist() == labels.tolist() and file["arr_0"].std() > 5
+
+
+# ---------------------------------------------------------------- our scripts, by published commands
+
+
+def test_commands_of_mdt_and_adm_draw_the_same(checkpoint, tmp_path, monkeypatch):
+    words = sample_flags(checkpoint, tmp_path / "ours", num_samples=2, num_sampling_steps="ddim4", use_ddim=True)
+    run_sample(monkeypatch, words)
+    published = model_and_diffusion_defaults() | {"image_size": 8, "timestep_respacing": "ddim4"}
+    words = ["--model_path", str(checkpoint), "--num_samples", "2", "--batch_size", "4", "--use_ddim", "True"]
+    words += ["--cfg_cond", "True", "--log_dir", str(tmp_path / "theirs"), "--rank", "0", "--world_size", "1"]
+    words += ["--dist_url", "env://", "--dist_on_itp", "--local-rank", "-1"]
+    run_sample(monkeypatch, words + [word for key, value in published.items() for word in (f"--{key}", str(value))])
+    ours, theirs = (read(tmp_path / folder / "samples_2x8x8x3.npz") for folder in ("ours", "theirs"))
+    assert all(np.array_equal(a, b) for a, b in zip(ours, theirs, strict=True)) and ours[0].std() > 5
+
+
+def test_bare_weights_are_told_their_schedule_in_a_config(checkpoint, tmp_path):
+    path = tmp_path / "weights.pt"
+    shutil.copy(checkpoint / "ema_0.9_000005.pt", path)
+    asked = TrainedConfig(class_cond=True, learn_sigma=True, noise_schedule="squaredcos_cap_v2")
+    config = SampleConfig(WeightsConfig(model_path=str(path), vae_decoder="identity", trained=asked))
+    with pytest.raises(
+        UserError, match=r"there is no config\.json beside .*weights\.pt, .* with linear: .* into that"
+    ) as e:
+        load_weights(config)
+    (tmp_path / "config.json").write_text(re.search(r"write (\{.*\}) into", str(e.value))[1])
+    assert load_weights(config).diffusion["noise_schedule"] == "squaredcos_cap_v2"

@@ -18,6 +18,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from masked_diffusion import script_util
 from masked_diffusion.latents.autoencoder import create_first_stage
+from masked_diffusion.train_util import TrainLoop
+from masked_diffusion.utils.errors import UserError
 
 # ---------------------------------------------------------------- resume
 
@@ -273,6 +275,11 @@ def test_wrong_flags_end_in_one_sentence(images, tmp_path, options, message, mon
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert stop.value.code == 2 and error.startswith("error: ") and message in error
     assert not list(tmp_path.glob("*.pt"))
+
+
+def test_the_published_call_of_the_loop_is_refused_in_a_sentence():
+    with pytest.raises(UserError, match=r"TrainLoop\(model=.*not rebuilt here: train with scripts/image_train\.py"):
+        TrainLoop(model=None, diffusion=None, data=None, batch_size=4, microbatch=-1, lr=1e-4, ema_rate="0.9999")
 
 
 def test_flags_that_matter_are_compared_on_resume(images, one_process, monkeypatch, capsys):

@@ -1,5 +1,6 @@
 """From a `SampleConfig` to an image sampler: weights and model, first stage, then solver and guidance around them."""
 
+import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,11 +12,11 @@ from ..guidance import Guidance, resolve_channels
 from ..latents.autoencoder import check_first_stage, create_first_stage
 from ..layers.relative_attention import check_implementation
 from ..models import MDT, create_model, model_class
-from ..sample_config import CFG_SCALE, SCALE_POW, GuidanceConfig, SampleConfig, WeightsConfig
+from ..sample_config import CFG_SCALE, SCALE_POW, GuidanceConfig, SampleConfig, TrainedConfig, WeightsConfig
 from ..utils.errors import UserError
 from ..utils.files import file_hash
 from ..utils.precision import PRECISIONS, check_precision, choose_precision, set_matmul_precision
-from ..weights.checkpoint import MANIFEST_NAME
+from ..weights.checkpoint import CONFIG_NAME, MANIFEST_NAME
 from ..weights.pretrained import OpenedWeights, build_model, configured_architecture, open_weights
 from .class_names import class_names
 from .cuda_graphs import GraphedForward
@@ -75,6 +76,7 @@ def load_weights(config: SampleConfig) -> LoadedWeights:
     check_agreement(config.weights, model)
     run = opened.run or RunConfig()
     diffusion = run.diffusion.options(model.default_snr_gamma) | {"learn_sigma": model.learn_sigma}
+    check_trained(config.weights.trained, opened, diffusion | {"class_cond": model.num_classes > 0})
     guide_model = build_guide(guide, model, diffusion["objective"], device) if guide else None
     for network in filter(None, (model, guide_model)):
         network.set_attention(config.weights.attention, device)
@@ -188,6 +190,24 @@ def check_agreement(config: WeightsConfig, model: torch.nn.Module) -> None:
     for name, (asked, found) in pairs.items():
         if asked not in (None, found):
             raise UserError(f"--{name} asks for {asked}, but the checkpoint has {found}: leave the flag out")
+
+
+def check_trained(config: TrainedConfig, opened: OpenedWeights, trained: dict[str, Any]) -> None:
+    """Refuse flags that describe another training than the checkpoint's.
+
+    :param trained: what is known of it, by the names of the flags.
+    :raises UserError: naming the flag and both values.
+    """
+    for name, asked in config.values().items():
+        if asked in (None, trained[name]):
+            continue
+        if opened.run or name in ("class_cond", "learn_sigma"):  # which the weights show
+            raise UserError(f"--{name} asks for {asked}, but the checkpoint has {trained[name]}: leave the flag out")
+        raise UserError(
+            f"--{name} asks for {asked}, but there is no {CONFIG_NAME} beside {opened.path}, which then counts as "
+            f"trained with {trained[name]}: leave the flag out, or write {json.dumps({'diffusion': {name: asked}})} "
+            "into that file"
+        )
 
 
 def check_image_size(config: WeightsConfig, model: torch.nn.Module, first_stage: Any) -> None:

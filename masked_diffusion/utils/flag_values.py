@@ -96,6 +96,11 @@ def check_steps(text: str) -> str | None:
     return None if fits else "a number of steps above 0, such as 250; for ddpm and ddim also 10,15,20 or ddim50"
 
 
+def check_no_respacing(text: str) -> str | None:
+    """For `--timestep_respacing` of training."""
+    return "empty, since training draws from all of --diffusion_steps" if text else None
+
+
 def read_channels(text: str) -> int | str | None:
     """For `--guided_channels`: a number, None for all channels, or auto."""
     words = {"all": None, "none": None, "auto": "auto"}

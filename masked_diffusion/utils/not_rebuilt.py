@@ -61,6 +61,13 @@ NOT_REBUILT = {
     "train_util.INITIAL_LOG_LOSS_SCALE": _FP16,
 }
 
+# For a call: the name is there, but takes other arguments.
+PUBLISHED_TRAIN_LOOP = (
+    "TrainLoop(model=..., diffusion=..., ...) of ADM and MDT is not rebuilt here: train with scripts/image_train.py, "
+    "whose flags are the published ones, or write your own loop of diffusion.training_losses, "
+    "create_named_schedule_sampler and nn.update_ema"
+)
+
 
 def module_getattr(module_name: str) -> Callable[[str], Any]:
     """The `__getattr__` function of a module, which says what to use instead of a name in `NOT_REBUILT`.

@@ -13,7 +13,12 @@ from masked_diffusion import create_model, dist_util, logger
 from masked_diffusion.image_datasets import load_data
 from masked_diffusion.nn import mean_flat, update_ema
 from masked_diffusion.resample import LossAwareSampler, UniformSampler, create_named_schedule_sampler
-from masked_diffusion.script_util import NUM_CLASSES, add_dict_to_argparser, args_to_dict, create_gaussian_diffusion
+from masked_diffusion.script_util import (
+    NUM_CLASSES,
+    add_dict_to_argparser,
+    create_gaussian_diffusion,
+    diffusion_defaults,
+)
 from masked_diffusion.train_util import log_loss_dict, parse_resume_step_from_filename
 
 
@@ -24,7 +29,16 @@ def main():
     logger.log("creating model and diffusion...")
     th.manual_seed(0)
     model = create_model("DiT_Nano_2", input_size=args.image_size, in_channels=3, num_classes=NUM_CLASSES)
-    diffusion = create_gaussian_diffusion(**args_to_dict(args, diffusion_options().keys()))
+    diffusion = create_gaussian_diffusion(
+        steps=args.diffusion_steps,
+        learn_sigma=args.learn_sigma,
+        noise_schedule=args.noise_schedule,
+        use_kl=args.use_kl,
+        predict_xstart=args.predict_xstart,
+        rescale_timesteps=args.rescale_timesteps,
+        rescale_learned_sigmas=args.rescale_learned_sigmas,
+        timestep_respacing=args.timestep_respacing,
+    )
     model.to(dist_util.dev())
     dist_util.sync_params(model.parameters())
     schedule_sampler = create_named_schedule_sampler(args.schedule_sampler, diffusion)
@@ -116,13 +130,6 @@ def sample(args, model, diffusion):
     logger.log("sampling complete")
 
 
-def diffusion_options():
-    return {
-        "steps": 1000, "learn_sigma": True, "noise_schedule": "linear", "timestep_respacing": "6", "use_kl": False,
-        "predict_xstart": False, "rescale_timesteps": False, "rescale_learned_sigmas": False,
-    }  # fmt: skip
-
-
 def create_argparser():
     defaults = {
         "data_dir": "",
@@ -139,7 +146,7 @@ def create_argparser():
         "use_ddim": False,
         "classifier_scale": 1.0,
     }
-    defaults.update(diffusion_options())
+    defaults.update(diffusion_defaults())
     parser = argparse.ArgumentParser()
     add_dict_to_argparser(parser, defaults)
     return parser

@@ -8,6 +8,7 @@ from torchvision.utils import save_image
 
 from masked_diffusion import create_diffusion
 from masked_diffusion.models import DiT_models
+from masked_diffusion.weights.pretrained import read_weights as find_model
 
 
 def main(args):
@@ -16,7 +17,7 @@ def main(args):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     latent_size = args.image_size // 8
     model = DiT_models[args.model](input_size=latent_size, num_classes=args.num_classes).to(device)
-    model.load_state_dict(torch.load(args.ckpt, map_location=lambda storage, location: storage))
+    model.load_state_dict(find_model(args.ckpt))
     model.eval()
     diffusion = create_diffusion(str(args.num_sampling_steps))
     vae = AutoencoderKL.from_pretrained(args.vae).to(device)
