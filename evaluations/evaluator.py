@@ -12,9 +12,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from . import console, ranks, report
-from .errors import UserError
+from .errors import UserError, check_packages
 from .features import collect
-from .files import find_inception, named_inception, write_json
+from .files import check_named_once, check_outputs, find_inception, inception_places, named_inception, write_json
 from .metrics import interval
 from .neighbours import HALF, SINGLE
 from .npz_reader import NpzImages
@@ -62,23 +62,17 @@ def parse_args():
         raise UserError(f"--bootstrap is {args.bootstrap}: a deviation needs at least 2 resamples, and 0 is none")
     if args.dinov2 not in (None, "hub") and not Path(args.dinov2).is_file():
         raise UserError(f"--dinov2 names {args.dinov2}, which is no file: name the weights' file, or hub")
-    check_output_flags(args)
-    return args
-
-
-def check_output_flags(args):
-    """Refuse at once what would fail when hours of work are to be written down."""
-    for path in filter(None, (args.json, args.plot)):
-        if Path(path).is_dir():
-            raise UserError(f"{path} is a folder: name a file in it")
-        if not Path(path).resolve().parent.is_dir():
-            raise UserError(f"the folder of {path} does not exist: make it first")
+    inputs = [args.ref_batch, *args.sample_batch, args.dinov2, *inception_places(args.inception)]
+    check_outputs({"--json": args.json, "--plot": args.plot}, inputs)
     if args.plot and not args.plot.endswith(".png"):
         raise UserError(f"--plot is {args.plot}: name a .png")
-    wanted = {"matplotlib": args.plot, "scipy": len(args.sample_batch) > 1}
-    for package, needed in wanted.items():
-        if needed and find_spec(package) is None:
-            raise UserError(f"{package} is not installed: pip install {package}")
+    if args.plot:
+        check_packages("matplotlib", reason="--plot")
+    if len(args.sample_batch) > 1:
+        check_packages("scipy", reason="an interval over several files of samples")
+    if args.dinov2:
+        check_packages("timm", "safetensors", reason="--dinov2")
+    return args
 
 
 def add_network_flags(parser):
@@ -94,6 +88,8 @@ def check_network_flags(args):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} is {getattr(args, name)}: it must be positive")
     named_inception(args.inception)
+    if args.backend == "torch":
+        check_packages("torch-fidelity", reason="the torch backend")
 
 
 def create_network(args):
@@ -135,10 +131,7 @@ def open_batches(args):
 
     :raises UserError: when they cannot be compared, or are not worth it.
     """
-    places = [Path(path).resolve() for path in args.sample_batch]
-    for path in args.sample_batch:
-        if places.count(Path(path).resolve()) > 1:
-            raise UserError(f"{path} is named twice: each file of samples is another seed")
+    check_named_once(args.sample_batch, "each file of samples is another seed")
     reference, samples = NpzImages(args.ref_batch), [NpzImages(path) for path in args.sample_batch]
     ready_statistics(args.metrics, reference)
     if len(reference):

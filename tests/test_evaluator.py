@@ -1,6 +1,7 @@
 """The evaluator against the definitions, end to end; its warnings and refusals."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from helpers import (
 )
 from PIL import Image
 
-from evaluations import evaluator
+from evaluations import errors, evaluator
 
 ADM_LINES = ["Inception Score", "FID", "sFID", "Precision", "Recall"]
 
@@ -213,6 +214,49 @@ def test_weights_of_torch_are_for_the_torch_backend(batches, tmp_path, monkeypat
         monkeypatch.setenv("INCEPTION_V3_PATH", str(path))
     code, _, errors = evaluate(monkeypatch, capsys, batches / "reference.npz", batches / "samples.npz", *flags)
     assert code == 2 and "weights.pth cannot be read as the Inception network" in errors
+
+
+def test_outputs_replace_no_input_and_no_pipe(batches, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(evaluator, "create_network", None)
+    inputs = {name: tmp_path / name for name in ("reference.npz", "samples.npz", "small.pb", "dinov2.pth")}
+    for name, path in inputs.items():
+        path.write_bytes((batches / name).read_bytes() if (batches / name).exists() else b"weights")
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link.json").symlink_to(tmp_path / "samples.npz")
+    before = {path: path.lstat() for path in tmp_path.iterdir()}
+    words = [inputs["reference.npz"], inputs["samples.npz"], "--inception", inputs["small.pb"]]
+    words += ["--dinov2", inputs["dinov2.pth"]]
+    flags = [([f"--json={path}"], "would replace") for path in (*inputs.values(), tmp_path / "link.json")]
+    flags += [
+        ([f"--json={tmp_path / 'pipe'}"], "which is a device or a pipe"),
+        (
+            [f"--json={tmp_path / 'a.png'}", f"--plot={tmp_path}/../{tmp_path.name}/a.png"],
+            "--json and --plot both name",
+        ),
+        ([f"--json={tmp_path / ('x' * 250)}"], "cannot be written (File name too long)"),
+        ([f"--json={tmp_path / ('x' * 300)}"], "cannot be written (File name too long)"),
+        (["--json=/proc/a.json"], "/proc/a.json cannot be written"),
+    ]
+    for more, message in flags:
+        code, _, errors = evaluate(monkeypatch, capsys, *words, *more)
+        assert code == 2 and message in errors and len(errors.splitlines()) == 1
+    assert {path: path.lstat() for path in tmp_path.iterdir()}.keys() == before.keys()
+    assert all(path.lstat().st_mtime_ns == stat.st_mtime_ns for path, stat in before.items())
+
+
+@pytest.mark.parametrize(
+    "package, flags",
+    [
+        ("timm", ["--dinov2=hub"]),
+        ("matplotlib", ["--plot=a.png"]),
+        ("torch-fidelity", ["--backend=torch"]),
+    ],
+)
+def test_missing_packages_are_said_first(batches, tmp_path, monkeypatch, capsys, package, flags):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(errors, "find_spec", lambda name: None if name == package.replace("-", "_") else name)
+    code, _, message = evaluate(monkeypatch, capsys, batches / "reference.npz", batches / "samples.npz", *flags)
+    assert code == 2 and f"{package} is not installed, which" in message and f"pip install {package}" in message
 
 
 def constant(count, rng):
