@@ -170,6 +170,7 @@ class TorchInception:
     def _keep_spatial(self, module, inputs, output):
         self._spatial = output[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
 
+    @ranks.full_float32()
     @torch.inference_mode()
     def __call__(self, images):
         """(N, H, W, 3) uint8 images -> pool (N, 2048), spatial (N, 2023) and logits (N, 1008), float32 tensors."""

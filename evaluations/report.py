@@ -12,7 +12,8 @@ from .metrics import interval
 from .suite import LABELS
 
 PACKAGES = ("numpy", "torch", "tensorflow", "tensorflow-cpu", "torch-fidelity", "timm")
-VARIABLES = ("TF_ENABLE_ONEDNN_OPTS", "NVIDIA_TF32_OVERRIDE")  # of the environment, which choose among algorithms
+# Of the environment, which choose among algorithms.
+VARIABLES = ("TF_ENABLE_ONEDNN_OPTS", "NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE")
 PAIRS, GRID_IMAGES = 10, 40
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from . import ranks
 from .errors import UserError
 from .features import Needs, collect
 from .metrics import InceptionScore, bootstrap, frechet_distance, gaussian_statistics, kernel_distance
@@ -141,6 +142,7 @@ class Result:
     overlap: Overlap | None = None  # with the nearest reference image of each sample
 
 
+@ranks.full_float32()
 def compare(reference, samples, metrics, logit_weights, repeats=0, device="cpu", rule=None):
     """The metrics of collected samples against a reference.
 

@@ -95,6 +95,20 @@ def test_torch_and_tensorflow_see_the_same(inception_graph):
     np.testing.assert_array_equal(own.logit_weights, published.logit_weights)
 
 
+def test_features_are_computed_in_full_float32_also_while_training_is_not(monkeypatch):
+    network, seen = object.__new__(TorchInception), []
+    network.device = torch.device("cpu")
+    note = lambda self, images: seen.append(torch.get_float32_matmul_precision()) or {}  # noqa: E731
+    monkeypatch.setattr(TorchInception, "_features", note)
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")
+        network(np.zeros((2, 4, 4, 3), dtype=np.uint8))
+        assert seen == ["highest"] and torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def test_weights_come_out_of_the_graph(inception_graph, tmp_path):
     inception = TorchInception(inception_graph)
     images = next(photos())[:2]
