@@ -177,7 +177,7 @@ class NpzImages:
             )
         values = self._read(name).astype(np.float64)
         if not np.isfinite(values).all():
-            raise UserError(f"{self.path}: {name} holds NaN or infinite numbers: make the reference anew")
+            raise UserError(f"{self.path}: {name} holds NaN or infinite numbers: make the file anew")
         return values
 
     def _read(self, name):

@@ -75,11 +75,16 @@ def describe(args, where, inception, reference, samples, results, warnings):
         "runs": [_run(images, result) for images, result in zip(samples, results, strict=True)],
         "reference": _file(reference),
         **where,
-        "inception": {"path": str(inception), "sha256": file_hash(inception)},
+        "inception": _weights(inception),
+        "dinov2": _weights(args.dinov2) if args.dinov2 not in (None, "hub") else args.dinov2,
         "warnings": warnings,
         "settings": vars(args),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def _weights(path):
+    return {"path": str(path), "sha256": file_hash(path)}
 
 
 def _run(images, result):

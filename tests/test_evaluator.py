@@ -23,6 +23,7 @@ from helpers import (
 from PIL import Image
 
 from evaluations import errors, evaluator
+from evaluations.metrics import frechet_distance, gaussian_statistics
 
 ADM_LINES = ["Inception Score", "FID", "sFID", "Precision", "Recall"]
 
@@ -83,6 +84,33 @@ def test_ready_made_statistics_are_used(batches, tmp_path, monkeypatch, capsys):
     assert numbers(output)["FID"] == pytest.approx(frechet(samples, features["pool"].numpy()) + shift, rel=1e-4)
     code, _, errors = evaluate(monkeypatch, capsys, *files, "--backend=tensorflow", "--metrics=fid,sfid,pr")
     assert code == 2 and "choose --metrics is,fid" in errors
+
+
+@needs_tensorflow
+def test_statistics_in_a_file_of_samples_are_used_as_adm_uses_them(batches, tmp_path, monkeypatch, capsys):
+    own, reference = (np.load(batches / f"{name}.npz")["arr_0"] for name in ("samples", "reference"))
+    ready = {"mu": np.zeros(32), "sigma": np.eye(32)}
+    np.savez(tmp_path / "ready.npz", own, **ready)
+    flags = ["--inception", batches / "small.pb", "--backend=tensorflow", "--metrics=is,fid,sfid"]
+    found = []
+    for path in (batches / "samples.npz", tmp_path / "ready.npz"):
+        words = [batches / "reference.npz", path, *flags, "--json", tmp_path / "a.json"]
+        code, output, errors = evaluate(monkeypatch, capsys, *words)
+        assert code == 0
+        found.append(numbers(output))
+    plain, used = found
+    features = small_features(batches / "small.pb", reference)["pool"].numpy()
+    expected = frechet_distance(ready["mu"], ready["sigma"], *gaussian_statistics(features))
+    assert used["FID"] == pytest.approx(expected, rel=1e-4) and used["FID"] != pytest.approx(plain["FID"], rel=0.1)
+    assert used["sFID"] == plain["sFID"] and used["Inception Score"] == plain["Inception Score"]
+    told = "ready.npz holds statistics, which are used as ADM's evaluator does: mu and sigma for fid"
+    assert told in errors and any(
+        told in warning for warning in json.loads((tmp_path / "a.json").read_text())["warnings"]
+    )
+    np.savez(tmp_path / "ready.npz", own, mu=np.full(32, np.nan), sigma=np.eye(32))
+    monkeypatch.setattr(evaluator, "create_network", None)
+    code, _, errors = evaluate(monkeypatch, capsys, *words)
+    assert code == 2 and "ready.npz: mu holds NaN" in errors
 
 
 @needs_tensorflow
@@ -195,6 +223,8 @@ def test_images_of_one_colour_are_counted(batches, tmp_path, monkeypatch, capsys
         (["--inception=nowhere.pb"], "nowhere.pb, which does not exist"),
         (["--inception=."], "--inception names ., which is no file"),
         (["--dinov2=nowhere.pth"], "--dinov2 names nowhere.pth, which is no file"),
+        (["--metrics=kid", "--exact_distances"], "--exact_distances is of precision and recall: add pr"),
+        (["--devices=121"], "samples.npz holds 120 images, fewer than 121 processes"),
     ],
     ids=str,
 )
