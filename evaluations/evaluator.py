@@ -93,7 +93,9 @@ def check_network_flags(args):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} is {getattr(args, name)}: it must be positive")
     named_inception(args.inception)
-    if args.backend == "torch":
+    if args.backend == "tensorflow":
+        check_packages("tensorflow", reason="the tensorflow backend")
+    if args.backend == "torch" or find_spec("tensorflow") is None:
         check_packages("torch-fidelity", reason="the torch backend")
 
 

@@ -280,6 +280,7 @@ def test_outputs_replace_no_input_and_no_pipe(batches, tmp_path, monkeypatch, ca
         ("timm", ["--dinov2=hub"]),
         ("matplotlib", ["--plot=a.png"]),
         ("torch-fidelity", ["--backend=torch"]),
+        ("tensorflow", ["--backend=tensorflow"]),
     ],
 )
 def test_missing_packages_are_said_first(batches, tmp_path, monkeypatch, capsys, package, flags):

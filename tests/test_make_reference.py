@@ -62,6 +62,7 @@ def test_images_and_statistics_are_the_datasets(dataset, tmp_path, monkeypatch, 
         for name, keys in {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}.items():
             mu, sigma = images.statistics(*keys)
             np.testing.assert_allclose(mu, features[name].mean(0), atol=1e-3)
+            assert np.array_equal(mu, mu.astype(np.float32))  # ADM's own references hold float32 means
             np.testing.assert_allclose(sigma, np.cov(features[name].numpy(), rowvar=False), atol=1e-3)
     assert images.description()["settings"]["image_size"] == 32
 
