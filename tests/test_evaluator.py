@@ -115,7 +115,9 @@ def test_statistics_in_a_file_of_samples_are_used_as_adm_uses_them(batches, tmp_
 
 @needs_tensorflow
 def test_a_run_is_told_in_full(batches, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("TF_ENABLE_ONEDNN_OPTS", "1")
+    variables = {"TF_ENABLE_ONEDNN_OPTS": "1", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "0"}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
     files = [batches / f"{name}.npz" for name in ("reference", "samples", "other_seed")]
     out, picture = tmp_path / "out.json", tmp_path / "out.png"
     flags = [
@@ -137,7 +139,7 @@ def test_a_run_is_told_in_full(batches, tmp_path, monkeypatch, capsys):
     assert row["backend"] == "tensorflow" and {"python", "numpy", "torch"} <= row["versions"].keys()
     assert any(name.startswith("tensorflow") for name in row["versions"])  # tensorflow-cpu has another name
     assert "cores" in row["device"] and row["distances"].endswith("by the operations of ADM's graph in TensorFlow")
-    assert row["variables"] == {"TF_ENABLE_ONEDNN_OPTS": "1"}
+    assert row["variables"] == variables
     assert f"computed by tensorflow on {row['device']} (python " in output and row["distances"] in output
     assert len(row["warnings"]) == 3
     fids = [run["metrics"]["fid"] for run in runs]

@@ -74,6 +74,14 @@ def test_the_size_of_batches_changes_no_bit():
             np.testing.assert_array_equal(found, whole)
 
 
+def test_small_batches_cost_few_updates_of_the_matrix(monkeypatch):
+    add, counts = GaussianStatistics._add, []
+    note = lambda self, count, *sums: counts.append(count) or add(self, count, *sums)  # noqa: E731
+    monkeypatch.setattr(GaussianStatistics, "_add", note)
+    in_batches(np.zeros((3000, 2), np.float32), 64).result()
+    assert counts == [1024, 1024, 952]
+
+
 def test_statistics_go_on_after_a_result_and_keep_no_ones_memory():
     features = np.random.default_rng(6).standard_normal((100, 3)).astype(np.float32)
     statistics, batch = GaussianStatistics(), np.empty((10, 3), np.float32)
