@@ -8,11 +8,12 @@ if __spec__ is None:  # started as a script, which is part of no package
 import argparse
 import json
 import math
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from . import console
-from .errors import UserError
-from .files import atomic_write
+from .errors import UserError, check_packages
+from .files import atomic_write, check_named_once, check_outputs
 from .suite import LABELS
 
 # ImageNet 256 x 256, 50,000 samples, ADM's suite; the last three are guided.
@@ -26,11 +27,26 @@ COLUMNS = ("fid", "sfid", "inception_score", "precision", "recall", "kid", "dens
 DIGITS = {"kid": 5, "precision": 3, "recall": 3, "density": 3, "coverage": 3}
 
 
+@dataclass
+class Row:
+    """A line of the table."""
+
+    name: str
+    metrics: dict
+    widths: dict = field(default_factory=dict)  # half widths of 95 % intervals
+    published: bool = False
+
+
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("results", nargs="+", help="files that evaluator.py --json wrote")
     parser.add_argument("--plot", help="draw FID against Inception score into this picture")
-    return parser.parse_args()
+    args = parser.parse_args()
+    check_named_once(args.results, "name each result once")
+    check_outputs({"--plot": args.plot}, args.results)
+    if args.plot:
+        check_packages("matplotlib", reason="--plot")
+    return args
 
 
 def read(path):
@@ -52,17 +68,18 @@ def read(path):
         raise
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error}): name a file that evaluator.py --json wrote") from error
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        raise UserError(f"{path} is no result of evaluator.py --json ({error!r}): write it anew") from error
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, RecursionError) as error:
+        reason = f"{type(error).__name__}: {error}"[:200]
+        raise UserError(f"{path} is no result of evaluator.py --json ({reason}): write it anew") from error
 
 
-def format_table(rows, widths):
-    """A Markdown table. :param rows: name -> metrics. :param widths: name -> half widths of intervals."""
-    columns = [key for key in COLUMNS if any(key in metrics for metrics in rows.values())]
+def format_table(rows):
+    """A Markdown table. :param rows: list of `Row`."""
+    columns = [key for key in COLUMNS if any(key in row.metrics for row in rows)]
     lines = ["| | " + " | ".join(LABELS[key] for key in columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    for name, metrics in rows.items():
-        cells = [_cell(key, metrics.get(key), widths.get(name, {}).get(key)) for key in columns]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    for row in rows:
+        cells = [_cell(key, row.metrics.get(key), row.widths.get(key)) for key in columns]
+        lines.append(f"| {row.name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -73,7 +90,7 @@ def _cell(key, value, width):
     return f"{value:.{digits}f}" + (f" ± {width:.{digits}f}" if width else "")
 
 
-def draw(path, rows, widths):
+def draw(path, rows):
     """FID against Inception score, published rows in grey."""
     import matplotlib
 
@@ -81,15 +98,15 @@ def draw(path, rows, widths):
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(8, 5.5), layout="constrained")
-    for name, metrics in rows.items():
-        if not {"fid", "inception_score"} <= metrics.keys():
+    for row in rows:
+        if not {"fid", "inception_score"} <= row.metrics.keys():
             continue
-        own, width = name not in PUBLISHED, widths.get(name, {})
+        place = row.metrics["fid"], row.metrics["inception_score"]
         axes.errorbar(
-            metrics["fid"], metrics["inception_score"], xerr=width.get("fid"), yerr=width.get("inception_score"),
-            fmt="o" if own else "s", color=None if own else "grey", capsize=4,
+            *place, xerr=row.widths.get("fid"), yerr=row.widths.get("inception_score"),
+            fmt="s" if row.published else "o", color="grey" if row.published else None, capsize=4,
         )  # fmt: skip
-        axes.annotate(name, (metrics["fid"], metrics["inception_score"]), xytext=(6, 4), textcoords="offset points")
+        axes.annotate(row.name, place, xytext=(6, 4), textcoords="offset points")
     axes.set(xlabel="FID (lower is better)", ylabel="Inception Score (higher is better)", xscale="log")
     axes.grid(alpha=0.3, which="both")
     with atomic_write(path) as file:
@@ -98,22 +115,22 @@ def draw(path, rows, widths):
 
 
 def names_of(paths):
-    """Short names: of the files, or where these are the same, their whole paths."""
+    """Short names: of the files, or their whole paths where two are the same or one is a published row's."""
     stems = [Path(path).stem for path in paths]
-    return stems if len(set(stems)) == len(stems) else [str(path) for path in paths]
+    unclear = len(set(stems)) < len(stems) or not PUBLISHED.keys().isdisjoint(stems)
+    return [str(Path(path).absolute()) for path in paths] if unclear else stems
 
 
 def main():
     args = parse_args()
-    rows, widths, notes = dict(PUBLISHED), {}, []
+    rows, notes = [Row(name, metrics, published=True) for name, metrics in PUBLISHED.items()], []
     for name, path in zip(names_of(args.results), args.results, strict=True):
-        metrics, own_widths, warnings = read(path)
+        metrics, widths, warnings = read(path)
         notes += [f"(!) {name}: {warning}" for warning in warnings]
-        name += " (!)" if warnings else ""
-        rows[name], widths[name] = metrics, own_widths
-    print("\n".join([format_table(rows, widths), *notes]))
+        rows.append(Row(name + (" (!)" if warnings else ""), metrics, widths))
+    print("\n".join([format_table(rows), *notes]))
     if args.plot:
-        draw(args.plot, rows, widths)
+        draw(args.plot, rows)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from . import ranks
 from .errors import UserError
 
 MODEL, IMAGE_SIZE = "vit_large_patch14_dinov2", 224
@@ -56,6 +57,7 @@ class DinoV2:
         self.network = create_network(weights, model).to(device).eval().requires_grad_(False)
         self.mean, self.std = (torch.tensor(v, device=self.device).view(3, 1, 1) for v in (MEAN, STD))
 
+    @ranks.full_float32()
     @torch.no_grad()
     def __call__(self, images):
         """(N, H, W, 3) uint8 images -> dinov2 (N, d), a float32 tensor."""

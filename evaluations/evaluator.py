@@ -12,20 +12,23 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from . import console, ranks, report
-from .errors import UserError
-from .features import collect
-from .files import find_inception, named_inception, write_json
+from .errors import UserError, check_packages
+from .features import check_enough, collect
+from .files import check_named_once, check_outputs, find_inception, inception_places, named_inception, write_json
 from .metrics import interval
 from .neighbours import HALF, SINGLE
 from .npz_reader import NpzImages
 from .suite import (
+    DISTANCES,
     LABELS,
     METRICS,
+    READY_MADE,
     check_counts,
     check_sizes,
     compare,
     read_reference,
     ready_statistics,
+    reference_needs,
     sample_needs,
 )
 
@@ -60,25 +63,21 @@ def parse_args():
             raise UserError(f"--metrics names {metric!r}: choose of {', '.join(DEFAULT_METRICS)}")
     if args.bootstrap < 0 or args.bootstrap == 1:
         raise UserError(f"--bootstrap is {args.bootstrap}: a deviation needs at least 2 resamples, and 0 is none")
+    if args.exact_distances and "pr" not in args.metrics:
+        raise UserError("--exact_distances is of precision and recall: add pr to --metrics, or leave it away")
     if args.dinov2 not in (None, "hub") and not Path(args.dinov2).is_file():
         raise UserError(f"--dinov2 names {args.dinov2}, which is no file: name the weights' file, or hub")
-    check_output_flags(args)
-    return args
-
-
-def check_output_flags(args):
-    """Refuse at once what would fail when hours of work are to be written down."""
-    for path in filter(None, (args.json, args.plot)):
-        if Path(path).is_dir():
-            raise UserError(f"{path} is a folder: name a file in it")
-        if not Path(path).resolve().parent.is_dir():
-            raise UserError(f"the folder of {path} does not exist: make it first")
+    inputs = [args.ref_batch, *args.sample_batch, args.dinov2, *inception_places(args.inception)]
+    check_outputs({"--json": args.json, "--plot": args.plot}, inputs)
     if args.plot and not args.plot.endswith(".png"):
         raise UserError(f"--plot is {args.plot}: name a .png")
-    wanted = {"matplotlib": args.plot, "scipy": len(args.sample_batch) > 1}
-    for package, needed in wanted.items():
-        if needed and find_spec(package) is None:
-            raise UserError(f"{package} is not installed: pip install {package}")
+    if args.plot:
+        check_packages("matplotlib", reason="--plot")
+    if len(args.sample_batch) > 1:
+        check_packages("scipy", reason="an interval over several files of samples")
+    if args.dinov2:
+        check_packages("timm", "safetensors", reason="--dinov2")
+    return args
 
 
 def add_network_flags(parser):
@@ -94,6 +93,15 @@ def check_network_flags(args):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} is {getattr(args, name)}: it must be positive")
     named_inception(args.inception)
+    if args.backend == "tensorflow":
+        check_packages("tensorflow", reason="the tensorflow backend")
+    if args.backend == "torch" or find_spec("tensorflow") is None:
+        check_packages("torch-fidelity", reason="the torch backend")
+
+
+def processes(args):
+    """How many processes share, or will share, the images."""
+    return ranks.world_size() if "WORLD_SIZE" in os.environ else args.devices
 
 
 def create_network(args):
@@ -135,11 +143,10 @@ def open_batches(args):
 
     :raises UserError: when they cannot be compared, or are not worth it.
     """
-    places = [Path(path).resolve() for path in args.sample_batch]
-    for path in args.sample_batch:
-        if places.count(Path(path).resolve()) > 1:
-            raise UserError(f"{path} is named twice: each file of samples is another seed")
+    check_named_once(args.sample_batch, "each file of samples is another seed")
     reference, samples = NpzImages(args.ref_batch), [NpzImages(path) for path in args.sample_batch]
+    if reference_needs(args.metrics, reference):
+        check_enough(reference, processes(args))
     ready_statistics(args.metrics, reference)
     if len(reference):
         reference.check_content()
@@ -151,6 +158,8 @@ def open_batches(args):
                 f"{reference.path} has images of {reference.size}, {images.path} of {images.size}: "
                 "make a reference of the samples' size"
             )
+        ready_statistics(args.metrics, images)
+        check_enough(images, processes(args))
         check_counts(args.metrics, reference, images)
         images.check_content()
     return reference, samples
@@ -182,7 +191,8 @@ def print_result(images, result, several):
 def evaluate(args, reference_images, sample_images):
     """Print the metrics of each batch of samples, and leave what --json and --plot ask for."""
     inception, path = create_network(args)
-    check_sizes(args.metrics, reference_images, inception.sizes)
+    for images in (reference_images, *sample_images):
+        check_sizes(args.metrics, images, inception.sizes)
     rule = choose_rule(args, inception.name) if "pr" in args.metrics and ranks.rank() == 0 else None
     network = with_dinov2(inception, args.dinov2) if args.dinov2 else inception
     say(f"computing reference batch activations... ({inception.name} backend)")
@@ -191,14 +201,15 @@ def evaluate(args, reference_images, sample_images):
     warnings += flat_images(reference_images, reference)
     for images in sample_images:
         say("computing sample batch activations...")
-        samples = collect(images, network, sample_needs(args.metrics, args.bootstrap), args.batch_size)
+        ready = ready_statistics(args.metrics, images)
+        samples = collect(images, network, sample_needs(args.metrics, args.bootstrap, images), args.batch_size)
         if ranks.rank() > 0:
             continue
         say("Computing evaluations...")
         weights, device = inception.logit_weights, ranks.device()
-        result = compare(reference, samples, args.metrics, weights, args.bootstrap, device, rule)
+        result = compare(reference, samples, args.metrics, weights, args.bootstrap, device, rule, ready)
         print_result(images, result, len(sample_images) > 1)
-        warnings += doubts(images, "samples") + flat_images(images, samples)
+        warnings += doubts(images, "samples") + flat_images(images, samples) + not_of_the_images(images, ready)
         results.append(result)
     if ranks.rank() == 0:
         where = report.environment(inception, rule)
@@ -215,6 +226,14 @@ def flat_images(images, collected):
     if collected is None or not collected.flat:
         return []
     return [f"{images.path} holds {collected.flat} images of one colour"]
+
+
+def not_of_the_images(images, ready):
+    """What distances take from a file of samples without its images."""
+    used = ", ".join(
+        f"{' and '.join(READY_MADE[name])} for {metric}" for metric, name in DISTANCES.items() if name in ready
+    )
+    return [f"{images.path} holds statistics, which are used as ADM's evaluator does: {used}"] if ready else []
 
 
 def print_summary(results, warnings):

@@ -71,6 +71,12 @@ class Collected:
             self.rows[name] = np.concatenate([self.rows[name], rows])
 
 
+def check_enough(images, processes):
+    """:raises UserError: when the processes are more than the images to share."""
+    if 0 < len(images) < processes:
+        raise UserError(f"{images.path} holds {len(images)} images, fewer than {processes} processes: use fewer")
+
+
 def collect(images, network, needs, batch_size):
     """Pass the images of a file through a network, on all ranks.
 
@@ -78,10 +84,9 @@ def collect(images, network, needs, batch_size):
     :return: `Collected` on rank 0, None on the others.
     :raises UserError: on rank 0, when a rank could not read its images, or all are the same; see `check_content`.
     """
-    if len(images) < ranks.world_size():
-        raise UserError(
-            f"{images.path} holds {len(images)} images, fewer than {ranks.world_size()} processes: use fewer"
-        )
+    if not needs:
+        return Collected(needs, len(images)) if ranks.rank() == 0 else None
+    check_enough(images, ranks.world_size())
     parts = ranks.gather(_own_part(images, network, needs, batch_size))
     if parts is None:
         return None

@@ -4,9 +4,10 @@ import hashlib
 import json
 import os
 import sys
+import tempfile
 import urllib.error
 import urllib.request
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tqdm.auto import tqdm
@@ -35,7 +36,51 @@ def atomic_write(path):
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error}): make room, or name another place") from error
     finally:
-        beside.unlink(missing_ok=True)
+        with suppress(OSError):
+            beside.unlink()
+
+
+def check_outputs(outputs, inputs):
+    """Refuse at once what would fail, or destroy a file, when hours of work are to be written down.
+
+    :param outputs: what names each place to write -> its path, or None. :param inputs: paths that are read.
+    :raises UserError: for a folder, a device or a pipe, an input, two outputs in one place, and a place that cannot be
+        written.
+    """
+    outputs = {flag: Path(path) for flag, path in outputs.items() if path}
+    for flag, path in outputs.items():
+        try:
+            if path.is_dir():
+                raise UserError(f"{path} is a folder: name a file in it")
+            if path.exists() and not path.is_file():
+                raise UserError(f"{flag} is {path}, which is a device or a pipe: name a regular file")
+            for other in filter(None, inputs):
+                if same_place(path, other):
+                    raise UserError(f"{flag} is {path}, which would replace {other}, an input: name another file")
+            for other, place in outputs.items():
+                if other != flag and same_place(path, place):
+                    raise UserError(f"{flag} and {other} both name {path}: name two files")
+            if not path.parent.is_dir():
+                raise UserError(f"the folder of {path} does not exist: make it first")
+            with tempfile.NamedTemporaryFile(prefix=f".{path.name}.", suffix=".partial", dir=path.parent):
+                pass  # it can be made there, and is gone again
+        except OSError as error:
+            raise UserError(f"{path} cannot be written ({error.strerror}): name another place") from error
+
+
+def same_place(path, other):
+    """Whether two paths lead to one file, also by links, and also where it is still to be written."""
+    path, other = Path(path), Path(other)
+    both = path.exists() and other.exists()
+    return path.samefile(other) if both else os.path.realpath(path) == os.path.realpath(other)
+
+
+def check_named_once(paths, rule):
+    """:raises UserError: when a file is named twice, also by a link; `rule` says what there should be instead."""
+    for place, path in enumerate(paths):
+        for other in paths[:place]:
+            if same_place(path, other):
+                raise UserError(f"{other} is named twice, again as {path}: {rule}")
 
 
 def write_json(path, value):
@@ -68,6 +113,11 @@ def named_inception(path=None, url=INCEPTION_URL):
                 raise UserError(f"{source} names {named}, which {fault}: fetch {url} and name that file")
             return Path(named)
     return None
+
+
+def inception_places(path=None):
+    """Where the network's weights may be read from, or be downloaded to."""
+    return [path, os.environ.get("INCEPTION_V3_PATH"), cache_folder() / INCEPTION_NAME]
 
 
 def find_inception(path=None, url=INCEPTION_URL):

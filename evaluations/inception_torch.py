@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from . import ranks
-from .errors import UserError
+from .errors import UserError, check_packages
 
 SPATIAL_CHANNELS, IMAGE_SIZE = 7, 299
 CPU_IMAGES = 16  # at a time: more drop out of a processor's caches, and fewer set up each convolution too often
@@ -68,8 +68,13 @@ def read_weights(path):
     try:
         with Path(path).open("rb") as file:
             is_graph = file.read(1) == b"\x0a"  # the first field of a GraphDef; zip and pickle begin otherwise
-        return _read_graph(path) if is_graph else torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
+        if is_graph:
+            check_packages("tensorboard", reason=f"the torch backend, to read {path},")
+        state = _read_graph(path) if is_graph else torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+            raise ValueError("it is no table of tensors by their names")
+        return state
+    except (FileNotFoundError, UserError):
         raise
     except Exception as error:  # protobuf and torch raise anything from DecodeError to UnpicklingError
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -139,10 +144,9 @@ class TorchInception:
     name = "torch"
 
     def __init__(self, path, device="cpu"):
-        try:
-            from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-        except ImportError as error:
-            raise UserError("the torch backend needs torch-fidelity: pip install torch-fidelity") from error
+        check_packages("torch-fidelity", reason="the torch backend")
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
         state, buffer = read_weights(path), io.BytesIO()
         torch.save(state, buffer)  # the extractor unpickles what it is given: let it be bytes of our own
         buffer.seek(0)
@@ -166,6 +170,7 @@ class TorchInception:
     def _keep_spatial(self, module, inputs, output):
         self._spatial = output[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
 
+    @ranks.full_float32()
     @torch.inference_mode()
     def __call__(self, images):
         """(N, H, W, 3) uint8 images -> pool (N, 2048), spatial (N, 2023) and logits (N, 1008), float32 tensors."""

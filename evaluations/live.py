@@ -1,6 +1,5 @@
 """Frechet and kernel distance while a model is in training, of few samples: to see a trend, not to publish."""
 
-import os
 from importlib.util import find_spec
 
 import numpy as np
@@ -8,24 +7,28 @@ import torch
 import torch.nn.functional as F
 
 from . import ranks
-from .errors import UserError
+from .errors import UserError, check_packages
 from .features import Needs, collect
-from .files import INCEPTION_NAME, cache_folder
+from .files import INCEPTION_NAME, cache_folder, named_inception
 from .metrics import GaussianStatistics, frechet_distance, kernel_distance
 from .npz_reader import NpzImages
 from .suite import check_sizes
 
 SIDE = 16  # pixels of a side that the pixel distance is taken of, at most
-KID_IMAGES = 2_000  # of the reference, at most
+KID_IMAGES = 2_000  # of the reference, at most; samples are few, and all of them count
 BATCH_SIZE = 64
 
 
 def inception_at_hand():
-    """The path of the network's weights where they are on the disk, else None: a training run downloads nothing."""
-    for path in (os.environ.get("INCEPTION_V3_PATH"), cache_folder() / INCEPTION_NAME):
-        if path and os.path.isfile(path) and find_spec("torch_fidelity"):
-            return path
-    return None
+    """The path of the network's weights where they are on the disk, else None: a training run downloads nothing.
+
+    :raises UserError: when INCEPTION_V3_PATH names no file, or one that cannot be used without torch-fidelity.
+    """
+    if named := named_inception():
+        check_packages("torch-fidelity", reason=f"INCEPTION_V3_PATH={named}")
+        return named
+    cached = cache_folder() / INCEPTION_NAME
+    return cached if cached.is_file() and find_spec("torch_fidelity") else None
 
 
 def pixel_features(images):
@@ -70,16 +73,18 @@ class LiveEvaluation:
             return TorchInception(weights, device)
 
     def _read(self, images):
-        """The reference's statistics, and for KID the features of its first images: on rank 0."""
+        """The reference's statistics, and for KID the features of some of its images: on rank 0."""
         ready = self.has_inception and images.has_statistics("mu", "sigma")
         statistics, rows = images.statistics("mu", "sigma") if ready else None, None
         needs = Needs(statistics=set() if ready else {"pool"}, rows={"pool"} if self.has_inception else set())
+        some = images.some(KID_IMAGES)
         if ready:
-            images = images.first(KID_IMAGES)
+            images = some
         collected = collect(images, self.network, needs, BATCH_SIZE) if len(images) else None
         if collected is not None:
             statistics = statistics or collected.statistics["pool"].result()
-            rows = collected.rows["pool"][:KID_IMAGES] if self.has_inception else None
+            if self.has_inception:
+                rows = collected.rows["pool"] if ready else collected.rows["pool"][some.places]
         return statistics, rows
 
     def __call__(self, batches):

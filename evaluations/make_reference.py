@@ -8,9 +8,11 @@ if __spec__ is None:  # started as a script, which is part of no package
 import argparse
 import io
 import json
+import lzma
 import os
 import tarfile
 import zipfile
+import zlib
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -22,11 +24,12 @@ from . import console, ranks
 from .errors import UserError
 from .evaluator import add_network_flags, check_network_flags, create_network, say
 from .features import Needs, collect
-from .files import file_hash
+from .files import check_outputs, file_hash, inception_places
 from .npz_reader import NpzImages
 from .suite import READY_MADE
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".gif")
+DAMAGE = (tarfile.TarError, lzma.LZMAError, zlib.error, EOFError, OSError)  # of a tar
 
 
 def parse_args():
@@ -42,13 +45,23 @@ def parse_args():
 
 
 class ImageFolder:
-    """Images below a folder, by name."""
+    """Images below a folder and below the folders that links in it lead to, by name."""
 
     def __init__(self, root):
         self.root = Path(root)
 
     def names(self):
-        return [str(path.relative_to(self.root)) for path in self.root.rglob("*") if path.is_file()]
+        found, above = [], {str(self.root): [os.path.realpath(self.root)]}  # of each folder, and what it lies in
+        for folder, folders, files in os.walk(self.root, followlinks=True):
+            found += [path for path in map(Path(folder).joinpath, files) if path.is_file()]
+            chain = above.pop(folder)
+            for name in list(folders):
+                place = os.path.join(folder, name)
+                if os.path.realpath(place) in chain:
+                    folders.remove(name)  # a link to a folder that it lies in itself: its images have been found
+                else:
+                    above[place] = [*chain, os.path.realpath(place)]
+        return [str(path.relative_to(self.root)) for path in found]
 
     def read(self, names):
         for name in names:
@@ -62,21 +75,27 @@ class ImageTar:
         self.path = path
 
     def names(self):
-        try:
-            with tarfile.open(self.path) as archive:
-                return [member.name.removeprefix("./") for member in archive if member.isfile()]
-        except (tarfile.TarError, EOFError, OSError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"{self.path} cannot be read as a tar ({reason}): copy it again") from error
+        with self._open() as archive:
+            return [member.name.removeprefix("./") for member in archive if member.isfile()]
 
     def read(self, names):
         wanted = set(names)
-        with tarfile.open(self.path) as archive:
+        with self._open() as archive:
             for member in archive:
                 name = member.name.removeprefix("./")
                 if name in wanted:
                     wanted.remove(name)  # a tar may hold a name twice
                     yield name, archive.extractfile(member).read()
+
+    @contextmanager
+    def _open(self):
+        """The archive. What a damaged one raises within the block becomes one sentence."""
+        try:
+            with tarfile.open(self.path) as archive:
+                yield archive
+        except DAMAGE as error:
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise UserError(f"{self.path} cannot be read as a tar ({reason}): copy it again") from error
 
 
 def open_source(path):
@@ -186,9 +205,12 @@ def main():
     check_network_flags(args)
     if args.image_size < 1:
         raise UserError(f"--image_size is {args.image_size}: it must be positive")
+    if args.num_images < 0 or args.num_images == 1:
+        raise UserError(f"--num_images is {args.num_images}: statistics need at least 2, and 0 is all")
+    if args.seed < 0:
+        raise UserError(f"--seed is {args.seed}: it must not be negative")
     open_source(args.source)
-    if not Path(args.out).resolve().parent.is_dir():
-        raise UserError(f"the folder of {args.out} does not exist: make it first")
+    check_outputs({"OUT": args.out}, [args.source, *inception_places(args.inception)])
     if args.devices > 1 and "WORLD_SIZE" not in os.environ:
         return ranks.launch(args.devices)
     return make(args)

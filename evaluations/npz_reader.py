@@ -24,6 +24,8 @@ DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError
 @contextmanager
 def _readable(path):
     """Turn what a damaged file raises within the block into one sentence."""
+    if Path(path).is_dir():
+        raise UserError(f"{path} is a folder: make an npz of its images with make_reference.py, and name that")
     try:
         yield
     except FileNotFoundError as error:
@@ -51,6 +53,7 @@ class NpzImages:
         if "arr_0" not in self.names and not self.has_statistics("mu", "sigma"):
             raise UserError(f"{self.path} holds neither images (arr_0) nor statistics (mu, sigma), but {self.names}")
         self.shape = self._image_shape() if "arr_0" in self.names else (0, None, None, None)
+        self.places = None  # in the file, of its images; None: all
 
     def __len__(self):
         return self.shape[0]
@@ -97,17 +100,24 @@ class NpzImages:
         Only an array in Fortran order is read whole.
         """
         stop = len(self) if stop is None else stop
+        with self._open_images() as read:
+            for begin in range(start, stop, batch_size):
+                end = min(begin + batch_size, stop)
+                if self.places is None:
+                    yield read(begin, end)
+                else:
+                    yield np.concatenate([read(place, place + 1) for place in self.places[begin:end]])
+
+    @contextmanager
+    def _open_images(self):
+        """A function that reads the images [begin, end) of the file; it is cheap where these follow the last ones."""
         with _readable(self.path), zipfile.ZipFile(self.path) as archive:
             file, shape, fortran, dtype = self._header(archive, "arr_0")
-            image = math.prod(shape[1:])
             if fortran:
                 whole = np.frombuffer(file.read(), dtype).reshape(shape, order="F")
-                take = lambda begin, end: np.ascontiguousarray(whole[begin:end])  # noqa: E731
+                yield lambda begin, end: np.ascontiguousarray(whole[begin:end])
             else:
-                file.seek(start * image, 1)
-                take = partial(_next_images, file, shape[1:])
-            for begin in range(start, stop, batch_size):
-                yield take(begin, min(begin + batch_size, stop))
+                yield partial(_read_images, file, file.tell(), shape[1:])
 
     def check_content(self):
         """Refuse images that cannot be compared with others; reads no further than it takes to know.
@@ -125,14 +135,21 @@ class NpzImages:
         raise UserError(f"{self.path}: all {len(self)} images {fault}: look at how they were made")
 
     def take(self, indices):
-        """(n, H, W, 3) uint8: the images of these places, each read by itself."""
-        return np.concatenate([next(self.batches(1, start=int(index), stop=int(index) + 1)) for index in indices])
+        """(n, H, W, 3) uint8: the images of these places in the file, in one passage over it."""
+        places, order = np.unique(indices, return_inverse=True)
+        with self._open_images() as read:
+            return np.concatenate([read(place, place + 1) for place in places.tolist()])[order]
 
-    def first(self, count):
-        """The same file, as if it had no more than so many images."""
-        shorter = copy.copy(self)
-        shorter.shape = (min(len(self), count), *self.shape[1:])
-        return shorter
+    def some(self, count):
+        """The same file, as if it had no more than so many images: drawn from all of it, for it may lie in order.
+
+        At even distances some classes could be met more often than others; at random none is.
+        """
+        fewer = copy.copy(self)
+        drawn = np.random.default_rng(0).choice(len(self), min(len(self), count), replace=False)
+        fewer.places = np.sort(drawn).tolist()
+        fewer.shape = (len(drawn), *self.shape[1:])
+        return fewer
 
     def has_statistics(self, *names):
         return all(name in self.names for name in names)
@@ -160,7 +177,7 @@ class NpzImages:
             )
         values = self._read(name).astype(np.float64)
         if not np.isfinite(values).all():
-            raise UserError(f"{self.path}: {name} holds NaN or infinite numbers: make the reference anew")
+            raise UserError(f"{self.path}: {name} holds NaN or infinite numbers: make the file anew")
         return values
 
     def _read(self, name):
@@ -186,8 +203,11 @@ def one_colour(images):
     return (pixels == pixels[:, :1]).all(axis=(1, 2))
 
 
-def _next_images(file, shape, begin, end):
-    data = file.read((end - begin) * math.prod(shape))
-    if len(data) != (end - begin) * math.prod(shape):
+def _read_images(file, first, shape, begin, end):
+    """The images [begin, end) of an open file, the first of which lies at the byte `first`."""
+    image = math.prod(shape)
+    file.seek(first + begin * image)
+    data = file.read((end - begin) * image)
+    if len(data) != (end - begin) * image:
         raise EOFError(f"it ends within images {begin} to {end - 1}")
     return np.frombuffer(data, np.uint8).reshape(end - begin, *shape).copy()  # torch warns of what is read-only

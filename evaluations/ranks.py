@@ -6,7 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -39,6 +39,17 @@ def device():
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", (local_rank() or 0) % torch.cuda.device_count())
+
+
+@contextmanager
+def full_float32():
+    """Matrix products of float32 without TensorFloat32, which moves digits; what a training run chose comes back."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def processor():

@@ -12,7 +12,8 @@ from .metrics import interval
 from .suite import LABELS
 
 PACKAGES = ("numpy", "torch", "tensorflow", "tensorflow-cpu", "torch-fidelity", "timm")
-VARIABLES = ("TF_ENABLE_ONEDNN_OPTS", "NVIDIA_TF32_OVERRIDE")  # of the environment, which choose among algorithms
+# Of the environment, which choose among algorithms.
+VARIABLES = ("TF_ENABLE_ONEDNN_OPTS", "NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE")
 PAIRS, GRID_IMAGES = 10, 40
 
 
@@ -74,11 +75,16 @@ def describe(args, where, inception, reference, samples, results, warnings):
         "runs": [_run(images, result) for images, result in zip(samples, results, strict=True)],
         "reference": _file(reference),
         **where,
-        "inception": {"path": str(inception), "sha256": file_hash(inception)},
+        "inception": _weights(inception),
+        "dinov2": _weights(args.dinov2) if args.dinov2 not in (None, "hub") else args.dinov2,
         "warnings": warnings,
         "settings": vars(args),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def _weights(path):
+    return {"path": str(path), "sha256": file_hash(path)}
 
 
 def _run(images, result):

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from . import ranks
 from .errors import UserError
 from .features import Needs, collect
 from .metrics import InceptionScore, bootstrap, frechet_distance, gaussian_statistics, kernel_distance
@@ -40,14 +41,18 @@ def _used(metrics):
     return {DISTANCES[metric] for metric in metrics if metric in DISTANCES}
 
 
+def _ready(metrics, images):
+    """Names of the features whose statistics the metrics use and the file has ready-made."""
+    return {name for name in _used(metrics) & READY_MADE.keys() if images.has_statistics(*READY_MADE[name])}
+
+
 def reference_needs(metrics, images):
     """What a reference is passed through the network for: not for statistics that its file has ready-made.
 
     :raises UserError: when that is something, but the file has no images.
     """
-    used = _used(metrics)
-    ready = {name for name in used & READY_MADE.keys() if images.has_statistics(*READY_MADE[name])}
-    needs = Needs(statistics=used - ready, rows={"pool"} if {"pr", "kid", "dc"} & set(metrics) else set())
+    ready = _ready(metrics, images)
+    needs = Needs(statistics=_used(metrics) - ready, rows={"pool"} if {"pr", "kid", "dc"} & set(metrics) else set())
     if needs and not len(images):
         known = [metric for metric, name in DISTANCES.items() if name in ready]
         raise UserError(
@@ -56,39 +61,39 @@ def reference_needs(metrics, images):
     return needs
 
 
-def sample_needs(metrics, bootstrapped):
-    """What samples are passed through the network for; a bootstrap draws from the features of the images."""
+def sample_needs(metrics, bootstrapped, images):
+    """What samples are passed through the network for; a bootstrap draws from the features of the images.
+
+    Statistics that their file has ready-made are used, as ADM's evaluator uses those of either file.
+    """
     used = _used(metrics)
     rows = {"pool"} if {"pr", "kid", "dc"} & set(metrics) else set()
     if bootstrapped:
         rows = rows | used | ({"pool"} if "is" in metrics else set())
-    return Needs(statistics=used, rows=rows, score="is" in metrics)
+    return Needs(statistics=used - _ready(metrics, images), rows=rows, score="is" in metrics)
 
 
 def ready_statistics(metrics, images):
-    """The statistics that a reference has ready-made and the metrics use, by the name of the feature.
+    """The statistics that a file has ready-made and the metrics use, by the name of the feature.
 
     :raises UserError: when they are none; see `NpzImages.statistics`.
     """
-    return {
-        name: images.statistics(*READY_MADE[name])
-        for name in _used(metrics) - reference_needs(metrics, images).statistics
-    }
+    return {name: images.statistics(*READY_MADE[name]) for name in _ready(metrics, images)}
 
 
 def check_sizes(metrics, images, sizes):
-    """Refuse a reference whose ready-made statistics are of another network.
+    """Refuse a file whose ready-made statistics are of another network.
 
     :param sizes: how many numbers the network gives of each feature.
     :raises UserError: when these are not as many as the statistics have.
     """
-    for name in _used(metrics) - reference_needs(metrics, images).statistics:
+    for name in _ready(metrics, images):
         mean = READY_MADE[name][0]
         shape = images.arrays[mean][0]
         if shape != (sizes[name],):
             raise UserError(
                 f"{images.path}: {mean} has shape {shape}, but the network gives {sizes[name]} {name} features: "
-                "make the reference anew with this network"
+                "make the file anew with this network"
             )
 
 
@@ -141,20 +146,23 @@ class Result:
     overlap: Overlap | None = None  # with the nearest reference image of each sample
 
 
-def compare(reference, samples, metrics, logit_weights, repeats=0, device="cpu", rule=None):
+@ranks.full_float32()
+def compare(reference, samples, metrics, logit_weights, repeats=0, device="cpu", rule=None, ready=None):
     """The metrics of collected samples against a reference.
 
     :param metrics: names out of `METRICS`. :param logit_weights: (2048, classes) of the network.
     :param repeats: resamples of the bootstrap; 0 for none.
     :param rule: the `Rule` of the distances of precision and recall; None where they are not asked for.
+    :param ready: the samples' ready-made statistics; see `ready_statistics`.
     :return: a `Result`, with the keys of `LABELS` in their order.
     """
     values, result, pool = {}, Result({}), samples.rows.get("pool")
+    statistics = {name: sums.result() for name, sums in samples.statistics.items()} | (ready or {})
     if "is" in metrics:
         values["inception_score"] = samples.score.result()[0]
     for metric, name in DISTANCES.items():
         if metric in metrics:
-            values[metric] = frechet_distance(*samples.statistics[name].result(), *reference.statistics[name])
+            values[metric] = frechet_distance(*statistics[name], *reference.statistics[name])
     if "pr" in metrics:
         inside = precision_recall(reference.rows, pool, device, rule, progress=True)
         result.shares |= zip(("precision", "recall"), inside, strict=True)

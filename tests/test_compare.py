@@ -6,7 +6,7 @@ import sys
 import pytest
 from PIL import Image
 
-from evaluations import compare, console
+from evaluations import compare, console, errors
 
 ROW = {
     "metrics": {"fid": 1.234, "inception_score": 300.5, "kid": 0.00123},
@@ -48,11 +48,42 @@ def test_files_of_one_name_keep_apart(tmp_path, monkeypatch, capsys):
     assert all(str(path) in run(monkeypatch, capsys, *paths)[1] for path in paths)
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"metrics": 3}', '{"metrics": {"fid": []}, "over_seeds": {}}'])
-def test_other_files_are_refused(tmp_path, monkeypatch, capsys, content):
-    (tmp_path / "a.json").write_text(content)
+def test_a_file_of_a_published_name_replaces_no_row(tmp_path, monkeypatch, capsys):
+    (tmp_path / "ADM.json").write_text(json.dumps(ROW))
+    drawn = []
+    monkeypatch.setattr(compare, "draw", lambda path, rows: drawn.extend(rows))
+    code, output, _ = run(monkeypatch, capsys, tmp_path / "ADM.json", "--plot", tmp_path / "a.png")
+    assert code == 0 and "| ADM | 10.94 |" in output and f"| {tmp_path / 'ADM.json'} | 1.23" in output
+    assert [row.published for row in drawn] == [True] * 4 + [False]
+
+
+def test_a_result_is_named_once_and_never_drawn_over(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(ROW))
+    (tmp_path / "link.json").symlink_to(path)
+    code, _, errors = run(monkeypatch, capsys, path, tmp_path / "link.json")
+    assert code == 2 and "link.json: name each result once" in errors
+    for picture, message in ((path, "would replace"), (path / "x.png", "does not exist"), (tmp_path, "is a folder")):
+        code, output, errors = run(monkeypatch, capsys, path, "--plot", picture)
+        assert code == 2 and message in errors and output == "" and json.loads(path.read_text()) == ROW
+
+
+def test_a_missing_package_is_said_first(tmp_path, monkeypatch, capsys):
+    (tmp_path / "a.json").write_text(json.dumps(ROW))
+    monkeypatch.setattr(errors, "find_spec", lambda name: None)
+    code, output, message = run(monkeypatch, capsys, tmp_path / "a.json", "--plot", tmp_path / "a.png")
+    assert code == 2 and output == "" and "matplotlib is not installed, which --plot needs" in message
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"[]", b'{"metrics": 3}', b'{"metrics": {"fid": []}, "over_seeds": {}}', b"\xff" * 10**6, b"[" * 100_000],
+    ids=range(6),
+)
+def test_other_files_are_refused_in_few_words(tmp_path, monkeypatch, capsys, content):
+    (tmp_path / "a.json").write_bytes(content)
     code, _, errors = run(monkeypatch, capsys, tmp_path / "a.json")
-    assert code == 2 and "a.json is no result of evaluator.py --json" in errors
+    assert code == 2 and "a.json is no result of evaluator.py --json" in errors and len(errors) < 1000
 
 
 @pytest.mark.parametrize(

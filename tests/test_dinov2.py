@@ -1,6 +1,9 @@
 """DINOv2 features: timm's network and preprocessing, weights from a file."""
 
+import hashlib
+import json
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -65,7 +68,7 @@ def test_wrong_weights_end_in_one_sentence(tmp_path, monkeypatch):
 
 
 @needs_tensorflow
-def test_the_evaluator_adds_its_distance(weights, batches, monkeypatch, capsys):
+def test_the_evaluator_adds_its_distance(weights, batches, tmp_path, monkeypatch, capsys):
     small = partial(dinov2.DinoV2, model=MODEL)
     monkeypatch.setattr(dinov2, "DinoV2", small)
     for name in ("reference", "samples"):
@@ -73,7 +76,9 @@ def test_the_evaluator_adds_its_distance(weights, batches, monkeypatch, capsys):
             np.savez(batches / f"few_{name}.npz", arrays["arr_0"][:12])
     files = [batches / "few_reference.npz", batches / "few_samples.npz", "--inception", batches / "small.pb"]
     flags = ["--backend=tensorflow", "--metrics=fid", "--dinov2", weights, "--bootstrap=2"]
-    code, output, _ = evaluate(monkeypatch, capsys, *files, *flags)
+    code, output, _ = evaluate(monkeypatch, capsys, *files, *flags, "--json", tmp_path / "a.json")
+    row = json.loads((tmp_path / "a.json").read_text())
+    assert row["dinov2"] == {"path": str(weights), "sha256": hashlib.sha256(Path(weights).read_bytes()).hexdigest()}
     reference, samples = (small(weights)(np.load(path)["arr_0"])["dinov2"] for path in files[:2])
     expected = frechet_distance(*gaussian_statistics(samples), *gaussian_statistics(reference))
     assert code == 0 and list(numbers(output)) == ["FID", "FD-DINOv2"]

@@ -1,6 +1,7 @@
 """The evaluator against the definitions, end to end; its warnings and refusals."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -21,7 +22,8 @@ from helpers import (
 )
 from PIL import Image
 
-from evaluations import evaluator
+from evaluations import errors, evaluator
+from evaluations.metrics import frechet_distance, gaussian_statistics
 
 ADM_LINES = ["Inception Score", "FID", "sFID", "Precision", "Recall"]
 
@@ -85,8 +87,37 @@ def test_ready_made_statistics_are_used(batches, tmp_path, monkeypatch, capsys):
 
 
 @needs_tensorflow
+def test_statistics_in_a_file_of_samples_are_used_as_adm_uses_them(batches, tmp_path, monkeypatch, capsys):
+    own, reference = (np.load(batches / f"{name}.npz")["arr_0"] for name in ("samples", "reference"))
+    ready = {"mu": np.zeros(32), "sigma": np.eye(32)}
+    np.savez(tmp_path / "ready.npz", own, **ready)
+    flags = ["--inception", batches / "small.pb", "--backend=tensorflow", "--metrics=is,fid,sfid"]
+    found = []
+    for path in (batches / "samples.npz", tmp_path / "ready.npz"):
+        words = [batches / "reference.npz", path, *flags, "--json", tmp_path / "a.json"]
+        code, output, errors = evaluate(monkeypatch, capsys, *words)
+        assert code == 0
+        found.append(numbers(output))
+    plain, used = found
+    features = small_features(batches / "small.pb", reference)["pool"].numpy()
+    expected = frechet_distance(ready["mu"], ready["sigma"], *gaussian_statistics(features))
+    assert used["FID"] == pytest.approx(expected, rel=1e-4) and used["FID"] != pytest.approx(plain["FID"], rel=0.1)
+    assert used["sFID"] == plain["sFID"] and used["Inception Score"] == plain["Inception Score"]
+    told = "ready.npz holds statistics, which are used as ADM's evaluator does: mu and sigma for fid"
+    assert told in errors and any(
+        told in warning for warning in json.loads((tmp_path / "a.json").read_text())["warnings"]
+    )
+    np.savez(tmp_path / "ready.npz", own, mu=np.full(32, np.nan), sigma=np.eye(32))
+    monkeypatch.setattr(evaluator, "create_network", None)
+    code, _, errors = evaluate(monkeypatch, capsys, *words)
+    assert code == 2 and "ready.npz: mu holds NaN" in errors
+
+
+@needs_tensorflow
 def test_a_run_is_told_in_full(batches, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("TF_ENABLE_ONEDNN_OPTS", "1")
+    variables = {"TF_ENABLE_ONEDNN_OPTS": "1", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "0"}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
     files = [batches / f"{name}.npz" for name in ("reference", "samples", "other_seed")]
     out, picture = tmp_path / "out.json", tmp_path / "out.png"
     flags = [
@@ -108,7 +139,7 @@ def test_a_run_is_told_in_full(batches, tmp_path, monkeypatch, capsys):
     assert row["backend"] == "tensorflow" and {"python", "numpy", "torch"} <= row["versions"].keys()
     assert any(name.startswith("tensorflow") for name in row["versions"])  # tensorflow-cpu has another name
     assert "cores" in row["device"] and row["distances"].endswith("by the operations of ADM's graph in TensorFlow")
-    assert row["variables"] == {"TF_ENABLE_ONEDNN_OPTS": "1"}
+    assert row["variables"] == variables
     assert f"computed by tensorflow on {row['device']} (python " in output and row["distances"] in output
     assert len(row["warnings"]) == 3
     fids = [run["metrics"]["fid"] for run in runs]
@@ -194,6 +225,8 @@ def test_images_of_one_colour_are_counted(batches, tmp_path, monkeypatch, capsys
         (["--inception=nowhere.pb"], "nowhere.pb, which does not exist"),
         (["--inception=."], "--inception names ., which is no file"),
         (["--dinov2=nowhere.pth"], "--dinov2 names nowhere.pth, which is no file"),
+        (["--metrics=kid", "--exact_distances"], "--exact_distances is of precision and recall: add pr"),
+        (["--devices=121"], "samples.npz holds 120 images, fewer than 121 processes"),
     ],
     ids=str,
 )
@@ -213,6 +246,50 @@ def test_weights_of_torch_are_for_the_torch_backend(batches, tmp_path, monkeypat
         monkeypatch.setenv("INCEPTION_V3_PATH", str(path))
     code, _, errors = evaluate(monkeypatch, capsys, batches / "reference.npz", batches / "samples.npz", *flags)
     assert code == 2 and "weights.pth cannot be read as the Inception network" in errors
+
+
+def test_outputs_replace_no_input_and_no_pipe(batches, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(evaluator, "create_network", None)
+    inputs = {name: tmp_path / name for name in ("reference.npz", "samples.npz", "small.pb", "dinov2.pth")}
+    for name, path in inputs.items():
+        path.write_bytes((batches / name).read_bytes() if (batches / name).exists() else b"weights")
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link.json").symlink_to(tmp_path / "samples.npz")
+    before = {path: path.lstat() for path in tmp_path.iterdir()}
+    words = [inputs["reference.npz"], inputs["samples.npz"], "--inception", inputs["small.pb"]]
+    words += ["--dinov2", inputs["dinov2.pth"]]
+    flags = [([f"--json={path}"], "would replace") for path in (*inputs.values(), tmp_path / "link.json")]
+    flags += [
+        ([f"--json={tmp_path / 'pipe'}"], "which is a device or a pipe"),
+        (
+            [f"--json={tmp_path / 'a.png'}", f"--plot={tmp_path}/../{tmp_path.name}/a.png"],
+            "--json and --plot both name",
+        ),
+        ([f"--json={tmp_path / ('x' * 250)}"], "cannot be written (File name too long)"),
+        ([f"--json={tmp_path / ('x' * 300)}"], "cannot be written (File name too long)"),
+        (["--json=/proc/a.json"], "/proc/a.json cannot be written"),
+    ]
+    for more, message in flags:
+        code, _, errors = evaluate(monkeypatch, capsys, *words, *more)
+        assert code == 2 and message in errors and len(errors.splitlines()) == 1
+    assert {path: path.lstat() for path in tmp_path.iterdir()}.keys() == before.keys()
+    assert all(path.lstat().st_mtime_ns == stat.st_mtime_ns for path, stat in before.items())
+
+
+@pytest.mark.parametrize(
+    "package, flags",
+    [
+        ("timm", ["--dinov2=hub"]),
+        ("matplotlib", ["--plot=a.png"]),
+        ("torch-fidelity", ["--backend=torch"]),
+        ("tensorflow", ["--backend=tensorflow"]),
+    ],
+)
+def test_missing_packages_are_said_first(batches, tmp_path, monkeypatch, capsys, package, flags):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(errors, "find_spec", lambda name: None if name == package.replace("-", "_") else name)
+    code, _, message = evaluate(monkeypatch, capsys, batches / "reference.npz", batches / "samples.npz", *flags)
+    assert code == 2 and f"{package} is not installed, which" in message and f"pip install {package}" in message
 
 
 def constant(count, rng):

@@ -55,6 +55,10 @@ def test_constant_images_are_refused_before_the_network_runs(saved, images, mess
         collect(saved(images), forbidden, NEEDS, 64)
 
 
+def test_what_nothing_needs_is_not_computed(saved):
+    assert collect(saved(crops(9, 0)), forbidden, Needs(), 64).count == 9
+
+
 def test_one_image_that_differs_is_enough(saved):
     images = np.repeat(crops(1, 0), 70, axis=0)
     images[-1, 0, 0, 0] ^= 1

@@ -11,6 +11,7 @@ from helpers import DATA, REPO, crops, needs_tensorflow, small_features
 from inception_graphs import NODES, write_small_graph
 from sklearn.datasets import load_sample_images
 
+from evaluations import errors
 from evaluations.inception_tensorflow import TensorFlowInception
 from evaluations.inception_torch import TorchInception, convolutions, read_weights
 
@@ -95,6 +96,20 @@ def test_torch_and_tensorflow_see_the_same(inception_graph):
     np.testing.assert_array_equal(own.logit_weights, published.logit_weights)
 
 
+def test_features_are_computed_in_full_float32_also_while_training_is_not(monkeypatch):
+    network, seen = object.__new__(TorchInception), []
+    network.device = torch.device("cpu")
+    note = lambda self, images: seen.append(torch.get_float32_matmul_precision()) or {}  # noqa: E731
+    monkeypatch.setattr(TorchInception, "_features", note)
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")
+        network(np.zeros((2, 4, 4, 3), dtype=np.uint8))
+        assert seen == ["highest"] and torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def test_weights_come_out_of_the_graph(inception_graph, tmp_path):
     inception = TorchInception(inception_graph)
     images = next(photos())[:2]
@@ -115,6 +130,12 @@ def test_the_torch_backend_needs_no_tensorflow(inception_graph):
     command = [sys.executable, "-c", code, inception_graph]
     result = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=True)
     assert "[1008, 2048]" in result.stdout
+
+
+def test_a_graph_without_tensorboard_is_not_to_blame(tmp_path, monkeypatch):
+    monkeypatch.setattr(errors, "find_spec", lambda name: None if name == "tensorboard" else name)
+    with pytest.raises(ValueError, match=r"^tensorboard is not installed, which .* needs: pip install tensorboard$"):
+        read_weights(write_small_graph(tmp_path / "small.pb"))
 
 
 @needs_tensorflow
@@ -142,6 +163,10 @@ def test_checkpoints_of_other_networks_are_refused(tmp_path):
     torch.save({"weight": torch.zeros(3)}, tmp_path / "other.pth")
     with pytest.raises(ValueError, match="holds another network"):
         TorchInception(tmp_path / "other.pth")
+    for value in (torch.zeros(3), [1.0, 2.0], {"fc.weight": 3}):
+        torch.save(value, tmp_path / "other.pth")
+        with pytest.raises(ValueError, match=r"other\.pth cannot be read as the Inception network \(it is no table"):
+            TorchInception(tmp_path / "other.pth")
     torch.save({"code": print}, tmp_path / "code.pth")
     with pytest.raises(ValueError, match="cannot be read as the Inception network"):
         read_weights(tmp_path / "code.pth")

@@ -7,10 +7,10 @@ import pytest
 import torch
 from helpers import assert_same, crops, evaluate, fork, numbers, run_train, tensors, train_flags
 
-from evaluations import live
+from evaluations import errors, live
 from evaluations.inception_torch import TorchInception
 from evaluations.live import LiveEvaluation
-from evaluations.metrics import frechet_distance, gaussian_statistics
+from evaluations.metrics import frechet_distance, gaussian_statistics, kernel_distance
 from masked_diffusion import load_model
 from masked_diffusion.latents.autoencoder import IdentityFirstStage
 from masked_diffusion.sampling import during_training
@@ -118,6 +118,47 @@ def test_references_that_cannot_serve_are_refused(reference, tmp_path, images, m
         with pytest.raises(SystemExit) as stop:
             run_train(monkeypatch, train_flags(images, tmp_path / "run", **options))
         assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+class PixelInception:
+    """Pixels in the place of Inception's features."""
+
+    def __init__(self):
+        self.sizes = {"pool": 48}
+
+    def __call__(self, images):
+        return {"pool": torch.from_numpy(images.reshape(len(images), 48)).float() / 64}
+
+
+@pytest.mark.parametrize("ready", [False, True])
+def test_the_kid_of_an_ordered_reference_is_that_of_the_whole(tmp_path, monkeypatch, ready):
+    """Its images lie class by class, as make_reference.py writes them; here a class is a brightness."""
+    rng = np.random.default_rng(0)
+    noise = rng.integers(0, 40, (2000, 4, 4, 3))
+    images = (np.repeat(np.arange(40), 50)[:, None, None, None] * 5 + noise).astype(np.uint8)
+    samples = images[rng.permutation(2000)[:800]]
+    pool = PixelInception()
+    features, drawn = pool(images)["pool"].numpy(), pool(samples)["pool"].numpy()
+    statistics = dict(zip(("mu", "sigma"), gaussian_statistics(features), strict=True)) if ready else {}
+    np.savez(tmp_path / "ordered.npz", images, **statistics)
+    monkeypatch.setattr(live, "inception_at_hand", lambda: "weights")
+    monkeypatch.setattr(live, "KID_IMAGES", 500)
+    monkeypatch.setattr(LiveEvaluation, "_inception", lambda self, weights, device: pool)
+    found = LiveEvaluation(tmp_path / "ordered.npz", (4, 4))([samples[:300], samples[300:]])
+    expected, deviation = kernel_distance(features, drawn)
+    first = kernel_distance(features[:500], drawn)[0]
+    assert abs(found["kid"] - expected) < 2 * deviation < 0.2 * first
+    assert found["fid"] == frechet_distance(*gaussian_statistics(drawn), *gaussian_statistics(features))
+
+
+def test_a_network_that_is_named_is_used_or_missed(reference, tmp_path, monkeypatch):
+    monkeypatch.setenv("INCEPTION_V3_PATH", str(tmp_path / "typo.pb"))
+    with pytest.raises(ValueError, match=r"INCEPTION_V3_PATH names .*typo\.pb, which does not exist"):
+        LiveEvaluation(reference, (8, 8))
+    (tmp_path / "typo.pb").write_bytes(b"weights")
+    monkeypatch.setattr(errors, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"torch-fidelity is not installed, which INCEPTION_V3_PATH=.*typo\.pb needs"):
+        LiveEvaluation(reference, (8, 8))
 
 
 def test_large_images_are_averaged_down():

@@ -62,6 +62,7 @@ def test_images_and_statistics_are_the_datasets(dataset, tmp_path, monkeypatch, 
         for name, keys in {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}.items():
             mu, sigma = images.statistics(*keys)
             np.testing.assert_allclose(mu, features[name].mean(0), atol=1e-3)
+            assert np.array_equal(mu, mu.astype(np.float32))  # ADM's own references hold float32 means
             np.testing.assert_allclose(sigma, np.cov(features[name].numpy(), rowvar=False), atol=1e-3)
     assert images.description()["settings"]["image_size"] == 32
 
@@ -77,6 +78,43 @@ def test_a_part_of_the_dataset(dataset, tmp_path, monkeypatch, capsys):
     assert len(NpzImages(tmp_path / "a.npz")) == 4
 
 
+def spoil(dataset, name):
+    """A compressed tar that is cut short, or of which some bytes are wrong."""
+    with tarfile.open(dataset / name, f"w:{name[-2:]}") as archive:
+        archive.add(dataset / "images", arcname=".")
+    data = bytearray((dataset / name).read_bytes())
+    half = len(data) // 2
+    (dataset / name).write_bytes(data[:half] if name.startswith("cut") else data[:half] + b"spoilt" * 9 + data[half:])
+
+
+def test_links_are_followed_but_not_in_circles(tmp_path):
+    root, elsewhere = tmp_path / "images", tmp_path / "elsewhere"
+    for path in (root / "b" / "b_1.png", root / "a_1.png", elsewhere / "c" / "c_1.png"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"")
+    (root / "linked").symlink_to(elsewhere)
+    (root / "b" / "again").symlink_to(root)
+    (elsewhere / "c" / "back").symlink_to(root)
+    (root / "nowhere.png").symlink_to(tmp_path / "nowhere")
+    names = make_reference.choose(make_reference.open_source(root), root, "", 0, 0)
+    assert names == ["a_1.png", "b/b_1.png", "linked/c/c_1.png"]
+
+
+def test_places_that_cannot_be_written_are_said_first(dataset, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(make_reference, "create_network", None)
+    before, network = (dataset / "images.tar.gz").stat(), dataset / "small.pb"
+    for out, message in (
+        (dataset / "images.tar.gz", "which would replace"),
+        (network, "which would replace"),
+        (tmp_path, "is a folder: name a file in it"),
+        (tmp_path / "a" / "b.npz", "does not exist: make it first"),
+        ("/proc/a.npz", "cannot be written"),
+    ):
+        code, errors = make(monkeypatch, capsys, dataset / "images.tar.gz", out, "--inception", network)
+        assert code == 2 and message in errors and len(errors.splitlines()) == 1
+    assert (dataset / "images.tar.gz").stat() == before and list(tmp_path.iterdir()) == []
+
+
 @needs_tensorflow
 @pytest.mark.parametrize(
     "source, flags, message",
@@ -87,6 +125,12 @@ def test_a_part_of_the_dataset(dataset, tmp_path, monkeypatch, capsys):
         ("small.pb", [], "small.pb cannot be read as a tar"),
         ("images", ["--image_size=0"], "image_size is 0"),
         ("broken", [], "b.png cannot be read as an image"),
+        ("images", ["--num_images=-5"], "--num_images is -5"),
+        ("images", ["--num_images=1"], "--num_images is 1: statistics need at least 2"),
+        ("images", ["--seed=-1"], "--seed is -1"),
+        ("cut.tar.xz", [], "cut.tar.xz cannot be read as a tar"),
+        ("spoilt.tar.xz", [], "spoilt.tar.xz cannot be read as a tar"),
+        ("spoilt.tar.gz", [], "spoilt.tar.gz cannot be read as a tar"),
     ],
 )
 def test_what_cannot_be_read_ends_in_one_sentence(dataset, tmp_path, monkeypatch, capsys, source, flags, message):
@@ -94,6 +138,8 @@ def test_what_cannot_be_read_ends_in_one_sentence(dataset, tmp_path, monkeypatch
     for name in ("a", "b"):
         Image.fromarray(crops(1, 0)[0]).save(dataset / "broken" / f"{name}.png")
     (dataset / "broken" / "b.png").write_bytes((dataset / "broken" / "b.png").read_bytes()[:200])
+    if source.startswith(("cut", "spoilt")):
+        spoil(dataset, source)
     flags = [*flags, "--backend=tensorflow", "--inception", dataset / "small.pb"]
     code, errors = make(monkeypatch, capsys, dataset / source, tmp_path / "a.npz", *flags)
     assert code == 2 and message in errors.splitlines()[-1] and errors.splitlines()[-1].startswith("error: ")

@@ -33,6 +33,34 @@ def test_batches_are_the_array(tmp_path, save, order):
     np.testing.assert_array_equal(np.concatenate(list(images.batches(4, start=7, stop=18))), IMAGES[7:18])
 
 
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_images_are_taken_in_one_passage_in_any_order(tmp_path, monkeypatch, save, order):
+    save(tmp_path / "a.npz", np.asarray(IMAGES, order=order))
+    images, opened = NpzImages(tmp_path / "a.npz"), []
+    archive = zipfile.ZipFile
+    monkeypatch.setattr(zipfile, "ZipFile", lambda path: opened.append(path) or archive(path))
+    places = np.array([20, 3, 3, 22, 0])
+    np.testing.assert_array_equal(images.take(places), IMAGES[places])
+    assert len(opened) == 1
+
+
+def test_some_images_are_of_all_of_the_file(tmp_path):
+    ordered = np.arange(200, dtype=np.uint8)[:, None, None, None] * np.ones((4, 4, 3), dtype=np.uint8)
+    np.savez(tmp_path / "a.npz", ordered)
+    images = NpzImages(tmp_path / "a.npz")
+    some = images.some(60)
+    values = np.concatenate(list(some.batches(7)))[:, 0, 0, 0].tolist()
+    assert len(some) == 60 and values == some.places == sorted(set(values))
+    assert 80 < np.mean(values) < 120 and np.histogram(values, 4, (0, 200))[0].min() > 5
+    assert len(images.some(500)) == len(images) == 200 and some.places == images.some(60).places
+
+
+def test_a_folder_is_said_to_be_one(tmp_path):
+    with pytest.raises(ValueError, match=r"is a folder: make an npz of its images with make_reference\.py"):
+        NpzImages(tmp_path)
+
+
 def test_statistics_and_description(tmp_path):
     mu, sigma = np.arange(3.0), np.eye(3, dtype=np.float32)
     np.savez(tmp_path / "a.npz", mu=mu, sigma=sigma, settings=np.array('{"seed": 3}'))
