@@ -73,8 +73,8 @@ def parse_args():
         raise UserError(f"--plot is {args.plot}: name a .png")
     if args.plot:
         check_packages("matplotlib", reason="--plot")
-    if len(args.sample_batch) > 1:
-        check_packages("scipy", reason="an interval over several files of samples")
+    if len(args.sample_batch) > 1 or not {"fid", "sfid"}.isdisjoint(args.metrics):
+        check_packages("scipy", reason="FID, and an interval over several files of samples")
     if args.dinov2:
         check_packages("timm", "safetensors", reason="--dinov2")
     return args

@@ -11,7 +11,7 @@ from .files import atomic_write, file_hash
 from .metrics import interval
 from .suite import LABELS
 
-PACKAGES = ("numpy", "torch", "tensorflow", "tensorflow-cpu", "torch-fidelity", "timm")
+PACKAGES = ("numpy", "scipy", "torch", "tensorflow", "tensorflow-cpu", "torch-fidelity", "timm")
 # Of the environment, which choose among algorithms.
 VARIABLES = ("TF_ENABLE_ONEDNN_OPTS", "NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE")
 PAIRS, GRID_IMAGES = 10, 40

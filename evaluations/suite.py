@@ -162,7 +162,7 @@ def compare(reference, samples, metrics, logit_weights, repeats=0, device="cpu",
         values["inception_score"] = samples.score.result()[0]
     for metric, name in DISTANCES.items():
         if metric in metrics:
-            values[metric] = frechet_distance(*statistics[name], *reference.statistics[name])
+            values[metric] = frechet_distance(*statistics[name], *reference.statistics[name], as_adm=True)
     if "pr" in metrics:
         inside = precision_recall(reference.rows, pool, device, rule, progress=True)
         result.shares |= zip(("precision", "recall"), inside, strict=True)
