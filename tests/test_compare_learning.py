@@ -15,14 +15,15 @@ import pytest
 import torch
 from helpers import REPO, write_images
 from learning_factors import all_factors, factor, reached_at
-from learning_runs import UNMASKED, VARIANTS, Cell, Curve, Run, processor, published_cell
+from learning_runs import UNMASKED, VARIANTS, Cell, Curve, Run, evenly, processor, published_cell
+from PIL import Image
 
 from masked_diffusion import script_util
 from masked_diffusion.utils.errors import UserError
 from masked_diffusion.utils.locks import FileLock
 
 FAST, SLOW = Cell("MDTv2", "adan", True), Cell("DiT", "adamw", False)
-MINI = {"steps": 8, "eval_interval": 1, "tuning_steps": 2, "num_samples": 20, "num_sampling_steps": 2, "batch_size": 8}
+MINI = {"steps": 8, "eval_interval": 1, "num_samples": 20, "num_sampling_steps": 2, "batch_size": 8}
 
 
 def make_row(cell, qualities, seed=1, lr=0.01, step=10, seconds=1.0, **more):
@@ -31,7 +32,7 @@ def make_row(cell, qualities, seed=1, lr=0.01, step=10, seconds=1.0, **more):
          "class_accuracy": i / 10}
         for i, quality in enumerate(qualities, start=1)
     ]  # fmt: skip
-    row = {"lr": lr, "seed": seed, "complete": True, "fault": None, "processor": "one", "curve": curve}
+    row = {"lr": lr, "seed": seed, "steps": 8, "complete": True, "fault": None, "processor": "one", "curve": curve}
     return cell._asdict() | row | more
 
 
@@ -55,8 +56,12 @@ def tuned_study(path, cells):
     scores = {0.005: 3.0, 0.01: 2.0, 0.02: 2.5}
     cells = map(compare_learning.tuning_cell, cells)
     rows = [make_row(cell, [score], 0, lr) for cell in cells for lr, score in scores.items()]
-    path.write_text(json.dumps({"tuning": rows}))
+    path.write_text(json.dumps({"settings": {}, "judge": {}, "tuning": rows, "runs": []}))
     return path
+
+
+def source_of(picture):
+    return Image.open(picture).text["Source"]
 
 
 # ---------------------------------------------------------------- closed forms
@@ -94,21 +99,45 @@ def test_where_a_curve_reaches_a_target():
 def test_the_factor_of_two_exact_curves():
     slow = [make_row(SLOW, [16, 8, 4, 2], seed) for seed in (1, 2)]
     fast = [make_row(FAST, [4, 2, 1, 0.5], seed, seconds=4.0) for seed in (1, 2)]
-    found = factor(FAST, SLOW, "step", fast, slow)
+    found = factor(FAST, SLOW, fast, slow)
     assert (found.value, found.interval, found.seeds) == (2.0, (2.0, 2.0), (2, 2))
-    assert factor(FAST, SLOW, "cpu_seconds", fast, slow).value == 0.5
-    back = factor(SLOW, FAST, "step", slow, fast)
+    assert found.on("cpu_seconds", 0.25)[2:6] == ("cpu_seconds", 0.5, 0.25, (0.5, 0.5))
+    assert all_factors(slow + fast)[2][1].value == 0.5
+    back = factor(SLOW, FAST, slow, fast)
     assert back.value is None and back.bound == 1
     assert learning_report.factor_words(back) == "< 1.00 (< 1.00 to < 1.00)"
+
+
+@pytest.mark.parametrize("last", [0.25, 1, 2, 8])
+def test_a_side_is_as_fast_as_itself_also_where_its_last_evaluation_is_a_spike(last):
+    rows = [make_row(SLOW, [8, 4, 1, 0.5, last], seed) for seed in (1, 2)]
+    found = factor(SLOW, SLOW, rows, rows)
+    assert found.value == 1 and found.bound <= 1
 
 
 def test_the_interval_of_a_factor_is_that_of_its_seeds():
     slow = [make_row(SLOW, [16, 8, 4, 2])]
     fast = [make_row(FAST, qualities, seed) for seed, qualities in enumerate(([2, 1, 1, 1], [8, 4, 2, 1]))]
-    alone = factor(FAST, SLOW, "step", fast, slow)
+    alone = factor(FAST, SLOW, fast, slow)
     assert alone.interval is None and 4 / 3 < alone.value < 4
-    found = factor(FAST, SLOW, "step", fast, slow * 2)
-    assert found.interval == pytest.approx((4 / 3, 4)) and found.value == alone.value
+    found = factor(FAST, SLOW, fast, slow * 2)
+    stretch = 4.302653 / 1.959964 * 2**0.5  # Student's t of two degrees of freedom
+    assert found.value == alone.value and found.interval[0] is None  # below what the length of the runs shows
+    assert found.interval[1] == pytest.approx(alone.value * (4 / alone.value) ** stretch, rel=1e-5)
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+def test_the_interval_covers_what_it_says(seeds):
+    """Curves of a power law whose true factor is 2, moved as a whole by each seed."""
+    rng, steps, covered = np.random.default_rng(0), np.arange(1, 13), []
+    for _ in range(150):
+        sides = [
+            [make_row(cell, scale / steps * np.exp(0.1 * rng.standard_normal()), i) for i in range(seeds)]
+            for cell, scale in ((FAST, 1.0), (SLOW, 2.0))
+        ]
+        low, high = factor(FAST, SLOW, *sides).interval
+        covered.append((low or 0) <= 2 <= high)
+    assert 0.9 < np.mean(covered) < 0.99
 
 
 def test_questions_are_asked_of_the_cells_that_have_runs():
@@ -124,7 +153,8 @@ def test_seconds_are_those_of_one_processor():
     ]
     rows += [make_row(FAST, [4, 2], 3, seconds=100.0, processor="another")]
     found = {factor.axis: factor for _, factor in all_factors(rows)}
-    assert found["cpu_seconds"].value == 2 and found["cpu_seconds"].seeds == (2, 2) and found["step"].seeds == (3, 2)
+    assert found["cpu_seconds"].value == 2 and found["step"].value == 1
+    assert found["cpu_seconds"].seeds == found["step"].seeds == (3, 2)  # their qualities are those of all runs
     text = learning_report.final_table({"settings": {"steps": 20}, "judge": {}, "runs": rows})
     assert "| 3 | 2.000 (2.000 to 2.000) | 0.200 (0.200 to 0.200) | 0.00 | 4 |" in text
     assert "CPU seconds, here and below: one, which trained 4 of the runs." in text
@@ -147,6 +177,17 @@ def test_a_study_that_has_just_begun_is_reported_too(tmp_path):
     assert "| MDTv2 | adan | no | 0.01 | 1 | 1.000 (1.000 to 1.000) | 0.200 (0.200 to 0.200) | 0.00 | 2 |" in text
 
 
+def test_places_at_even_distances():
+    assert evenly(60, 45).tolist()[::11] == [0, 15, 30, 44, 59] and evenly(3, 5).tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"rows": {}}'])
+def test_other_json_is_no_study(text, tmp_path, monkeypatch):
+    (tmp_path / "out.json").write_text(text)
+    with pytest.raises(UserError, match=r"out.json (cannot be read as JSON|is not the JSON of a study)"):
+        run_study(monkeypatch, tmp_path / "out", report=True)
+
+
 def test_the_processor_has_a_name():
     assert len(processor()) > 3
 
@@ -162,7 +203,9 @@ def test_a_miniature_resumes_exactly_and_goes_on_where_it_stopped(tmp_path, monk
     steps, seconds, flop = ([point[key] for point in whole["curve"]] for key in ("step", "cpu_seconds", "flop"))
     assert steps == list(range(1, 9)) and seconds == sorted(seconds) and flop[-1] == pytest.approx(8 * flop[0])
     assert whole["complete"] and (whole["seed"], whole["lr"], whole["threads"]) == (1, 0.01, 1)
-    assert {path.name for path in (tmp_path / "work").iterdir() if path.is_dir()} == {"digits", "data_index"}
+    digits, folder = sorted((tmp_path / "work").iterdir())
+    assert digits.name == "digits" and folder.name.startswith("whole-")
+    assert sorted(path.suffix for path in folder.iterdir()) == ["", ".npz"]  # the index, and the samples
 
     after_step, stopped = Curve.after_step, []
 
@@ -189,6 +232,8 @@ def test_a_miniature_resumes_exactly_and_goes_on_where_it_stopped(tmp_path, monk
 
     monkeypatch.setattr(compare_learning, "train", lambda *args: pytest.fail("a finished run is trained again"))
     assert run_study(monkeypatch, tmp_path / "cut", **flags)["runs"] == runs
+    content = json.loads((tmp_path / "cut.json").read_text())
+    assert learning_report.content_hash(content) == source_of(tmp_path / "cut.png")
     lock = FileLock(tmp_path / "cut.json.lock", "", "")
     with pytest.raises(UserError, match=r"cut.json is being added to already, by process \d+"):
         run_study(monkeypatch, tmp_path / "cut", **flags)
@@ -223,7 +268,15 @@ def test_a_folder_of_images_is_judged_by_a_classifier_of_its_own(tmp_path, monke
     assert {"class_accuracy", "frechet", "kernel"} <= last.keys() and content["judge"]["features"] == "classifier"
     assert "| kernel distance |" in learning_report.final_table(content)
     with pytest.raises(UserError, match=r"8 x 8 pixels, but --image_size is 16"):
-        image_classifier.classifier_judge(tmp_path / "train", tmp_path / "test", 16, 10, tmp_path / "other")
+        image_classifier.classifier_judge(tmp_path / "train", tmp_path / "test", 16, 10, tmp_path / "other.pt")
+    assert run_study(monkeypatch, tmp_path / "out", **flags) == content  # with the classifier beside the JSON
+    (tmp_path / "out_classifier.pt").unlink()
+    monkeypatch.setattr(image_classifier, "SEED", 1)
+    with pytest.raises(UserError, match=r"out.json holds runs that another classifier has judged"):
+        run_study(monkeypatch, tmp_path / "out", **flags)
+    write_images(tmp_path / "train", ["a_41.png"], size=(8, 8))
+    with pytest.raises(UserError, match=r"out.json was made with data \["):
+        run_study(monkeypatch, tmp_path / "out", **flags)
 
 
 def test_the_classifier_learns(tmp_path):
@@ -246,6 +299,12 @@ def test_the_classifier_learns(tmp_path):
         ({"data_dir": "here"}, "--data_dir and --test_dir go together"),
         ({"report": True}, "out.json is no file"),
         ({"tuning_from": "nowhere.json"}, "--tuning_from nowhere.json is no file"),
+        ({"tuning_from": "docs/sweep.json"}, "docs/sweep.json is not the JSON of a study"),
+        ({"image_size": 16}, "--image_size is 16, but the digits have 8"),
+        ({"doc": "nowhere/x.md"}, "there is no folder nowhere"),
+        ({"size": "Foo_2"}, "no model is called"),
+        ({"hidden_size": 50}, r"hidden_size \(50\) must be a multiple"),
+        ({"work": "setup.py"}, "--work setup.py is a file"),
     ],
 )
 def test_what_is_refused_before_anything_is_trained(flags, message, tmp_path, monkeypatch):
@@ -276,6 +335,10 @@ def test_the_tables_and_pictures_in_docs_are_those_of_the_json(path, tmp_path):
     assert (tmp_path / "learning.md").read_text() == (REPO / "docs/learning.md").read_text()
     for picture in tmp_path.glob("*.png"):
         assert (REPO / "docs" / picture.name).exists() and picture.stat().st_size > 1000
+        if not picture.name.endswith("_samples.png"):  # which are drawn of what the runs left
+            assert (
+                source_of(REPO / "docs" / picture.name) == source_of(picture) == learning_report.content_hash(content)
+            )
     for row in content["runs"]:
         assert len(row["curve"]) >= 8 and row["processor"] and "compare_learning.py" in row["command"]
 

@@ -1,5 +1,6 @@
 """A small convolutional classifier, trained here on real images: its features and its classes judge drawn ones."""
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from learning_runs import Judge
+from learning_runs import Judge, evenly
 from PIL import Image
 
 from masked_diffusion.utils.errors import UserError
@@ -118,15 +119,23 @@ def classify(model: Classifier, images: torch.Tensor) -> tuple[np.ndarray, np.nd
     return features.numpy(), model.head(features).argmax(dim=1).numpy()
 
 
+def folder_hash(folder: str) -> str:
+    """Of the names and sizes of a folder's images."""
+    lines = (f"{path.name} {path.stat().st_size}\n" for path in find_images(folder))
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
 def classifier_judge(
-    train_dir: str, test_dir: str, image_size: int, num_samples: int, work: Path
+    train_dir: str, test_dir: str, image_size: int, num_samples: int, path: Path
 ) -> tuple[Judge, dict[str, Any]]:
     """The judge of samples, and what it says of real images.
 
-    The classifier is trained on the images of `train_dir` unless its weights are in `work`. Samples are compared with
-    the images of `test_dir`.
+    The classifier is trained on the images of `train_dir` unless its weights are there. Samples are compared with the
+    images of `test_dir`.
+
+    :param path: of the weights. Other processors train others: they belong to the study's results.
     """
-    path, train_paths = work / "classifier.pt", find_images(train_dir)
+    train_paths = find_images(train_dir)
     classes = sorted(set(map(class_of, train_paths)))
     test, test_labels = read_images(find_images(test_dir), image_size, classes)
     model = Classifier(len(classes)).eval()
@@ -145,9 +154,9 @@ def classifier_judge(
         kernel, _ = metrics.kernel_distance(features, reference, subsets=KERNEL_SUBSETS)
         return {"class_accuracy": float((classes == labels).mean()), "frechet": frechet, "kernel": kernel}
 
-    # What real training images score that are as many as an evaluation draws, at even distances of the list.
-    some = train_paths[:: max(len(train_paths) // num_samples, 1)][:num_samples]
-    images, labels = read_images(some, image_size, classes)
+    # What real training images score that are as many as an evaluation draws.
+    some = evenly(len(train_paths), num_samples)
+    images, labels = read_images([train_paths[i] for i in some], image_size, classes)
     accuracy = float((found == test_labels.numpy()).mean())
     real = judge(images.permute(0, 2, 3, 1).numpy(), labels.numpy()) | {"class_accuracy": accuracy}
     return judge, {"features": "classifier", "classifier_sha256": file_hash(path), "real": real}

@@ -1,5 +1,7 @@
 """The learning study's tables and pictures, made of its JSON alone; samples are drawn where the runs left them."""
 
+import hashlib
+import json
 import os
 import re
 from pathlib import Path
@@ -167,11 +169,16 @@ def new_figure(rows: int, columns: int, **options: Any) -> tuple[Any, np.ndarray
     return plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False, **options)
 
 
-def save_figure(path: Path, figure: Any) -> None:
+def content_hash(content: dict[str, Any]) -> str:
+    """What a picture's text `Source` says of the JSON that it was made of."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def save_figure(path: Path, figure: Any, content: dict[str, Any]) -> None:
     import matplotlib.pyplot as plt
 
     with atomic_write(path) as file:
-        figure.savefig(file, dpi=100, format="png")
+        figure.savefig(file, dpi=100, format="png", metadata={"Source": content_hash(content)})
     plt.close(figure)
 
 
@@ -193,7 +200,7 @@ def draw_published(path: Path, content: dict[str, Any]) -> None:
             panel.set_xlabel(title)
         panels[row, 0].set_ylabel(QUALITIES[quality])
     panels[0, 0].legend(fontsize=6)
-    save_figure(path, figure)
+    save_figure(path, figure, content)
 
 
 def draw_cells(path: Path, content: dict[str, Any]) -> None:
@@ -212,7 +219,7 @@ def draw_cells(path: Path, content: dict[str, Any]) -> None:
     for panel in panels[:, 0]:
         panel.set_ylabel(QUALITIES["frechet"])
     panels[0, 0].legend(fontsize=7)
-    save_figure(path, figure)
+    save_figure(path, figure, content)
 
 
 def draw_tuning(path: Path, content: dict[str, Any]) -> None:
@@ -228,7 +235,7 @@ def draw_tuning(path: Path, content: dict[str, Any]) -> None:
     panel.set(xscale="log", yscale="log", xlabel="learning rate", ylabel=QUALITIES["frechet"])
     panel.grid(alpha=0.3, which="both")
     panel.legend(fontsize=6)
-    save_figure(path, figure)
+    save_figure(path, figure, content)
 
 
 def draw_samples(path: Path, content: dict[str, Any], work: Path) -> None:

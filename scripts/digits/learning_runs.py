@@ -34,6 +34,11 @@ CPU_INFO = Path("/proc/cpuinfo")
 Judge = Callable[[np.ndarray, np.ndarray], dict[str, float]]  # of (N, H, W, 3) uint8 images and (N,) labels
 
 
+def evenly(total: int, count: int) -> np.ndarray:
+    """Places of at most `count` of `total` things, at even distances from the first to the last."""
+    return np.linspace(0, total - 1, min(count, total)).round().astype(int)
+
+
 class Cell(NamedTuple):
     """What is compared: a variant, its optimizer, and whether Min-SNR weights its loss."""
 
@@ -82,12 +87,14 @@ class Curve:
     """A hook of the training loop: draws images with the EMA at fixed steps, judges them, and keeps what was found.
 
     Its file lies beside the checkpoints, which are written at the same steps, so a run that resumes goes on with it.
+    The last evaluation's first images lie beside the folder, which a finished run loses.
 
     :param folder: the log directory of the run. :param solver: name and number of steps, for `create_solver`.
     """
 
     def __init__(self, run: Run, folder: Path, judge: Judge, solver: tuple[str, str], num_samples: int) -> None:
         self.run, self.path, self.judge = run, folder / "curve.json", judge
+        self.samples = folder.parent / f"{run.name}.npz"
         self.solver, self.num_samples = solver, num_samples
         self.rows: list[dict[str, float]] = json.loads(self.path.read_text()) if self.path.exists() else []
         self.image_sampler: ImageSampler | None = None
@@ -100,6 +107,8 @@ class Curve:
             cpu_seconds = self._cpu_seconds(loop.step)
             with loop.metrics.paused(), loop.state.ema_weights():
                 self.rows.append(self._row(loop, cpu_seconds))
+            with atomic_write(self.samples) as file:
+                np.savez_compressed(file, images=self.images[:KEPT_SAMPLES])
             write_json(self.path, self.rows)
             self.clock, self.clock_step = time.process_time(), loop.step
         return False
@@ -179,8 +188,6 @@ def train(run: Run, flags: dict[str, Any], size: dict[str, int], curve_options: 
         fault = str(error)
     finally:
         logger.reset()
-    with atomic_write(work / f"{run.name}.npz") as file:
-        np.savez_compressed(file, images=curve.images[:KEPT_SAMPLES])
     return {
         **cell._asdict(),
         "lr": run.lr,
