@@ -153,7 +153,8 @@ class SuiteGrader:
         """See `DigitsGrader.__call__`."""
         repeats, device = self.config.bootstrap, load_evaluations("ranks").device()
         with as_user_errors():
-            images, needs = self.npz.NpzImages(samples), self.suite.sample_needs(self.metrics, repeats)
+            images = self.npz.NpzImages(samples)
+            needs = self.suite.sample_needs(self.metrics, repeats, images)
             found = self.features.collect(images, self.network, needs, BATCH_SIZE)
             if found is None:
                 return None
