@@ -242,9 +242,11 @@ def read_report(path: Path, settings: dict[str, Any], emas: dict[str, str]) -> d
     try:
         report = json.loads(path.read_text())
         before = report["settings"] | {f"EMA {name}": value for name, value in report["emas"].items()}
-        report["rows"].items()
+        older = before["bootstrap"] and any("replicates" not in row for row in report["rows"].values())
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is no report of this script ({error!r}): {advice}") from error
+    if older:
+        raise UserError(f"{path} is of an older version, which kept no resampled values to compare rows by: {advice}")
     for key, value in (settings | {f"EMA {name}": value for name, value in emas.items()}).items():
         if before.get(key, value) != value or (key in settings and key not in before):
             raise UserError(f"{path} was made with {key} {before.get(key)}, now it is {value}: {advice}")
@@ -299,8 +301,8 @@ def sweep(config: SweepConfig, emas: dict[str, Path | Recipe], weights: LoadedWe
             loaded = cell.ema
         path, speed = draw(config, cell, weights, settings | {"cell": key, "ema_sha256": hashes[cell.ema]})
         grades = dist_util.broadcast_object(grader(path))
-        row = {**cell._asdict(), "metrics": grades.values, "deviations": grades.deviations, "images_per_second": speed}
-        report["rows"][key] = row
+        grades_of_row = {"metrics": grades.values, "deviations": grades.deviations, "replicates": grades.replicates}
+        report["rows"][key] = {**cell._asdict(), **grades_of_row, "images_per_second": speed}
         left = (time.monotonic() - start) / (count + 1) * (len(waiting) - count - 1)
         shown = "  ".join(f"{name} {value:.4g}" for name, value in grades.values.items())
         logger.log(f"setting {count + 1} of {len(waiting)}: {key}: {shown}  ETA {left / 60:.0f} min")

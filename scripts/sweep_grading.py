@@ -39,7 +39,10 @@ class GradingConfig(Config):
     backend: str = option("auto", "with --reference: see evaluations/", choices=("auto", "tensorflow", "torch"))
     digits: str = option("", "folder of the demo's digits: their classifier grades, instead of a reference")
     best: str | None = option(None, "the measure by which a setting is the best; None: the first")
-    bootstrap: int = option(50, "resamples for the intervals over images; 0: no intervals", at_least=0)
+    bootstrap: int = option(
+        50, "resamples for the intervals over images, of which recall, coverage and KID have none; 0: no intervals",
+        at_least=0,
+    )  # fmt: skip
 
     def check(self) -> Self:
         super().check()
@@ -61,10 +64,14 @@ class GradingConfig(Config):
 
 
 class Grades(NamedTuple):
-    """Values of the measures, and their standard errors over images (those that are known)."""
+    """Values of the measures, and of those that can be resampled over samples: standard errors, and resampled values.
+
+    Recall and coverage cannot: they are shares of reference images, and how they vary over samples is not known.
+    """
 
     values: dict[str, float]
     deviations: dict[str, float]
+    replicates: dict[str, list[float]]
 
 
 @contextmanager
@@ -100,7 +107,8 @@ class DigitsGrader:
             return None
         with as_user_errors():
             grades = self.module.grade(self.config.digits, *self.module.read_samples(samples), self.config.bootstrap)
-        return Grades({key: grades[key] for key in DIGIT_KEYS}, grades.get("deviations", {}))
+        values = {key: grades[key] for key in DIGIT_KEYS}
+        return Grades(values, grades.get("deviations", {}), grades.get("replicates", {}))
 
 
 class Planned(NamedTuple):
@@ -160,7 +168,8 @@ class SuiteGrader:
                 return None
             weights = self.network.logit_weights
             result = self.suite.compare(self.reference, found, self.metrics, weights, repeats, device, self.rule)
-        return Grades({key: result.values[key] for key in self.config.keys}, result.deviations)
+        values = {key: result.values[key] for key in self.config.keys}
+        return Grades(values, {key: result.deviations[key] for key in result.replicates}, result.replicates)
 
 
 def create_grader(config: GradingConfig, num_samples: int) -> DigitsGrader | SuiteGrader:
