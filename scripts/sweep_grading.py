@@ -96,6 +96,9 @@ class DigitsGrader:
                 self.module.read_folder(Path(config.digits, part))
         self.identity = {"grader": "the demo's classifier"}
 
+    def prepare(self) -> None:
+        """See `SuiteGrader.prepare`; the classifier is quick."""
+
     def check_size(self, size: int) -> None:
         """:raises UserError: for images of another size than the digits'."""
         if size != 8:
@@ -124,30 +127,36 @@ class Planned(NamedTuple):
 class SuiteGrader:
     """The suite of evaluations/, with the network and the reference kept from one setting to the next.
 
+    Its `identity` is of the reference alone until `prepare` is called.
+
     :param num_samples: images of each setting.
-    :raises UserError: for a reference that cannot serve, and a network that cannot be had.
+    :raises UserError: for a reference that cannot serve.
     """
 
     def __init__(self, config: GradingConfig, num_samples: int):
         self.config, self.metrics = config, config.metrics.split(",")
         self.suite, self.features, self.npz = map(load_evaluations, ("suite", "features", "npz_reader"))
-        evaluator: ModuleType = load_evaluations("evaluator")
         with as_user_errors():
             self.images = self.npz.NpzImages(config.reference)
             self.suite.ready_statistics(self.metrics, self.images)
             planned = Planned("each setting", num_samples)
             self.suite.check_counts(self.metrics, self.images, planned)
-            flags = Namespace(inception=config.inception, backend=config.backend, exact_distances=False)
+        self.identity = {"reference_sha256": file_hash(config.reference)}
+
+    def prepare(self) -> None:
+        """What takes long: load the network, and pass the reference through it. All ranks call it.
+
+        :raises UserError: for a network that cannot be had, and one that does not fit the reference.
+        """
+        evaluator: ModuleType = load_evaluations("evaluator")
+        with as_user_errors():
+            flags = Namespace(inception=self.config.inception, backend=self.config.backend, exact_distances=False)
             self.network, self.weights = evaluator.create_network(flags)
             self.suite.check_sizes(self.metrics, self.images, self.network.sizes)
             first = "pr" in self.metrics and dist_util.is_main()
             self.rule = evaluator.choose_rule(flags, self.network.name) if first else None
             self.reference = self.suite.read_reference(self.images, self.network, self.metrics, BATCH_SIZE)
-        self.identity = {
-            "reference_sha256": file_hash(config.reference),
-            "inception_sha256": file_hash(self.weights),
-            "backend": self.network.name,
-        }
+        self.identity |= {"inception_sha256": file_hash(self.weights), "backend": self.network.name}
 
     def check_size(self, size: int) -> None:
         """:raises UserError: for images of another size than the reference's."""
@@ -173,5 +182,5 @@ class SuiteGrader:
 
 
 def create_grader(config: GradingConfig, num_samples: int) -> DigitsGrader | SuiteGrader:
-    """The grader that flags describe."""
+    """The grader that flags describe, before `prepare`."""
     return DigitsGrader(config) if config.digits else SuiteGrader(config, num_samples)

@@ -1,5 +1,6 @@
 """The report of a sweep: JSON, a table, heat maps, and which setting is the best, with its interval."""
 
+import json
 import math
 from collections.abc import Sequence
 from itertools import product
@@ -9,12 +10,35 @@ from typing import Any
 import numpy as np
 from sweep_grading import HIGHER_IS_BETTER, GradingConfig
 
+from masked_diffusion.utils.errors import UserError
 from masked_diffusion.utils.evaluations import load_evaluations
 from masked_diffusion.utils.files import atomic_write
 
 AXES = {"cfg_scale": "guidance scale", "ema": "EMA", "solver": "solver:steps", "shape": "guidance"}
 SHARES = {"class_accuracy", "precision"}  # of images, each of which counts as 0 or 1
 LABELS = {"class_accuracy": "class accuracy", "frechet_pixels": "Frechet distance of pixels"}
+
+
+def read_report(path: Path, settings: dict[str, Any], emas: dict[str, str]) -> dict[str, Any]:
+    """The report of an earlier call, or an empty one.
+
+    :raises UserError: for a file of another kind, and for one that was made with other settings or weights.
+    """
+    if not path.exists():
+        return {"settings": settings, "emas": emas, "rows": {}}
+    advice = f"move {path} away, or name another --out"
+    try:
+        report = json.loads(path.read_text())
+        before = report["settings"] | {f"EMA {name}": value for name, value in report["emas"].items()}
+        older = before["bootstrap"] and any("replicates" not in row for row in report["rows"].values())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is no report of this script ({error!r}): {advice}") from error
+    if older:
+        raise UserError(f"{path} is of an older version, which kept no resampled values to compare rows by: {advice}")
+    for key, value in (settings | {f"EMA {name}": value for name, value in emas.items()}).items():
+        if before.get(key, value) != value or (key in settings and key not in before):
+            raise UserError(f"{path} was made with {key} {before.get(key, '(unknown)')}, now it is {value}: {advice}")
+    return report | {"emas": report["emas"] | emas}
 
 
 def label(measure: str) -> str:
@@ -45,11 +69,12 @@ def not_told_apart(rows: dict[str, dict[str, Any]], best: str, measure: str, cou
     from scipy.stats import t
 
     others, found = [key for key in rows if key != best], []
+    reach = t.ppf(1 - 0.025 / max(len(others), 1), len(rows[best]["replicates"][measure]) - 1)
     for key in others:
         one, two = (np.array(rows[name]["replicates"][measure]) for name in (key, best))
         error = math.hypot(np.std(one - two, ddof=1), 1 / count if measure in SHARES else 0)
         difference = abs(rows[key]["metrics"][measure] - rows[best]["metrics"][measure])
-        found += [key] if difference <= t.ppf(1 - 0.025 / len(others), len(one) - 1) * error else []
+        found += [key] if difference <= reach * error else []
     return found
 
 
@@ -70,6 +95,8 @@ def add_best(report: dict[str, Any], cells: Sequence[Any], grading: GradingConfi
     sentence += f" with {best}"
     if bounds is not None:
         sentence += f"; {len(equals)} of the {len(rows) - 1} others cannot be told apart from it"
+    elif report["settings"]["bootstrap"]:
+        sentence += "; no interval is known"
     found = {"measure": measure, "setting": best, "value": value, "interval": bounds, "not_told_apart": equals}
     return report | {"best": found | {"sentence": sentence}}
 

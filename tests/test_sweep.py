@@ -6,11 +6,13 @@ import signal
 import subprocess
 import sys
 import time
+from unittest import mock
 
 import demo_run
 import numpy as np
 import pytest
 import sweep
+import sweep_grading
 import sweep_report
 from digits import write_digits
 from fill import fill
@@ -20,6 +22,8 @@ from sweep_grading import GradingConfig
 
 from evaluations import grade_digits
 from masked_diffusion import create_model, script_util
+from masked_diffusion.sample_config import SampleConfig, WeightsConfig
+from masked_diffusion.sampling.build import load_weights
 from masked_diffusion.sampling.shards import ShardStore
 from masked_diffusion.training.ema import reconstruct, save_snapshots
 from masked_diffusion.utils.errors import UserError
@@ -221,6 +225,7 @@ def test_the_best_is_named_with_its_interval():
     values = {scale: (value, None) for scale, (value, _) in values.items()}
     report = best_of(report_with("recall", values), values, reference="r.npz", metrics="pr", best="recall")
     assert report["best"]["interval"] is None and report["best"]["not_told_apart"] == []
+    assert report["best"]["sentence"].endswith("; no interval is known")
     table = sweep_report.as_markdown(report, [cell(scale) for scale in values], ["recall"])
     assert "; in brackets: 95 % over images, not known of Recall; a processor." in table
 
@@ -268,6 +273,12 @@ def test_the_report_keeps_what_rows_are_compared_by(demo_folder, tmp_path, monke
         for measure in ("class_accuracy", "frechet_pixels"):
             drawn = row["replicates"][measure]
             assert len(drawn) == 5 and row["deviations"][measure] == pytest.approx(np.std(drawn, ddof=1))
+    assert report["settings"]["vae_precision"] == "fp32"
+    report["settings"]["vae_precision"] = "bf16"
+    out.with_suffix(".json").write_text(json.dumps(report))
+    with pytest.raises(SystemExit):
+        run(monkeypatch, words_of(demo_folder, out, sigma_rels=0.05))
+    assert "kept.json was made with vae_precision bf16, now it is fp32" in capsys.readouterr().err
     for row in report["rows"].values():
         del row["replicates"]
     out.with_suffix(".json").write_text(json.dumps(report))
@@ -303,6 +314,7 @@ def test_the_presets_are_the_studies_of_the_demo():
         ({"emas": "ema_0.5_000010.pt"}, "--emas names ema_0.5_000010.pt, but"),
         ({"preset": "none"}, "--preset is none: it must be one of digits, solvers"),
         ({"out": "nowhere/out"}, "nowhere is no folder"),
+        ({"sigma_rels": None, "emas": ["ema_0.9_000010.pt", "opt000020.pt"]}, "opt000020.pt holds no state dict of"),
     ],
     ids=str,
 )
@@ -321,3 +333,37 @@ def test_a_file_that_is_no_report_is_refused(demo_folder, tmp_path, monkeypatch,
             run(monkeypatch, words_of(demo_folder, tmp_path / "out"))
         assert "out.json is no report of this script" in capsys.readouterr().err
         assert (tmp_path / "out.json").read_text() == content
+
+
+def test_other_settings_are_refused_before_the_reference_is_read(demo_folder, tmp_path, monkeypatch):
+    np.savez(tmp_path / "reference.npz", crops(30, seed=0, size=8))
+    settings = {"num_samples": 20, "seed": 0, "clip_denoised": False, "bootstrap": 5}
+    (tmp_path / "out.json").write_text(json.dumps({"settings": settings, "emas": {}, "rows": {}}))
+    flags = {"digits": None, "reference": tmp_path / "reference.npz", "sigma_rels": None, "seed": 1}
+    words = words_of(demo_folder, tmp_path / "out", **flags)
+    monkeypatch.setattr(sys, "argv", ["sweep.py", *words])
+    monkeypatch.setattr(sweep_grading.SuiteGrader, "prepare", None)
+    with pytest.raises(UserError, match="was made with seed 0, now it is 1: move"):
+        sweep.main()
+
+
+def test_an_ema_of_another_model_is_refused(demo_folder, tmp_path):
+    import torch
+
+    path = tmp_path / "other.pt"
+    torch.save(create_model("MDTv2_Nano_2", input_size=8, in_channels=3, num_classes=3).state_dict(), path)
+    weights = load_weights(SampleConfig(WeightsConfig(model_path=str(demo_folder / "train"))))
+    with pytest.raises(
+        UserError, match=r"other\.pt does not fit the model of .*ema_0\.9_000020\.pt: it has other shapes"
+    ):
+        sweep.load_ema(weights, path)
+
+
+def test_images_of_finished_settings_do_not_stay(demo_folder, tmp_path, monkeypatch):
+    out, flags = tmp_path / "out", {"sigma_rels": 0.05, "cfg_scales": 1, "bootstrap": 0}
+    with monkeypatch.context() as patched, pytest.raises(SystemExit):  # stopped at the last picture
+        patched.setattr(sweep, "write_pictures", mock.Mock(side_effect=KeyboardInterrupt))
+        run(patched, words_of(demo_folder, out, **flags))
+    assert len(report_of(out)["rows"]) == len(list((tmp_path / "out_samples").glob("*.npz"))) == 1
+    run(monkeypatch, words_of(demo_folder, out, **flags))
+    assert out.with_suffix(".png").exists() and not list((tmp_path / "out_samples").glob("*.npz"))
