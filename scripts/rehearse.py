@@ -107,7 +107,7 @@ def check_needs(config: RehearsalConfig) -> None:
         check_packages("diffusers", "scipy", "matplotlib", reason="a rehearsal")
         graph = config.inception and not config.inception.endswith((".pth", ".pt"))
         if not graph or find_spec("tensorflow") is None:
-            check_packages("torch-fidelity", reason="Inception of random numbers, and the torch backend")
+            check_packages("torch-fidelity", reason="the network of the evaluation")
         source = make_reference.open_source(config.photos)
         make_reference.choose(source, config.photos, "", max(config.num_photos, fewest_photos()), 0)
     if config.vae:

@@ -130,14 +130,19 @@ class SuiteGrader:
     Its `identity` is of the reference alone until `prepare` is called.
 
     :param num_samples: images of each setting.
-    :raises UserError: for a reference that cannot serve.
+    :raises UserError: for a reference that cannot serve, an `--inception` that is no file, and a missing package.
     """
 
     def __init__(self, config: GradingConfig, num_samples: int):
         self.config, self.metrics = config, config.metrics.split(",")
         self.suite, self.features, self.npz = map(load_evaluations, ("suite", "features", "npz_reader"))
+        self.evaluator: ModuleType = load_evaluations("evaluator")
+        flags = {"inception": config.inception, "backend": config.backend, "batch_size": BATCH_SIZE, "devices": 1}
+        self.flags = Namespace(**flags, exact_distances=False)
         with as_user_errors():
+            self.evaluator.check_network_flags(self.flags)
             self.images = self.npz.NpzImages(config.reference)
+            self.suite.reference_needs(self.metrics, self.images)
             self.suite.ready_statistics(self.metrics, self.images)
             planned = Planned("each setting", num_samples)
             self.suite.check_counts(self.metrics, self.images, planned)
@@ -148,13 +153,11 @@ class SuiteGrader:
 
         :raises UserError: for a network that cannot be had, and one that does not fit the reference.
         """
-        evaluator: ModuleType = load_evaluations("evaluator")
         with as_user_errors():
-            flags = Namespace(inception=self.config.inception, backend=self.config.backend, exact_distances=False)
-            self.network, self.weights = evaluator.create_network(flags)
+            self.network, self.weights = self.evaluator.create_network(self.flags)
             self.suite.check_sizes(self.metrics, self.images, self.network.sizes)
             first = "pr" in self.metrics and dist_util.is_main()
-            self.rule = evaluator.choose_rule(flags, self.network.name) if first else None
+            self.rule = self.evaluator.choose_rule(self.flags, self.network.name) if first else None
             self.reference = self.suite.read_reference(self.images, self.network, self.metrics, BATCH_SIZE)
         self.identity |= {"inception_sha256": file_hash(self.weights), "backend": self.network.name}
 

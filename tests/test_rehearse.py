@@ -130,7 +130,7 @@ def test_what_a_later_stage_would_refuse_is_said_before_the_first(tmp_path, auto
     assert "holds 6 images below .: 7 are needed" in refused(num_photos=7)
     assert "channels 16, but the model was trained with 4: name" in refused(vae=autoencoders / "flux")
     monkeypatch.setattr("evaluations.errors.find_spec", lambda name: None if name == "torch_fidelity" else name)
-    assert refused().startswith("torch-fidelity is not installed, which Inception of random numbers")
+    assert refused().startswith("torch-fidelity is not installed, which the network of the evaluation")
 
 
 def test_the_report_says_what_the_hours_leave_out():

@@ -335,6 +335,23 @@ def test_a_file_that_is_no_report_is_refused(demo_folder, tmp_path, monkeypatch,
         assert (tmp_path / "out.json").read_text() == content
 
 
+def test_a_network_that_is_no_file_is_refused_before_the_weights_are_loaded(demo_folder, tmp_path, monkeypatch):
+    np.savez(tmp_path / "reference.npz", crops(30, seed=0, size=8))
+    np.savez(tmp_path / "statistics.npz", mu=np.zeros(4), sigma=np.eye(4))
+    monkeypatch.setattr(sweep, "load_weights", None)
+    for flags, message in (
+        (
+            {"reference": tmp_path / "reference.npz", "inception": tmp_path / "none.pb"},
+            r"none\.pb, which does not exist",
+        ),
+        ({"reference": tmp_path / "statistics.npz", "metrics": "pr"}, "holds statistics alone, without images"),
+    ):
+        words = words_of(demo_folder, tmp_path / "out", digits=None, **flags)
+        monkeypatch.setattr(sys, "argv", ["sweep.py", *words])
+        with pytest.raises(UserError, match=message):
+            sweep.main()
+
+
 def test_other_settings_are_refused_before_the_reference_is_read(demo_folder, tmp_path, monkeypatch):
     np.savez(tmp_path / "reference.npz", crops(30, seed=0, size=8))
     settings = {"num_samples": 20, "seed": 0, "clip_denoised": False, "bootstrap": 5}
