@@ -8,7 +8,7 @@ from PIL import Image
 from sklearn.svm import SVC
 
 from .errors import UserError
-from .metrics import bootstrap, frechet_distance, gaussian_statistics
+from .metrics import frechet_distance, gaussian_statistics, resample, standard_errors
 
 COLUMNS, SCALE = 24, 6
 
@@ -45,7 +45,7 @@ class Grader:
         }
 
     def __call__(self, images, labels, repeats=0):
-        """A dict of accuracies and distances, and of the standard errors of two of them over images.
+        """A dict of accuracies and distances; of two of them the resampled values, and the standard errors over images.
 
         :param images: (N, 8, 8, 3) uint8. :param labels: (N,) the digits that were asked for.
         :param repeats: resamples of the bootstrap; 0 for none.
@@ -57,13 +57,14 @@ class Grader:
             distance = frechet_distance(*gaussian_statistics(generated[indices]), *self.reference)
             return {"class_accuracy": correct[indices].mean(), "frechet_pixels": distance}
 
+        drawn = resample(of_drawn, len(images), repeats) if repeats else {}
         return {
             "num_samples": len(images),
             "class_accuracy": float(correct.mean()),
             "class_accuracy_per_digit": {str(c): float(correct[labels == c].mean()) for c in np.unique(labels)},
             "frechet_pixels": frechet_distance(*gaussian_statistics(generated), *self.reference),
             **self.real,
-        } | ({"deviations": bootstrap(of_drawn, len(images), repeats)} if repeats else {})
+        } | ({"deviations": standard_errors(drawn), "replicates": drawn} if repeats else {})
 
 
 def grade(digits, images, labels, repeats=0):

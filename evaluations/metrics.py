@@ -287,18 +287,28 @@ def _squared_mmd(x, y):
     return within / (size * (size - 1)) - 2 * k_xy.mean()
 
 
-def bootstrap(statistic, num_images, repeats, seed=0):
-    """Standard error of a statistic over images drawn with replacement.
+def resample(statistic, num_images, repeats, seed=0):
+    """Values of a statistic over images drawn with replacement. The draws are functions of `num_images` and `seed`.
 
     :param statistic: function of (num_images,) indices that returns a dict of numbers.
     :param repeats: number of resamples, at least 2.
-    :return: a dict of standard deviations with the same keys.
+    :return: a dict with the same keys, of lists of `repeats` numbers.
     """
     if repeats < 2:
         raise ValueError(f"bootstrap is {repeats}: a deviation needs at least 2 resamples")
     rng = np.random.default_rng(seed)
     rows = [statistic(np.sort(rng.integers(num_images, size=num_images))) for _ in range(repeats)]
-    return {key: float(np.std([row[key] for row in rows], ddof=1)) for key in rows[0]}
+    return {key: [float(row[key]) for row in rows] for key in rows[0]}
+
+
+def bootstrap(*args, **kwargs):
+    """Standard error of a statistic over images: a dict of the deviations of what `resample` returns."""
+    return standard_errors(resample(*args, **kwargs))
+
+
+def standard_errors(replicates):
+    """A dict of the deviations of lists of resampled values."""
+    return {key: float(np.std(values, ddof=1)) for key, values in replicates.items()}
 
 
 def interval(value, deviation):
@@ -307,3 +317,10 @@ def interval(value, deviation):
     It is symmetric: percentiles of resampled Frechet distances all lie above the value, whose bias they repeat.
     """
     return [value - TWO_SIDED_95 * deviation, value + TWO_SIDED_95 * deviation]
+
+
+def share_interval(share, count):
+    """The 95 % interval of a share of `count` images (Wilson 1927, eq. 4): never empty, and within 0 and 1."""
+    square = TWO_SIDED_95**2 / count
+    middle, reach = share + square / 2, (square * (share * (1 - share) + square / 4)) ** 0.5
+    return [max((middle - reach) / (1 + square), 0.0), min((middle + reach) / (1 + square), 1.0)]

@@ -8,7 +8,15 @@ import torch
 from . import ranks
 from .errors import UserError
 from .features import Needs, collect
-from .metrics import InceptionScore, bootstrap, frechet_distance, gaussian_statistics, kernel_distance
+from .metrics import (
+    InceptionScore,
+    bootstrap,
+    frechet_distance,
+    gaussian_statistics,
+    kernel_distance,
+    resample,
+    standard_errors,
+)
 from .neighbours import DENSITY_K, MANIFOLD_K, Overlap, density_coverage, precision_recall
 
 METRICS = {
@@ -142,6 +150,7 @@ class Result:
 
     values: dict
     deviations: dict = field(default_factory=dict)  # standard errors over images
+    replicates: dict = field(default_factory=dict)  # of those over samples: the resampled values
     shares: dict = field(default_factory=dict)  # of metrics that are means over images: each image's own
     overlap: Overlap | None = None  # with the nearest reference image of each sample
 
@@ -174,24 +183,24 @@ def compare(reference, samples, metrics, logit_weights, repeats=0, device="cpu",
     values |= {key: float(share.mean()) for key, share in result.shares.items()}
     result.values = {key: values[key] for key in LABELS if key in values}
     if repeats:
-        errors = deviations(reference, samples, result, logit_weights, repeats, device)
+        result.replicates = replicates(reference, samples, result, logit_weights, repeats, device)
+        errors = standard_errors(result.replicates)
+        if result.shares:
+            errors |= bootstrap(_of_shares(result, ("recall", "coverage")), len(reference.rows), repeats)
         result.deviations = {key: errors[key] for key in result.values if key in errors}
     return result
 
 
-def deviations(reference, samples, result, logit_weights, repeats, device):
-    """Standard errors over images: of samples, and for recall and coverage of reference images.
+def replicates(reference, samples, result, logit_weights, repeats, device):
+    """Metrics of samples drawn with replacement: a dict of lists of `repeats` numbers; see `resample`.
 
-    Neighbourhoods stay what they are: among images drawn twice, the nearest neighbour would be the image itself.
+    Neighbourhoods stay what they are: among images drawn twice, the nearest neighbour would be the image itself. So
+    recall and coverage, which are shares of reference images, are not among them.
     """
-    weights = torch.as_tensor(logit_weights).to(device)
-
-    def of_shares(keys):
-        shares = {key: share for key, share in result.shares.items() if key in keys}
-        return lambda indices: {key: share[indices].mean() for key, share in shares.items()}
+    weights, of_shares = torch.as_tensor(logit_weights).to(device), _of_shares(result, ("precision", "density"))
 
     def of_samples(indices):
-        row = of_shares(("precision", "density"))(indices)
+        row = of_shares(indices)
         for metric, name in DISTANCES.items():
             if metric in result.values:
                 drawn = torch.from_numpy(samples.rows[name][indices]).to(device)
@@ -202,7 +211,10 @@ def deviations(reference, samples, result, logit_weights, repeats, device):
             row["inception_score"] = score.result()[0]
         return row
 
-    errors = bootstrap(of_samples, samples.count, repeats)
-    if result.shares:
-        errors |= bootstrap(of_shares(("recall", "coverage")), len(reference.rows), repeats)
-    return errors
+    return resample(of_samples, samples.count, repeats)
+
+
+def _of_shares(result, keys):
+    """A function of indices: the means over these images of the shares named."""
+    shares = {key: share for key, share in result.shares.items() if key in keys}
+    return lambda indices: {key: share[indices].mean() for key, share in shares.items()}

@@ -81,5 +81,6 @@ def as_markdown(report: dict[str, Any]) -> str:
         f"GPU hours of 2 x {PUBLISHED_SAMPLES:,} images: {found['total']:.1f} ({parts}), at {rates['guided']:.3g}"
     ]
     lines[-1] += f" guided images/s ({rates['source']}); without guidance twice as fast."
-    lines += [] if rates["decode"] else ["Decoding and evaluation are not in it: their speed was not stated."]
+    missing = "Evaluation is not in it: its" if rates["decode"] else "Decoding and evaluation are not in it: their"
+    lines += [f"{missing} speed was not stated."]
     return "\n".join([*lines, ""])

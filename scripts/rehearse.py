@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,12 @@ from benchmark import device_name
 from rehearsal_estimate import Rates, as_markdown, estimate, read_rates
 from rehearsal_memory import MemoryWatch
 from rehearsal_weights import write_checkpoint, write_inception, write_vae
+from sweep_grading import as_user_errors
 from typing_extensions import Self
 
 from masked_diffusion import script_util
+from masked_diffusion.latents.autoencoder import SD_VAES, check_first_stage, create_first_stage
+from masked_diffusion.models import find_model
 from masked_diffusion.utils.errors import UserError
 from masked_diffusion.utils.evaluations import load_evaluations
 from masked_diffusion.utils.files import atomic_write, write_json
@@ -31,6 +35,13 @@ from masked_diffusion.utils.options import Config, option
 
 REPO = Path(__file__).resolve().parents[1]
 ROUNDS = ("guided", "unguided")
+FIRST_STAGE = {"channels": 4, "downsample": 8}  # of Stable Diffusion, as the checkpoints of random numbers have it
+
+
+def fewest_photos() -> int:
+    """Photos that have the neighbours which the evaluator's metrics look at."""
+    neighbours = load_evaluations("neighbours")
+    return max(neighbours.MANIFOLD_K, neighbours.DENSITY_K) + 1
 
 
 @dataclass(frozen=True)
@@ -45,7 +56,7 @@ class RehearsalConfig(Config):
     model: str = option("MDTv2_XL_2", "family, size and patch size of the checkpoint that is made")
     image_size: int = option(256, "height and width of the images in pixels", at_least=16)
     num_samples: int = option(8, "images of each round", at_least=4)
-    num_photos: int = option(0, "photos of the reference, drawn at random; 0: all", at_least=0)
+    num_photos: int = option(0, "photos of the reference, drawn at random, at least 6; 0: all", at_least=0)
     num_sampling_steps: int = option(4, "sampling steps; the published rows have 250", at_least=1, at_most=1000)
     batch_size: int = option(4, "images at a time", at_least=1)
     model_path: str | None = option(None, "checkpoint; None: one of random numbers is written")
@@ -70,9 +81,38 @@ class RehearsalConfig(Config):
             value = getattr(self, name)
             if value and not Path(value).exists():
                 raise UserError(f"--{name} names {value}, which does not exist: leave the flag out for random numbers")
+        if 0 < self.num_photos < fewest_photos():
+            raise UserError(f"--num_photos is {self.num_photos}: it must be 0 (all), or at least {fewest_photos()}")
+        if self.vae and self.vae not in ("identity", *SD_VAES) and "/" not in self.vae and not Path(self.vae).exists():
+            raise UserError(f"--vae names {self.vae}, which does not exist: leave the flag out for random numbers")
+        patch = find_model(self.model).keywords["patch_size"]
+        if self.model_path is None and self.image_size % (FIRST_STAGE["downsample"] * patch):
+            raise UserError(
+                f"--image_size is {self.image_size}: it must be a multiple of {FIRST_STAGE['downsample'] * patch}, the "
+                f"{FIRST_STAGE['downsample']} pixels of a latent times the patch size {patch} of --model {self.model}"
+            )
         if self.images_per_second and self.benchmarks:
             raise UserError("--images_per_second and --benchmarks state the same figure: leave one of them out")
         return self
+
+
+def check_needs(config: RehearsalConfig) -> None:
+    """Refuse what a stage would refuse after those before it.
+
+    :raises UserError: for a missing package, too few photos, and an autoencoder that cannot be had or does not fit.
+    """
+    make_reference = load_evaluations("make_reference")
+    with as_user_errors():
+        check_packages = load_evaluations("errors").check_packages
+        check_packages("diffusers", "scipy", "matplotlib", reason="a rehearsal")
+        graph = config.inception and not config.inception.endswith((".pth", ".pt"))
+        if not graph or find_spec("tensorflow") is None:
+            check_packages("torch-fidelity", reason="the network of the evaluation")
+        source = make_reference.open_source(config.photos)
+        make_reference.choose(source, config.photos, "", max(config.num_photos, fewest_photos()), 0)
+    if config.vae:
+        first_stage = create_first_stage(config.vae)
+        check_first_stage(first_stage, FIRST_STAGE["channels"], {} if config.model_path else FIRST_STAGE, "--vae")
 
 
 class Stages:
@@ -146,12 +186,12 @@ def rehearse(config: RehearsalConfig, rates: Rates | None) -> dict[str, Any]:
     out.mkdir(exist_ok=True)
     made = {"model_path": config.model_path, "vae": config.vae, "inception": config.inception}
     random = [name for name, value in made.items() if value is None]
-    reference = out / "reference.npz"
+    reference, latents = out / "reference.npz", config.image_size // FIRST_STAGE["downsample"]
     with MemoryWatch() as watch:
         stages = Stages(watch)
         if config.model_path is None:
             with stages.stage("checkpoint of random numbers"):
-                made["model_path"] = str(write_checkpoint(out / "checkpoint.pt", config.model, config.image_size // 8))
+                made["model_path"] = str(write_checkpoint(out / "checkpoint.pt", config.model, latents))
         if config.vae is None or config.inception is None:
             with stages.stage("autoencoder and Inception of random numbers"):
                 made["vae"] = config.vae or str(write_vae(out / "vae"))
@@ -184,7 +224,7 @@ def rehearse(config: RehearsalConfig, rates: Rates | None) -> dict[str, Any]:
 def main() -> None:
     config = script_util.parse_flags(RehearsalConfig, __doc__)
     rates = read_rates(config.images_per_second, config.benchmarks, config.model)
-    load_evaluations("make_reference")
+    check_needs(config)
     report = rehearse(config, rates)
     write_json(Path(config.out, "rehearsal.json"), report)
     with atomic_write(Path(config.out, "rehearsal.md")) as file:

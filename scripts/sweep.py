@@ -7,7 +7,6 @@ what is new. torchrun shares the images of each setting among several GPUs.
 
 import argparse
 import hashlib
-import json
 import shlex
 import sys
 import time
@@ -21,7 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 from sweep_grading import GradingConfig, create_grader
-from sweep_report import add_best, write_pictures
+from sweep_report import add_best, read_report, write_pictures
 from typing_extensions import Self
 
 from masked_diffusion import dist_util, logger, script_util
@@ -47,7 +46,7 @@ from masked_diffusion.utils.locks import FileLock
 from masked_diffusion.utils.options import Config, option
 from masked_diffusion.utils.pictures import save_grid
 from masked_diffusion.utils.precision import choose_precision
-from masked_diffusion.weights.pretrained import find_weights, read_weights
+from masked_diffusion.weights.pretrained import check_fit, find_weights, read_weights
 
 SECONDS_PER_PICTURE = 60.0
 SHOWN = 20  # images in the grid that each setting leaves
@@ -195,8 +194,12 @@ def hash_emas(emas: dict[str, Path | Recipe]) -> dict[str, str]:
 
 
 def load_ema(weights: LoadedWeights, ema: Path | Recipe) -> None:
-    """Give the loaded model the weights of an EMA."""
-    state = mix_snapshots(ema) if isinstance(ema, Recipe) else read_weights(ema)
+    """Give the loaded model the weights of an EMA.
+
+    :raises UserError: for a file that holds none, and for those of another model.
+    """
+    path, state = (ema.paths[-1], mix_snapshots(ema)) if isinstance(ema, Recipe) else (ema, read_weights(ema))
+    check_fit(path, weights.model.state_dict(), state, f"the model of {weights.files['weights']}")
     weights.model.load_state_dict(state)
 
 
@@ -231,27 +234,13 @@ def sample_config(config: SweepConfig, cell: Cell) -> SampleConfig:
     return SampleConfig(config.weights, solver, guidance)
 
 
-def read_report(path: Path, settings: dict[str, Any], emas: dict[str, str]) -> dict[str, Any]:
-    """The report of an earlier call, or an empty one.
-
-    :raises UserError: for a file of another kind, and for one that was made with other settings or weights.
-    """
-    if not path.exists():
-        return {"settings": settings, "emas": emas, "rows": {}}
-    advice = f"move {path} away, or name another --out"
-    try:
-        report = json.loads(path.read_text())
-        before = report["settings"] | {f"EMA {name}": value for name, value in report["emas"].items()}
-        report["rows"].items()
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is no report of this script ({error!r}): {advice}") from error
-    for key, value in (settings | {f"EMA {name}": value for name, value in emas.items()}).items():
-        if before.get(key, value) != value or (key in settings and key not in before):
-            raise UserError(f"{path} was made with {key} {before.get(key)}, now it is {value}: {advice}")
-    return report | {"emas": report["emas"] | emas}
-
-
 # ---------------------------------------------------------------- drawing and grading
+
+
+def npz_of(config: SweepConfig, key: str) -> Path:
+    """Where the images of a setting lie until they are graded."""
+    folder = Path(config.images.samples_dir or f"{config.images.out}_samples")
+    return folder / f"{key.replace(':', '-').replace(', ', '_').replace(' ', '')}.npz"
 
 
 def draw(
@@ -261,13 +250,12 @@ def draw(
 
     :return: the npz, and images per second; None where an earlier call drew them.
     """
-    images, folder = config.images, Path(config.images.samples_dir or f"{config.images.out}_samples")
+    images, path = config.images, npz_of(config, cell.key())
     image_sampler = make_image_sampler(sample_config(config, cell), weights, images.batch_size, "truncate")
     choose = partial(
         choose_labels, class_rule="balanced", num_classes=weights.model.num_classes, seed=config.images.seed
     )
-    dist_util.run_on_main(partial(folder.mkdir, parents=True, exist_ok=True))
-    path = folder / f"{cell.key().replace(':', '-').replace(', ', '_').replace(' ', '')}.npz"
+    dist_util.run_on_main(partial(path.parent.mkdir, parents=True, exist_ok=True))
     with ShardStore(path, identity) as store:
         if store.finished():
             return path, None
@@ -281,15 +269,38 @@ def draw(
     return path, speed
 
 
-def sweep(config: SweepConfig, emas: dict[str, Path | Recipe], weights: LoadedWeights, grader: Any) -> Iterator[dict]:
-    """Draw and grade what the report lacks. Yields the report after each setting, on all ranks."""
-    cells = all_cells(config.axes, list(emas), weights.model.guidance_rule)
-    hashes = dist_util.broadcast_object(hash_emas(emas) if dist_util.is_main() else None)
+def image_settings(config: SweepConfig, weights: LoadedWeights) -> dict[str, Any]:
+    """What all rows of a report have in common, but for the grader's part of it."""
+    settings = {name: getattr(config.images, name) for name in ("num_samples", "seed", "clip_denoised")}
     precision = choose_precision(SampleConfig(config.weights).precision, dist_util.dev())
-    images = {name: getattr(config.images, name) for name in ("num_samples", "seed", "clip_denoised")}
-    settings = images | {"vae": weights.vae, "precision": precision, **grader.identity}
-    settings |= {"metrics": list(config.grading.keys), "bootstrap": config.grading.bootstrap}
-    report = dist_util.run_on_main(read_report, Path(f"{config.images.out}.json"), settings, hashes)
+    settings |= {"vae": weights.vae, "vae_precision": weights.first_stage.precision, "precision": precision}
+    return settings | {"metrics": list(config.grading.keys), "bootstrap": config.grading.bootstrap}
+
+
+def start_report(
+    config: SweepConfig, cells: list[Cell], emas: dict[str, Path | Recipe], weights: LoadedWeights, grader: Any
+) -> dict[str, Any]:
+    """The report so far, after all that can be refused; what is quick to find out comes first.
+
+    :raises UserError: for a report of other settings, EMAs that cannot be loaded, and as `grader.prepare`.
+    """
+    path, settings = Path(f"{config.images.out}.json"), image_settings(config, weights)
+    hashes = dist_util.run_on_main(hash_emas, emas)
+    report = dist_util.run_on_main(read_report, path, settings | grader.identity, hashes)
+    for name in dict.fromkeys(cell.ema for cell in cells if cell.key() not in report["rows"]):
+        load_ema(weights, emas[name])
+    grader.prepare()
+    return dist_util.run_on_main(read_report, path, settings | grader.identity, hashes)
+
+
+def sweep(
+    config: SweepConfig, cells: list[Cell], emas: dict[str, Path | Recipe], weights: LoadedWeights, grader: Any
+) -> Iterator[dict]:
+    """Draw and grade what the report lacks. Yields the report after each setting, on all ranks."""
+    report = start_report(config, cells, emas, weights, grader)
+    if dist_util.is_main():  # of a sweep that was killed after it wrote a row
+        for key in report["rows"]:
+            npz_of(config, key).unlink(missing_ok=True)
     waiting = {cell.key(): cell for cell in cells if cell.key() not in report["rows"]}
     logger.log(f"{len({cell.key() for cell in cells})} settings, of which {len(waiting)} are to be drawn")
     loaded, start = None, time.monotonic()
@@ -297,10 +308,12 @@ def sweep(config: SweepConfig, emas: dict[str, Path | Recipe], weights: LoadedWe
         if cell.ema != loaded:
             load_ema(weights, emas[cell.ema])
             loaded = cell.ema
-        path, speed = draw(config, cell, weights, settings | {"cell": key, "ema_sha256": hashes[cell.ema]})
+        path, speed = draw(
+            config, cell, weights, report["settings"] | {"cell": key, "ema_sha256": report["emas"][cell.ema]}
+        )
         grades = dist_util.broadcast_object(grader(path))
-        row = {**cell._asdict(), "metrics": grades.values, "deviations": grades.deviations, "images_per_second": speed}
-        report["rows"][key] = row
+        grades_of_row = {"metrics": grades.values, "deviations": grades.deviations, "replicates": grades.replicates}
+        report["rows"][key] = {**cell._asdict(), **grades_of_row, "images_per_second": speed}
         left = (time.monotonic() - start) / (count + 1) * (len(waiting) - count - 1)
         shown = "  ".join(f"{name} {value:.4g}" for name, value in grades.values.items())
         logger.log(f"setting {count + 1} of {len(waiting)}: {key}: {shown}  ETA {left / 60:.0f} min")
@@ -357,7 +370,7 @@ def run(config: SweepConfig, out: Path) -> None:
         make_image_sampler(sample_config(config, cell), weights)
     facts = {"command": shlex.join(["python", "scripts/sweep.py", *sys.argv[1:]]), "device": device_name()}
     drawn = time.monotonic()
-    for report in sweep(config, emas, weights, grader):
+    for report in sweep(config, cells, emas, weights, grader):
         report = facts | add_best(report, cells, config.grading) | facts
         finished = all(cell.key() in report["rows"] for cell in cells)
         if dist_util.is_main():

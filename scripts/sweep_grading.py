@@ -39,7 +39,10 @@ class GradingConfig(Config):
     backend: str = option("auto", "with --reference: see evaluations/", choices=("auto", "tensorflow", "torch"))
     digits: str = option("", "folder of the demo's digits: their classifier grades, instead of a reference")
     best: str | None = option(None, "the measure by which a setting is the best; None: the first")
-    bootstrap: int = option(50, "resamples for the intervals over images; 0: no intervals", at_least=0)
+    bootstrap: int = option(
+        50, "resamples for the intervals over images, of which recall, coverage and KID have none; 0: no intervals",
+        at_least=0,
+    )  # fmt: skip
 
     def check(self) -> Self:
         super().check()
@@ -61,10 +64,14 @@ class GradingConfig(Config):
 
 
 class Grades(NamedTuple):
-    """Values of the measures, and their standard errors over images (those that are known)."""
+    """Values of the measures, and of those that can be resampled over samples: standard errors, and resampled values.
+
+    Recall and coverage cannot: they are shares of reference images, and how they vary over samples is not known.
+    """
 
     values: dict[str, float]
     deviations: dict[str, float]
+    replicates: dict[str, list[float]]
 
 
 @contextmanager
@@ -89,6 +96,9 @@ class DigitsGrader:
                 self.module.read_folder(Path(config.digits, part))
         self.identity = {"grader": "the demo's classifier"}
 
+    def prepare(self) -> None:
+        """See `SuiteGrader.prepare`; the classifier is quick."""
+
     def check_size(self, size: int) -> None:
         """:raises UserError: for images of another size than the digits'."""
         if size != 8:
@@ -100,7 +110,8 @@ class DigitsGrader:
             return None
         with as_user_errors():
             grades = self.module.grade(self.config.digits, *self.module.read_samples(samples), self.config.bootstrap)
-        return Grades({key: grades[key] for key in DIGIT_KEYS}, grades.get("deviations", {}))
+        values = {key: grades[key] for key in DIGIT_KEYS}
+        return Grades(values, grades.get("deviations", {}), grades.get("replicates", {}))
 
 
 class Planned(NamedTuple):
@@ -116,30 +127,39 @@ class Planned(NamedTuple):
 class SuiteGrader:
     """The suite of evaluations/, with the network and the reference kept from one setting to the next.
 
+    Its `identity` is of the reference alone until `prepare` is called.
+
     :param num_samples: images of each setting.
-    :raises UserError: for a reference that cannot serve, and a network that cannot be had.
+    :raises UserError: for a reference that cannot serve, an `--inception` that is no file, and a missing package.
     """
 
     def __init__(self, config: GradingConfig, num_samples: int):
         self.config, self.metrics = config, config.metrics.split(",")
         self.suite, self.features, self.npz = map(load_evaluations, ("suite", "features", "npz_reader"))
-        evaluator: ModuleType = load_evaluations("evaluator")
+        self.evaluator: ModuleType = load_evaluations("evaluator")
+        flags = {"inception": config.inception, "backend": config.backend, "batch_size": BATCH_SIZE, "devices": 1}
+        self.flags = Namespace(**flags, exact_distances=False)
         with as_user_errors():
+            self.evaluator.check_network_flags(self.flags)
             self.images = self.npz.NpzImages(config.reference)
+            self.suite.reference_needs(self.metrics, self.images)
             self.suite.ready_statistics(self.metrics, self.images)
             planned = Planned("each setting", num_samples)
             self.suite.check_counts(self.metrics, self.images, planned)
-            flags = Namespace(inception=config.inception, backend=config.backend, exact_distances=False)
-            self.network, self.weights = evaluator.create_network(flags)
+        self.identity = {"reference_sha256": file_hash(config.reference)}
+
+    def prepare(self) -> None:
+        """What takes long: load the network, and pass the reference through it. All ranks call it.
+
+        :raises UserError: for a network that cannot be had, and one that does not fit the reference.
+        """
+        with as_user_errors():
+            self.network, self.weights = self.evaluator.create_network(self.flags)
             self.suite.check_sizes(self.metrics, self.images, self.network.sizes)
             first = "pr" in self.metrics and dist_util.is_main()
-            self.rule = evaluator.choose_rule(flags, self.network.name) if first else None
+            self.rule = self.evaluator.choose_rule(self.flags, self.network.name) if first else None
             self.reference = self.suite.read_reference(self.images, self.network, self.metrics, BATCH_SIZE)
-        self.identity = {
-            "reference_sha256": file_hash(config.reference),
-            "inception_sha256": file_hash(self.weights),
-            "backend": self.network.name,
-        }
+        self.identity |= {"inception_sha256": file_hash(self.weights), "backend": self.network.name}
 
     def check_size(self, size: int) -> None:
         """:raises UserError: for images of another size than the reference's."""
@@ -153,15 +173,17 @@ class SuiteGrader:
         """See `DigitsGrader.__call__`."""
         repeats, device = self.config.bootstrap, load_evaluations("ranks").device()
         with as_user_errors():
-            images, needs = self.npz.NpzImages(samples), self.suite.sample_needs(self.metrics, repeats)
+            images = self.npz.NpzImages(samples)
+            needs = self.suite.sample_needs(self.metrics, repeats, images)
             found = self.features.collect(images, self.network, needs, BATCH_SIZE)
             if found is None:
                 return None
             weights = self.network.logit_weights
             result = self.suite.compare(self.reference, found, self.metrics, weights, repeats, device, self.rule)
-        return Grades({key: result.values[key] for key in self.config.keys}, result.deviations)
+        values = {key: result.values[key] for key in self.config.keys}
+        return Grades(values, {key: result.deviations[key] for key in result.replicates}, result.replicates)
 
 
 def create_grader(config: GradingConfig, num_samples: int) -> DigitsGrader | SuiteGrader:
-    """The grader that flags describe."""
+    """The grader that flags describe, before `prepare`."""
     return DigitsGrader(config) if config.digits else SuiteGrader(config, num_samples)

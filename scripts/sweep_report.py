@@ -1,5 +1,6 @@
 """The report of a sweep: JSON, a table, heat maps, and which setting is the best, with its interval."""
 
+import json
 import math
 from collections.abc import Sequence
 from itertools import product
@@ -9,11 +10,35 @@ from typing import Any
 import numpy as np
 from sweep_grading import HIGHER_IS_BETTER, GradingConfig
 
+from masked_diffusion.utils.errors import UserError
 from masked_diffusion.utils.evaluations import load_evaluations
 from masked_diffusion.utils.files import atomic_write
 
 AXES = {"cfg_scale": "guidance scale", "ema": "EMA", "solver": "solver:steps", "shape": "guidance"}
+SHARES = {"class_accuracy", "precision"}  # of images, each of which counts as 0 or 1
 LABELS = {"class_accuracy": "class accuracy", "frechet_pixels": "Frechet distance of pixels"}
+
+
+def read_report(path: Path, settings: dict[str, Any], emas: dict[str, str]) -> dict[str, Any]:
+    """The report of an earlier call, or an empty one.
+
+    :raises UserError: for a file of another kind, and for one that was made with other settings or weights.
+    """
+    if not path.exists():
+        return {"settings": settings, "emas": emas, "rows": {}}
+    advice = f"move {path} away, or name another --out"
+    try:
+        report = json.loads(path.read_text())
+        before = report["settings"] | {f"EMA {name}": value for name, value in report["emas"].items()}
+        older = before["bootstrap"] and any("replicates" not in row for row in report["rows"].values())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is no report of this script ({error!r}): {advice}") from error
+    if older:
+        raise UserError(f"{path} is of an older version, which kept no resampled values to compare rows by: {advice}")
+    for key, value in (settings | {f"EMA {name}": value for name, value in emas.items()}).items():
+        if before.get(key, value) != value or (key in settings and key not in before):
+            raise UserError(f"{path} was made with {key} {before.get(key, '(unknown)')}, now it is {value}: {advice}")
+    return report | {"emas": report["emas"] | emas}
 
 
 def label(measure: str) -> str:
@@ -26,22 +51,30 @@ def best_of(rows: dict[str, dict[str, Any]], measure: str) -> str:
     return min(rows, key=lambda key: sign * rows[key]["metrics"][measure])
 
 
-def interval(row: dict[str, Any], measure: str) -> list[float] | None:
-    """The 95 % interval over images around a row's value, where its standard error is known."""
-    deviation = row["deviations"].get(measure)
-    return deviation and load_evaluations("metrics").interval(row["metrics"][measure], deviation)
+def interval(row: dict[str, Any], measure: str, count: int) -> list[float] | None:
+    """The 95 % interval over `count` images around a row's value; None where its standard error is not known."""
+    value, deviation, metrics = row["metrics"][measure], row["deviations"].get(measure), load_evaluations("metrics")
+    if deviation is None:
+        return None
+    return metrics.share_interval(value, count) if measure in SHARES else metrics.interval(value, deviation)
 
 
-def not_told_apart(rows: dict[str, dict[str, Any]], best: str, measure: str) -> list[str]:
-    """Other rows whose difference from the best lies within its 95 % interval.
+def not_told_apart(rows: dict[str, dict[str, Any]], best: str, measure: str, count: int) -> list[str]:
+    """Other rows whose difference from the best may be chance: two-sided t-tests at 5 %, Bonferroni's correction.
 
-    Images of one index share their noise, which makes the true interval narrower: no row is left out wrongly.
+    Each resample draws the same images of all rows, which share noises and classes: the deviation of the differences
+    of their resampled values is that of the difference. A share gets that of one image of `count` besides, since among
+    few images that differ, resamples differ too little.
     """
-    found, reach = [], load_evaluations("metrics").TWO_SIDED_95
-    for key, row in rows.items():
-        errors = [rows[name]["deviations"].get(measure, 0.0) for name in (key, best)]
-        difference = abs(row["metrics"][measure] - rows[best]["metrics"][measure])
-        found += [key] if key != best and difference <= reach * math.hypot(*errors) else []
+    from scipy.stats import t
+
+    others, found = [key for key in rows if key != best], []
+    reach = t.ppf(1 - 0.025 / max(len(others), 1), len(rows[best]["replicates"][measure]) - 1)
+    for key in others:
+        one, two = (np.array(rows[name]["replicates"][measure]) for name in (key, best))
+        error = math.hypot(np.std(one - two, ddof=1), 1 / count if measure in SHARES else 0)
+        difference = abs(rows[key]["metrics"][measure] - rows[best]["metrics"][measure])
+        found += [key] if difference <= reach * error else []
     return found
 
 
@@ -52,16 +85,18 @@ def rows_of(report: dict[str, Any], cells: Sequence[Any]) -> dict[str, dict[str,
 
 def add_best(report: dict[str, Any], cells: Sequence[Any], grading: GradingConfig) -> dict[str, Any]:
     """The report, saying which of these settings is the best so far."""
-    measure, rows = grading.best or grading.keys[0], rows_of(report, cells)
+    measure, rows, count = grading.best or grading.keys[0], rows_of(report, cells), report["settings"]["num_samples"]
     best = best_of(rows, measure)
-    value, bounds, equals = rows[best]["metrics"][measure], interval(rows[best], measure), []
+    value, bounds, equals = rows[best]["metrics"][measure], interval(rows[best], measure, count), []
     sentence = f"best {label(measure)}: {value:.4g}"
-    if bounds:
-        equals = not_told_apart(rows, best, measure)
+    if bounds is not None:
+        equals = not_told_apart(rows, best, measure, count)
         sentence += f" (95 % over images: {bounds[0]:.4g} to {bounds[1]:.4g})"
     sentence += f" with {best}"
-    if bounds:
+    if bounds is not None:
         sentence += f"; {len(equals)} of the {len(rows) - 1} others cannot be told apart from it"
+    elif report["settings"]["bootstrap"]:
+        sentence += "; no interval is known"
     found = {"measure": measure, "setting": best, "value": value, "interval": bounds, "not_told_apart": equals}
     return report | {"best": found | {"sentence": sentence}}
 
@@ -76,24 +111,25 @@ def write_pictures(out: Path, report: dict[str, Any], cells: Sequence[Any], meas
 
 def as_markdown(report: dict[str, Any], cells: Sequence[Any], measures: Sequence[str]) -> str:
     """A table of the settings, and the sentence on the best."""
-    head = ["setting", *map(label, measures), "images/s"]
+    head, rows, settings = ["setting", *map(label, measures), "images/s"], rows_of(report, cells), report["settings"]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    for key, row in rows_of(report, cells).items():
+    for key, row in rows.items():
         cells_of_row = [f"**{key}**" if key == report["best"]["setting"] else key]
-        cells_of_row += [_with_error(row, measure) for measure in measures]
+        cells_of_row += [_with_interval(row, measure, settings["num_samples"]) for measure in measures]
         speed = row["images_per_second"]
         lines.append(f"| {' | '.join(cells_of_row)} | {'' if speed is None else format(speed, '.3g')} |")
-    count, error = report["settings"]["num_samples"], ", ± 1.96 standard errors over images"
-    settings = f"{count} images of each setting, of the same noises{error if report['settings']['bootstrap'] else ''}; "
-    settings += f"{report['device']}."
+    said = f"{settings['num_samples']} images of each setting, of the same noises"
+    if settings["bootstrap"]:
+        without = [label(measure) for measure in measures if measure not in next(iter(rows.values()))["deviations"]]
+        said += "; in brackets: 95 % over images" + (f", not known of {', '.join(without)}" if without else "")
     sentence = report["best"]["sentence"]
-    return "\n".join([*lines, "", settings, f"{sentence[0].upper()}{sentence[1:]}.", ""])
+    return "\n".join([*lines, "", f"{said}; {report['device']}.", f"{sentence[0].upper()}{sentence[1:]}.", ""])
 
 
-def _with_error(row: dict[str, Any], measure: str) -> str:
-    bounds = interval(row, measure)
-    width = f" ± {(bounds[1] - bounds[0]) / 2:.2g}" if bounds else ""
-    return f"{row['metrics'][measure]:.4g}{width}"
+def _with_interval(row: dict[str, Any], measure: str, count: int) -> str:
+    bounds = interval(row, measure, count)
+    reach = "" if bounds is None else f" ({bounds[0]:.4g} to {bounds[1]:.4g})"
+    return f"{row['metrics'][measure]:.4g}{reach}"
 
 
 # ---------------------------------------------------------------- heat maps

@@ -16,6 +16,9 @@ from evaluations.metrics import (
     gaussian_statistics,
     interval,
     kernel_distance,
+    resample,
+    share_interval,
+    standard_errors,
 )
 
 
@@ -334,3 +337,21 @@ def test_the_bootstrap_finds_the_error_of_a_mean():
     assert interval(3.0, 0.5) == pytest.approx([2.02, 3.98], abs=1e-2)
     with pytest.raises(ValueError, match="bootstrap is 1"):
         bootstrap(lambda indices: {}, 5, repeats=1)
+
+
+def test_resamples_of_two_sets_are_of_the_same_images():
+    first, second = np.random.default_rng(0).standard_normal((2, 500))
+    drawn = [resample(lambda i, v=v: {"mean": v[i].mean()}, 500, repeats=9)["mean"] for v in (first, first + second)]
+    added = resample(lambda i: {"mean": second[i].mean()}, 500, repeats=9)["mean"]
+    assert np.subtract(drawn[1], drawn[0]) == pytest.approx(added)
+    assert standard_errors({"mean": added}) == {"mean": pytest.approx(np.std(added, ddof=1))}
+
+
+def test_the_interval_of_a_share_holds_it_at_the_stated_rate():
+    assert share_interval(0.5, 100) == pytest.approx([0.4038, 0.5962], abs=1e-4)
+    assert share_interval(1.0, 1000) == pytest.approx([0.9962, 1], abs=1e-4)
+    assert share_interval(0.0, 1000) == pytest.approx([0, 0.0038], abs=1e-4)
+    for share in (0.5, 0.9, 0.98):
+        found = np.random.default_rng(0).binomial(200, share, size=4000) / 200
+        bounds = np.array([share_interval(value, 200) for value in found])
+        assert 0.93 < np.mean((bounds[:, 0] <= share) & (share <= bounds[:, 1])) < 0.97

@@ -12,7 +12,7 @@ import rehearse
 import torch
 from helpers import DATA, crops
 from PIL import Image
-from rehearsal_estimate import estimate, read_rates
+from rehearsal_estimate import Rates, as_markdown, estimate, read_rates
 from rehearsal_memory import MemoryWatch
 from rehearsal_weights import write_checkpoint, write_inception, write_vae
 
@@ -92,6 +92,14 @@ def test_gpu_hours_come_from_the_stated_speed(tmp_path):
         (["--photos", ".", "--out", "no/where"], "no is no folder"),
         (["--photos", ".", "--model_path", "a.pt"], "--model_path names a.pt, which does not exist"),
         (["--photos", ".", "--num_samples", "3"], "--num_samples is 3: it must be at least 4"),
+        (["--photos", ".", "--image_size", "68"], "--image_size is 68: it must be a multiple of 16, the 8 pixels of a"),
+        (
+            ["--photos", ".", "--image_size", "80", "--model", "MDT_S_4"],
+            "--image_size is 80: it must be a multiple of 32",
+        ),
+        (["--photos", ".", "--model", "MDTv3"], "no model is called 'MDTv3'"),
+        (["--photos", ".", "--num_photos", "2"], "--num_photos is 2: it must be 0 (all), or at least 6"),
+        (["--photos", ".", "--vae", "nofile"], "--vae names nofile, which does not exist"),
         (["--photos", ".", "--images_per_second", "0"], "--images_per_second is 0.0: it must be above 0"),
         (["--photos", ".", "--images_per_second", "1", "--benchmarks", "b"], "state the same figure"),
     ],
@@ -103,6 +111,34 @@ def test_what_cannot_be_rehearsed_is_said_first(tmp_path, monkeypatch, flags, me
     (tmp_path / "full" / "kept").write_text("")
     with pytest.raises(UserError, match=re.escape(message)):
         script_util.parse_flags(rehearse.RehearsalConfig, "", flags)
+
+
+def test_what_a_later_stage_would_refuse_is_said_before_the_first(tmp_path, autoencoders, monkeypatch):
+    pytest.importorskip("torch_fidelity")
+
+    def refused(**flags):
+        words = [f"--{key}={value}" for key, value in ({"photos": tmp_path, "out": tmp_path / "out"} | flags).items()]
+        monkeypatch.setattr(sys, "argv", ["rehearse.py", *words])
+        with pytest.raises(UserError) as error:
+            rehearse.main()
+        return str(error.value)
+
+    monkeypatch.setattr(rehearse, "rehearse", None)
+    for i, pixels in enumerate(crops(6, seed=0)):
+        assert f"holds {i} images below .: 6 are needed" in refused()
+        Image.fromarray(pixels).save(tmp_path / f"{i}.png")
+    assert "holds 6 images below .: 7 are needed" in refused(num_photos=7)
+    assert "channels 16, but the model was trained with 4: name" in refused(vae=autoencoders / "flux")
+    monkeypatch.setattr("evaluations.errors.find_spec", lambda name: None if name == "torch_fidelity" else name)
+    assert refused().startswith("torch-fidelity is not installed, which the network of the evaluation")
+
+
+def test_the_report_says_what_the_hours_leave_out():
+    report = {"settings": {"model": "M", "num_samples": 4, "num_sampling_steps": 2}, "device": "a processor"}
+    report |= {"stages": [], "seconds": 1.0, "peak_memory_gib": 1.0, "random": [], "table": ""}
+    for decode, missing in ((50.0, "Evaluation is"), (None, "Decoding and evaluation are")):
+        text = as_markdown(report | {"estimate": estimate(Rates(5.0, decode, "gpu.json"))})
+        assert f"\n{missing} not in it: " in text and ("decoding" in text) == (decode is not None)
 
 
 def test_a_step_that_fails_ends_the_rehearsal(capfd):

@@ -6,20 +6,24 @@ import signal
 import subprocess
 import sys
 import time
+from unittest import mock
 
 import demo_run
 import numpy as np
 import pytest
 import sweep
+import sweep_grading
 import sweep_report
 from digits import write_digits
 from fill import fill
-from helpers import REPO, crops, evaluate, run_sample, run_script, sample_flags
+from helpers import REPO, crops, evaluate, needs_tensorflow, run_sample, run_script, sample_flags
 from PIL import Image
 from sweep_grading import GradingConfig
 
 from evaluations import grade_digits
 from masked_diffusion import create_model, script_util
+from masked_diffusion.sample_config import SampleConfig, WeightsConfig
+from masked_diffusion.sampling.build import load_weights
 from masked_diffusion.sampling.shards import ShardStore
 from masked_diffusion.training.ema import reconstruct, save_snapshots
 from masked_diffusion.utils.errors import UserError
@@ -165,11 +169,11 @@ def test_more_values_are_added_to_a_report(demo_folder, tmp_path, monkeypatch, c
     assert report_of(out)["best"]["setting"].startswith("ema_0.9_0000")
 
 
+@needs_tensorflow
 def test_the_suite_grades_like_the_evaluator(demo_folder, batches, tmp_path, monkeypatch, capsys):
-    pytest.importorskip("tensorflow")
     np.savez(tmp_path / "reference.npz", crops(30, seed=0, size=8))
     out, inception = tmp_path / "suite", batches / "small.pb"
-    flags = {"digits": None, "reference": tmp_path / "reference.npz", "inception": inception, "bootstrap": 0}
+    flags = {"digits": None, "reference": tmp_path / "reference.npz", "inception": inception, "bootstrap": 3}
     flags |= {"metrics": "fid,is,pr", "solvers": "ddim:2", "cfg_scales": 2.5, "sigma_rels": None, "best": "recall"}
     kept = []
     monkeypatch.setattr("pathlib.Path.unlink", lambda path, **_: kept.append(path), raising=True)
@@ -180,29 +184,107 @@ def test_the_suite_grades_like_the_evaluator(demo_folder, batches, tmp_path, mon
     evaluate(monkeypatch, capsys, *words, "--json", tmp_path / "metrics.json")
     metrics = json.loads((tmp_path / "metrics.json").read_text())["metrics"]
     assert row["metrics"] == pytest.approx(metrics, rel=1e-9)
+    resampled = {"inception_score", "fid", "precision"}  # recall is a share of reference images
+    assert row["deviations"].keys() == row["replicates"].keys() == resampled
     assert report_of(out)["best"]["measure"] == "recall"
 
 
-def test_the_best_is_named_with_its_interval():
-    def cell(scale):
-        return sweep.Cell("ema", scale, "power 1", "ddim:2")
+def cell(scale):
+    return sweep.Cell("ema", scale, "power 1", "ddim:2")
 
-    values = {1.0: (0.9, 0.01), 2.0: (0.95, 0.01), 3.0: (0.94, 0.01), 4.0: (0.5, 0.01)}
-    rows = {
-        cell(scale).key(): {"metrics": {"class_accuracy": value}, "deviations": {"class_accuracy": error}}
-        for scale, (value, error) in values.items()
-    }
-    config = GradingConfig(digits="digits", best="class_accuracy")
-    best = sweep_report.add_best({"rows": rows}, [cell(scale) for scale in values], config)["best"]
-    assert best["setting"] == cell(2.0).key() and best["interval"] == pytest.approx([0.9304, 0.9696], abs=1e-4)
-    assert best["not_told_apart"] == [cell(3.0).key()]
-    assert "1 of the 3 others cannot be told apart" in best["sentence"]
-    lowest = {
-        key: {"metrics": {"fid": row["metrics"]["class_accuracy"]}, "deviations": {}} for key, row in rows.items()
-    }
-    config = GradingConfig(reference="r.npz", metrics="fid")
-    best = sweep_report.add_best({"rows": lowest}, [cell(scale) for scale in values], config)["best"]
-    assert best["setting"] == cell(4.0).key() and best["interval"] is None
+
+def report_with(measure, values, count=1000):
+    """A report of rows, one for each guidance scale: (value, resampled values) or (value, None)."""
+    rows = {}
+    for scale, (value, drawn) in values.items():
+        known = {} if drawn is None else {measure: drawn}
+        row = {"metrics": {measure: value}, "replicates": known, "images_per_second": 1.0}
+        rows[cell(scale).key()] = row | {"deviations": {key: float(np.std(d, ddof=1)) for key, d in known.items()}}
+    return {"rows": rows, "settings": {"num_samples": count, "bootstrap": 50}, "device": "a processor"}
+
+
+def best_of(report, values, **grading):
+    return sweep_report.add_best(report, [cell(scale) for scale in values], GradingConfig(**grading))
+
+
+def resampled(*images):
+    """For each array of what images count: its mean, and means over the same images drawn with replacement."""
+    draws = np.random.default_rng(1).integers(len(images[0]), size=(50, len(images[0])))
+    return [(float(np.mean(one)), np.mean(one[draws], axis=1).tolist()) for one in images]
+
+
+def test_the_best_is_named_with_its_interval():
+    noise = np.random.default_rng(0).standard_normal(4000)
+    spread = [0.4 * noise, 0.3 + 0.4 * noise, 0.1 * noise[::-1], noise]  # of FID: lower is better
+    values = dict(zip((1.0, 2.0, 3.0, 4.0), resampled(*spread), strict=True))
+    report = best_of(report_with("fid", values), values, reference="r.npz", metrics="fid")
+    best = report["best"]
+    assert best["measure"] == "fid" and best["value"] == min(value for value, _ in values.values())
+    deviation = report["rows"][best["setting"]]["deviations"]["fid"]
+    assert best["interval"] == pytest.approx([best["value"] - 1.96 * deviation, best["value"] + 1.96 * deviation], 1e-4)
+    values = {scale: (value, None) for scale, (value, _) in values.items()}
+    report = best_of(report_with("recall", values), values, reference="r.npz", metrics="pr", best="recall")
+    assert report["best"]["interval"] is None and report["best"]["not_told_apart"] == []
+    assert report["best"]["sentence"].endswith("; no interval is known")
+    table = sweep_report.as_markdown(report, [cell(scale) for scale in values], ["recall"])
+    assert "; in brackets: 95 % over images, not known of Recall; a processor." in table
+
+
+def test_all_images_right_is_not_certain():
+    right = np.ones((2, 1000)), np.arange(1000) >= 10
+    values = dict(zip((1.0, 2.0, 3.0), resampled(*right[0], right[1]), strict=True))
+    report = best_of(report_with("class_accuracy", values), values, digits="digits")
+    low, high = report["best"]["interval"]
+    assert low == pytest.approx(1 - 3.84 / 1003.84, abs=1e-5) and high == 1  # Wilson's interval of 1000 of 1000
+    assert report["best"]["not_told_apart"] == [cell(2.0).key()]  # ten images of 1000 apart
+    table = sweep_report.as_markdown(report, [cell(scale) for scale in values], ["class_accuracy"])
+    assert "1 (0.9962 to 1)" in table
+    one_wrong = resampled(np.ones(1000), np.arange(1000) > 0)
+    values = {1.0: one_wrong[0], 2.0: (one_wrong[1][0], [1.0] * 50)}  # an image that no resample drew
+    report = best_of(report_with("class_accuracy", values), values, digits="digits")
+    assert report["best"]["not_told_apart"] == [cell(2.0).key()]
+
+
+def test_rows_are_told_apart_by_their_differences_on_the_same_images():
+    rng = np.random.default_rng(0)
+    image = rng.standard_normal(1000)  # what all settings share
+    for gap, apart in ((0.02, True), (0.0, False)):
+        pair = resampled(image, image + gap + 0.1 * rng.standard_normal(1000))
+        values = dict(zip((1.0, 2.0), pair, strict=True))
+        assert gap < 1.96 * np.std(pair[0][1])  # as if independent, none would be told apart
+        report = best_of(report_with("fid", values), values, reference="r.npz", metrics="fid")
+        assert (report["best"]["not_told_apart"] == []) == apart
+
+
+def test_the_number_of_comparisons_is_corrected_for():
+    rng, wrong = np.random.default_rng(0), 0
+    for _ in range(100):  # 21 settings that are equal in truth: one that is best here is so by chance
+        values = dict(enumerate(resampled(*rng.standard_normal((21, 200)))))
+        best = best_of(report_with("fid", values), values, reference="r.npz", metrics="fid")["best"]
+        wrong += cell(0).key() not in (best["setting"], *best["not_told_apart"])
+    assert wrong <= 5
+
+
+def test_the_report_keeps_what_rows_are_compared_by(demo_folder, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "kept"
+    run(monkeypatch, words_of(demo_folder, out, sigma_rels=0.05))
+    report = report_of(out)
+    for row in report["rows"].values():
+        for measure in ("class_accuracy", "frechet_pixels"):
+            drawn = row["replicates"][measure]
+            assert len(drawn) == 5 and row["deviations"][measure] == pytest.approx(np.std(drawn, ddof=1))
+    assert report["settings"]["vae_precision"] == "fp32"
+    report["settings"]["vae_precision"] = "bf16"
+    out.with_suffix(".json").write_text(json.dumps(report))
+    with pytest.raises(SystemExit):
+        run(monkeypatch, words_of(demo_folder, out, sigma_rels=0.05))
+    assert "kept.json was made with vae_precision bf16, now it is fp32" in capsys.readouterr().err
+    for row in report["rows"].values():
+        del row["replicates"]
+    out.with_suffix(".json").write_text(json.dumps(report))
+    with pytest.raises(SystemExit):
+        run(monkeypatch, words_of(demo_folder, out, sigma_rels=0.05))
+    assert "kept.json is of an older version, which kept no resampled values" in capsys.readouterr().err
 
 
 def test_the_presets_are_the_studies_of_the_demo():
@@ -232,6 +314,7 @@ def test_the_presets_are_the_studies_of_the_demo():
         ({"emas": "ema_0.5_000010.pt"}, "--emas names ema_0.5_000010.pt, but"),
         ({"preset": "none"}, "--preset is none: it must be one of digits, solvers"),
         ({"out": "nowhere/out"}, "nowhere is no folder"),
+        ({"sigma_rels": None, "emas": ["ema_0.9_000010.pt", "opt000020.pt"]}, "opt000020.pt holds no state dict of"),
     ],
     ids=str,
 )
@@ -250,3 +333,54 @@ def test_a_file_that_is_no_report_is_refused(demo_folder, tmp_path, monkeypatch,
             run(monkeypatch, words_of(demo_folder, tmp_path / "out"))
         assert "out.json is no report of this script" in capsys.readouterr().err
         assert (tmp_path / "out.json").read_text() == content
+
+
+def test_a_network_that_is_no_file_is_refused_before_the_weights_are_loaded(demo_folder, tmp_path, monkeypatch):
+    np.savez(tmp_path / "reference.npz", crops(30, seed=0, size=8))
+    np.savez(tmp_path / "statistics.npz", mu=np.zeros(4), sigma=np.eye(4))
+    monkeypatch.setattr(sweep, "load_weights", None)
+    for flags, message in (
+        (
+            {"reference": tmp_path / "reference.npz", "inception": tmp_path / "none.pb"},
+            r"none\.pb, which does not exist",
+        ),
+        ({"reference": tmp_path / "statistics.npz", "metrics": "pr"}, "holds statistics alone, without images"),
+    ):
+        words = words_of(demo_folder, tmp_path / "out", digits=None, **flags)
+        monkeypatch.setattr(sys, "argv", ["sweep.py", *words])
+        with pytest.raises(UserError, match=message):
+            sweep.main()
+
+
+def test_other_settings_are_refused_before_the_reference_is_read(demo_folder, tmp_path, monkeypatch):
+    np.savez(tmp_path / "reference.npz", crops(30, seed=0, size=8))
+    settings = {"num_samples": 20, "seed": 0, "clip_denoised": False, "bootstrap": 5}
+    (tmp_path / "out.json").write_text(json.dumps({"settings": settings, "emas": {}, "rows": {}}))
+    flags = {"digits": None, "reference": tmp_path / "reference.npz", "sigma_rels": None, "seed": 1}
+    words = words_of(demo_folder, tmp_path / "out", **flags)
+    monkeypatch.setattr(sys, "argv", ["sweep.py", *words])
+    monkeypatch.setattr(sweep_grading.SuiteGrader, "prepare", None)
+    with pytest.raises(UserError, match="was made with seed 0, now it is 1: move"):
+        sweep.main()
+
+
+def test_an_ema_of_another_model_is_refused(demo_folder, tmp_path):
+    import torch
+
+    path = tmp_path / "other.pt"
+    torch.save(create_model("MDTv2_Nano_2", input_size=8, in_channels=3, num_classes=3).state_dict(), path)
+    weights = load_weights(SampleConfig(WeightsConfig(model_path=str(demo_folder / "train"))))
+    with pytest.raises(
+        UserError, match=r"other\.pt does not fit the model of .*ema_0\.9_000020\.pt: it has other shapes"
+    ):
+        sweep.load_ema(weights, path)
+
+
+def test_images_of_finished_settings_do_not_stay(demo_folder, tmp_path, monkeypatch):
+    out, flags = tmp_path / "out", {"sigma_rels": 0.05, "cfg_scales": 1, "bootstrap": 0}
+    with monkeypatch.context() as patched, pytest.raises(SystemExit):  # stopped at the last picture
+        patched.setattr(sweep, "write_pictures", mock.Mock(side_effect=KeyboardInterrupt))
+        run(patched, words_of(demo_folder, out, **flags))
+    assert len(report_of(out)["rows"]) == len(list((tmp_path / "out_samples").glob("*.npz"))) == 1
+    run(monkeypatch, words_of(demo_folder, out, **flags))
+    assert out.with_suffix(".png").exists() and not list((tmp_path / "out_samples").glob("*.npz"))
