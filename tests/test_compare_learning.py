@@ -10,6 +10,7 @@ from pathlib import Path
 import compare_learning
 import image_classifier
 import learning_report
+import learning_tuning
 import numpy as np
 import pytest
 import torch
@@ -54,7 +55,7 @@ def run_study(monkeypatch, out, draw=False, **flags):
 def tuned_study(path, cells):
     """The JSON of a study that has tuned every cell to a learning rate of 0.01."""
     scores = {0.005: 3.0, 0.01: 2.0, 0.02: 2.5}
-    cells = map(compare_learning.tuning_cell, cells)
+    cells = map(learning_tuning.tuning_cell, cells)
     rows = [make_row(cell, [score], 0, lr) for cell in cells for lr, score in scores.items()]
     path.write_text(json.dumps({"settings": {}, "judge": {}, "tuning": rows, "runs": []}))
     return path
@@ -72,22 +73,22 @@ def test_variants_as_published_and_what_is_tuned():
     assert published_cell(UNMASKED) == Cell(UNMASKED, "adan", True)
     assert published_cell("MDT") == Cell("MDT", "adamw", False)
     assert [Cell(variant, "adan", True).masked for variant in VARIANTS] == [True, False, True, False]
-    assert compare_learning.tuning_cell(FAST) == Cell("MDTv2", "adan", False)
+    assert learning_tuning.tuning_cell(FAST) == Cell("MDTv2", "adan", False)
 
 
 def test_tuning_walks_to_the_best_rate_from_either_side_and_stops_between_two_worse_ones():
     for best, tries in ((0.001, 5), (0.008, 3), (0.064, 6)):  # the neighbour below is tried first
         scores = {}
-        while (lr := compare_learning.next_lr(scores, 0.008, 2.0)) is not None:
+        while (lr := learning_tuning.next_lr(scores, 0.008, 2.0)) is not None:
             scores[lr] = abs(np.log2(lr / best))
-        assert compare_learning.best_lr(scores) == pytest.approx(best)
+        assert learning_tuning.best_lr(scores) == pytest.approx(best)
         assert len(scores) == tries
     flat = {}
-    while (lr := compare_learning.next_lr(flat, 0.008, 2.0)) is not None:
+    while (lr := learning_tuning.next_lr(flat, 0.008, 2.0)) is not None:
         flat[lr] = 1.0
-    assert len(flat) == compare_learning.MOST_RATES
+    assert len(flat) == learning_tuning.MOST_RATES
     diverged = {0.008: float("inf"), 0.004: 1.0}
-    assert compare_learning.next_lr(diverged, 0.008, 2.0) == 0.002
+    assert learning_tuning.next_lr(diverged, 0.008, 2.0) == 0.002
 
 
 def test_where_a_curve_reaches_a_target():
@@ -166,7 +167,8 @@ def test_seconds_are_those_of_one_processor():
 
 def test_a_study_that_has_just_begun_is_reported_too(tmp_path):
     tuning = [make_row(SLOW, [2.0], 0), make_row(SLOW, [], 0, 0.02, complete=False)]
-    content = {"settings": {"steps": 40, "eval_interval": 20}, "judge": {}, "tuning": tuning, "runs": []}
+    settings = {"steps": 40, "eval_interval": 20, "tuning_lr": 0.01, "tuning_factor": 2.0}
+    content = {"settings": settings, "judge": {}, "tuning": tuning, "runs": []}
     learning_report.write(str(tmp_path / "out"), tmp_path / "out.md", content, tmp_path)
     assert "| DiT | adamw | **2.000** | diverged |" in (tmp_path / "out.md").read_text()
     assert [path.name for path in tmp_path.glob("*.png")] == ["out_tuning.png"]
@@ -186,6 +188,17 @@ def test_other_json_is_no_study(text, tmp_path, monkeypatch):
     (tmp_path / "out.json").write_text(text)
     with pytest.raises(UserError, match=r"out.json (cannot be read as JSON|is not the JSON of a study)"):
         run_study(monkeypatch, tmp_path / "out", report=True)
+
+
+def test_runs_at_other_rates_than_the_tuned_one_are_left_out():
+    cell = FAST._replace(min_snr=False)
+    tuning = [make_row(cell, [score], 0, lr) for lr, score in ((0.005, 3.0), (0.01, 2.0), (0.02, 2.5))]
+    content = {"settings": {"tuning_lr": 0.01, "tuning_factor": 2.0}, "tuning": tuning}
+    content["runs"] = [make_row(each, [4, 2], lr=lr) for each in (FAST, cell, SLOW) for lr in (0.01, 0.02)]
+    kept = [(row["variant"], row["lr"]) for row in learning_report.at_tuned_rates(content)["runs"]]
+    assert kept == [("MDTv2", 0.01), ("MDTv2", 0.01), ("DiT", 0.01), ("DiT", 0.02)]  # of DiT there is no tuning yet
+    content["tuning"] = tuning[:2]
+    assert learning_report.at_tuned_rates(content) == content
 
 
 def test_the_processor_has_a_name():
@@ -245,7 +258,7 @@ def test_a_miniature_resumes_exactly_and_goes_on_where_it_stopped(tmp_path, monk
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_twenty_steps_of_the_whole_study(tmp_path, monkeypatch):
-    monkeypatch.setattr(compare_learning, "MOST_RATES", 3)
+    monkeypatch.setattr(learning_tuning, "MOST_RATES", 3)
     flags = {"steps": 20, "eval_interval": 2, "seeds": 1}
     content = run_study(monkeypatch, tmp_path / "out", draw=True, **flags)
     assert len(content["runs"]) == 16 and all(len(row["curve"]) == 10 for row in content["runs"])
@@ -336,9 +349,8 @@ def test_the_tables_and_pictures_in_docs_are_those_of_the_json(path, tmp_path):
     for picture in tmp_path.glob("*.png"):
         assert (REPO / "docs" / picture.name).exists() and picture.stat().st_size > 1000
         if not picture.name.endswith("_samples.png"):  # which are drawn of what the runs left
-            assert (
-                source_of(REPO / "docs" / picture.name) == source_of(picture) == learning_report.content_hash(content)
-            )
+            source = learning_report.content_hash(learning_report.at_tuned_rates(content))
+            assert source_of(REPO / "docs" / picture.name) == source_of(picture) == source
     for row in content["runs"]:
         assert len(row["curve"]) >= 8 and row["processor"] and "compare_learning.py" in row["command"]
 

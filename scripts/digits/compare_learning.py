@@ -25,6 +25,7 @@ from demo_run import grade_digits
 from image_classifier import classifier_judge, folder_hash
 from learning_factors import cell_of
 from learning_runs import VARIANTS, Cell, Judge, Run, evenly, published_cell, train
+from learning_tuning import best_lr, next_lr, tried, tuned_lr, tuning_cell
 
 from masked_diffusion import script_util
 from masked_diffusion.models import create_model
@@ -36,7 +37,6 @@ from masked_diffusion.utils.options import Config, option
 
 TUNING_SEED = 0
 DIGITS_SIZE = 8  # pixels of a side
-MOST_RATES = 6  # that tuning tries: where a cell hardly learns, the best may lie at an edge for ever
 OPTIMIZERS, MIN_SNR = ("adan", "adamw"), (True, False)
 LEAST_EVALUATIONS = 8
 # Flags with which the rows of one JSON may differ, and still compare.
@@ -157,8 +157,7 @@ class Results:
             raise UserError(f"--tuning_from {path} is no file: name the JSON of a study")
         rows = read_study(path)["tuning"]
         for cell in cells_of(config):
-            scores = tried(rows, cell)
-            if not scores or next_lr(scores, config.tuning_lr, config.tuning_factor) is not None:
+            if tuned_lr(rows, cell, config.tuning_lr, config.tuning_factor) is None:
                 raise UserError(f"--tuning_from {path} has not tuned the learning rate of {cell}: let it finish first")
         self.content["tuning"] = self.content["tuning"] or rows
 
@@ -186,48 +185,6 @@ class Results:
 
 
 # ---------------------------------------------------------------- the queue
-
-
-def tuning_score(row: dict) -> float:
-    """What tuning minimises: the Frechet distance at the end; a run that diverged is the worst."""
-    return row["curve"][-1]["frechet"] if row["complete"] else float("inf")
-
-
-def next_lr(scores: dict[float, float], first: float, factor: float) -> float | None:
-    """The learning rate to try next, by the rule that is the same for all cells; None: tuning is done.
-
-    The first, then its neighbours on a grid of constant ratio, and further while the best lies at an edge, up to
-    `MOST_RATES` in all.
-
-    :param scores: by learning rate.
-    """
-    if not scores:
-        return first
-    if len(scores) >= MOST_RATES:
-        return None
-    best = best_lr(scores)
-    for lr in (best / factor, best * factor):
-        if not any(abs(lr / other - 1) < 1e-6 for other in scores):
-            return float(f"{lr:.6g}")
-    return None
-
-
-def tuning_cell(cell: Cell) -> Cell:
-    """The cell whose runs tune the learning rate of a cell: the same without Min-SNR.
-
-    Both optimizers divide by the size of the gradients, which is most of what the weighting changes.
-    """
-    return cell._replace(min_snr=False)
-
-
-def tried(rows: list[dict], cell: Cell) -> dict[float, float]:
-    """Score by learning rate, of a cell's tuning runs."""
-    own = tuning_cell(cell)._asdict().items()
-    return {row["lr"]: tuning_score(row) for row in rows if own <= row.items()}
-
-
-def best_lr(scores: dict[float, float]) -> float:
-    return min(scores, key=lambda lr: (scores[lr], lr))
 
 
 def queue(config: StudyConfig, results: Results) -> Iterator[tuple[str, Run]]:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from learning_factors import AXES, Factor, all_factors, by_cell, cell_of, comparable, curves, timed_on
 from learning_runs import VARIANTS, Cell, Run, published_cell
+from learning_tuning import tuned_lr
 
 from masked_diffusion.utils.files import atomic_write
 from masked_diffusion.utils.pictures import save_grid
@@ -252,8 +253,16 @@ def draw_samples(path: Path, content: dict[str, Any], work: Path) -> None:
     save_grid(path, images, len(rows[0]), max(1, min(MAX_SCALE, 96 // images.shape[1])))
 
 
+def at_tuned_rates(content: dict[str, Any]) -> dict[str, Any]:
+    """The same without runs at other learning rates than tuning chose, where it is finished."""
+    first, factor = (content["settings"].get(key) for key in ("tuning_lr", "tuning_factor"))
+    tuned = {cell: tuned_lr(content["tuning"], cell, first, factor) for cell in map(cell_of, content["runs"])}
+    return content | {"runs": [row for row in content["runs"] if tuned[cell_of(row)] in (None, row["lr"])]}
+
+
 def write(out: str, doc: Path, content: dict[str, Any], work: Path) -> None:
     """Make everything that the JSON has rows for."""
+    content = at_tuned_rates(content)
     if content["tuning"]:
         draw_tuning(Path(f"{out}_tuning.png"), content)
     if by_cell(content["runs"]):
