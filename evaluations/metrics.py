@@ -2,6 +2,8 @@
 
 import itertools
 import warnings
+from contextlib import redirect_stdout
+from io import StringIO
 
 import numpy as np
 import torch
@@ -62,7 +64,7 @@ class GaussianStatistics:
     def merge(self, other):
         """Add the rows that another one has seen, as if they came after its own but for the roundings of sums."""
         if not self.count:
-            self.__dict__.update(vars(other))
+            self.__dict__.update(vars(other), _waiting=list(other._waiting))
             return
         self._enter_waiting()
         other._enter_waiting()
@@ -157,8 +159,9 @@ def _adms_roots(sigma1, sigma2, exact):
     """
     from scipy.linalg import LinAlgWarning, sqrtm
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", LinAlgWarning)  # which says that the matrix is singular
+    # A warning, and in SciPy before 1.17 a printed line, say that the matrix is singular.
+    with warnings.catch_warnings(), redirect_stdout(StringIO()):
+        warnings.simplefilter("ignore", LinAlgWarning)
         root = sqrtm(sigma1 @ sigma2)
         if not np.isfinite(root).all():
             offset = 1e-6 * np.eye(len(sigma1))

@@ -394,7 +394,7 @@ def test_no_bias_is_kept_in_training_or_on_other_devices():
     attention, x = Attention(8, 1, num_patches=4).eval(), torch.randn(1, 4, 8)
     with torch.no_grad():
         assert attention.dense_bias(x) is not None
-    assert attention.dense_bias(x) is None and attention.rel_pos_bias.made is not None  # a graph may read it
+    assert attention.dense_bias(x) is None and attention.rel_pos_bias.made is not None
     assert attention.train().dense_bias(x) is None and attention.rel_pos_bias.made is None
     with torch.device("meta"):
         assert RelativePositionBias((2, 2), 1).dense(torch.float32) is None  # elsewhere than on a CPU

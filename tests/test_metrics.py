@@ -117,6 +117,15 @@ def test_a_small_fid_of_50_000_images_is_adms():
     assert frechet_distance(*exact[0], *exact[1]) != pytest.approx(expected, rel=1e-5)
 
 
+def test_what_was_merged_stays_as_it_was():
+    rows = np.random.default_rng(7).standard_normal((30, 3)).astype(np.float32)
+    part, whole = in_batches(rows[:10], 5), GaussianStatistics()
+    whole.merge(part)
+    whole.update(rows[10:])
+    np.testing.assert_array_equal(whole.result()[0], rows.mean(0))
+    np.testing.assert_array_equal(part.result()[1], np.cov(rows[:10], rowvar=False))
+
+
 def test_of_few_images_the_distance_is_adms_inaccurate_one():
     """Fewer images than features: SciPy's square root of a singular matrix, whose error is part of what ADM prints."""
     rng = np.random.default_rng(0)
@@ -131,14 +140,15 @@ def test_of_few_images_the_distance_is_adms_inaccurate_one():
     assert abs(frechet_distance(*statistics) / expected - 1) > 1e-6
 
 
-def test_of_singular_covariances_whose_root_is_not_real_the_distance_is_exact(monkeypatch):
+def test_of_singular_covariances_whose_root_is_not_real_the_distance_is_exact(monkeypatch, capsys):
     import scipy.linalg
 
     statistics = [*gaussian_statistics(np.eye(3, 5)), *gaussian_statistics(np.eye(3, 5)[:, ::-1].copy())]
     exact = frechet_distance(*statistics)
     for broken in (np.full((5, 5), np.nan), np.eye(5) * 1j):
-        monkeypatch.setattr(scipy.linalg, "sqrtm", lambda _, broken=broken: broken)
+        monkeypatch.setattr(scipy.linalg, "sqrtm", lambda _, broken=broken: print("singular") or broken)
         assert frechet_distance(*statistics, as_adm=True) == exact
+    assert capsys.readouterr().out == ""
     finite = iter([np.full((5, 5), np.nan), 0.01 * np.eye(5)])  # the second is asked for with larger covariances
     monkeypatch.setattr(scipy.linalg, "sqrtm", lambda _: next(finite))
     mu1, sigma1, mu2, sigma2 = statistics

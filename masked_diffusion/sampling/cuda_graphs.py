@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from .. import logger
-from ..layers.attention import RelativePositionBias
 
 WARM_UPS = 3  # calls before the capture, in which compilers and libraries set up what they may not set up in it
 MAX_GRAPHS = 8  # each shape of a batch has a graph and its memory
@@ -39,18 +38,14 @@ class GraphedForward:
             try:
                 if len(self.graphs) == MAX_GRAPHS:
                     raise RuntimeError(f"there are graphs of {MAX_GRAPHS} shapes of a batch already")
-                graph = self._capture((x, t, y))
-                # Layers hold only their last bias: a call in another number format, or training in between, would
-                # free the memory of one that the graph goes on reading.
-                biases = [bias.made for bias in self.network.modules() if isinstance(bias, RelativePositionBias)]
-                self.graphs[key] = *graph, biases
+                self.graphs[key] = self._capture((x, t, y))
             except RuntimeError as error:
                 self.failed = True
                 reason = next(iter(str(error).splitlines()), "the capture failed")
                 logger.log(f"no CUDA graph, every kernel is launched on its own: {reason[:200]}")
         if key not in self.graphs:
             return self.forward(x, t, y)
-        graph, inputs, output, _ = self.graphs[key]
+        graph, inputs, output = self.graphs[key]
         for own, value in zip(inputs, (x, t, y), strict=True):
             own.copy_(value)
         graph.replay()
