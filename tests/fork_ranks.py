@@ -32,6 +32,7 @@ def start(script, flags, ranks, prepare=lambda rank: None):
         if ranks > 1:
             os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
             os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        torch.set_num_threads(1)  # in a fork, threads of the autograd engine that do this first and together abort
         code = 1
         try:
             sys.argv = [script, *flags]

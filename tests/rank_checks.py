@@ -147,6 +147,7 @@ def fork_ranks(folder, ranks, function, *arguments):
         # On true nodes the local ranks begin anew; here they choose the GPUs.
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
         os.environ |= {"GROUP_RANK": str(rank // PER_NODE), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        torch.set_num_threads(1)  # see fork_ranks.py
         code = 1
         try:
             dist_util.join_process_group()

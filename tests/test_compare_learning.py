@@ -201,6 +201,20 @@ def test_runs_at_other_rates_than_the_tuned_one_are_left_out():
     assert learning_report.at_tuned_rates(content) == content
 
 
+def test_samples_are_those_of_any_run_of_a_cell(tmp_path):
+    content = {"settings": {"steps": 2, "eval_interval": 1}, "runs": [make_row(FAST, [4, 2], seed) for seed in (1, 2)]}
+    content["runs"].append(make_row(SLOW, [4, 2]))
+    picture = tmp_path / "samples.png"
+    for cell, row, shade in ((FAST, content["runs"][1], 50), (SLOW, content["runs"][2], 200)):
+        learning_report.draw_samples(picture, content, tmp_path)
+        assert not picture.exists()
+        run = Run(cell, row["lr"], row["seed"], 2, 1)
+        np.savez(tmp_path / f"{run.name}.npz", images=np.full((30, 8, 8, 3), shade, np.uint8))
+    learning_report.draw_samples(picture, content, tmp_path)
+    pixels = np.asarray(Image.open(picture))
+    assert pixels[0, 0].tolist() == [50] * 3 and pixels[pixels.shape[0] // 2, 0].tolist() == [200] * 3
+
+
 def test_the_processor_has_a_name():
     assert len(processor()) > 3
 

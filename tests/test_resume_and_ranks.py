@@ -123,11 +123,7 @@ def test_16_ranks_train_save_resume_and_sample(images, tmp_path):
         options = {"optimizer": "adan", "batch_size": 16 // launch.get("ranks", 1), "num_workers": 0}
         for steps, shard in ((3, "none"), (6, "fsdp" if launch else "none")):
             flags = train_flags(images, tmp_path / kind, max_steps=steps, shard=shard, **options)
-            result = fork("image_train.py", flags, check=False, **launch)
-            if result.returncode and "terminate called" in result.stderr:
-                # PyTorch's own threads abort now and then in FSDP of 16 processes on 2 cores: the same command goes on.
-                result = fork("image_train.py", flags, check=False, **launch)
-            assert result.returncode == 0, result.stderr
+            fork("image_train.py", flags, **launch)
         flags = {"model_path": tmp_path / kind, "log_dir": tmp_path / f"samples{kind}", "num_samples": 32}
         flags |= {"num_sampling_steps": 3, "batch_size": 2}
         fork("image_sample.py", [f"--{key}={value}" for key, value in flags.items()], **launch)

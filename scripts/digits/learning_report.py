@@ -115,7 +115,7 @@ SECTIONS = {"final quality": final_table, "factors": factor_table, "tuning": tun
 PICTURES = {  # ending of the file's name -> what it shows
     "": "Quality against steps, images, FLOP and seconds, each variant as published; bands: range over seeds",
     "_cells": "Frechet distance against steps and FLOP, the variants under every optimizer and weighting",
-    "_samples": "Samples at the end of the first seed, one row a cell in the order of the table",
+    "_samples": "Samples at the end of a run, one row a cell in the order of the table",
     "_tuning": "Frechet distance at the end of tuning against the learning rate",
 }
 PLACES = {"final quality": ("", "_samples"), "factors": ("_cells",), "tuning": ("_tuning",)}
@@ -239,14 +239,20 @@ def draw_tuning(path: Path, content: dict[str, Any]) -> None:
     save_figure(path, figure, content)
 
 
+def samples_of(cell: Cell, runs: list[dict], settings: dict[str, Any], work: Path) -> Path | None:
+    """The last samples of the first of a cell's runs whose samples are there: a run of another machine left none."""
+    run_rows = (Run(cell, row["lr"], row["seed"], settings["steps"], settings["eval_interval"]) for row in runs)
+    paths = (work / f"{run.name}.npz" for run in run_rows)
+    return next((path for path in paths if path.exists()), None)
+
+
 def draw_samples(path: Path, content: dict[str, Any], work: Path) -> None:
-    """The first samples of the first run of each cell, one row a cell, in the order of the table; where they are."""
-    settings, rows = content["settings"], []
-    for cell, runs in by_cell(content["runs"]).items():
-        run = Run(cell, runs[0]["lr"], runs[0]["seed"], settings["steps"], settings["eval_interval"])
-        samples = work / f"{run.name}.npz"
-        if not samples.exists():
-            return
+    """The first samples of one run of each cell, one row a cell, in the order of the table; if every cell has some."""
+    found = [samples_of(cell, runs, content["settings"], work) for cell, runs in by_cell(content["runs"]).items()]
+    if None in found:
+        return
+    rows = []
+    for samples in found:
         with np.load(samples, allow_pickle=False) as arrays:
             rows.append(arrays["images"][:SHOWN])
     images = np.pad(np.concatenate(rows), ((0, 0), (0, 1), (0, 1), (0, 0)), constant_values=255)
