@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from .. import dist_util
 from ..utils.errors import UserError
+from ..utils.tensor_files import load_state_dict
 from ..weights.checkpoint import STATE_NAME
 from ..weights.sharded import Contents, Part, Section, check_parts, read_contents, read_parts, section_parts
 from .ema import DTYPES
@@ -86,7 +87,7 @@ def load_sharded(state: TrainState, path: Path) -> None:
         own_share = list(files)[dist_util.get_rank() :: dist_util.get_world_size()]
         check_parts(path, {name: files[name] for name in own_share})
         contents = {name: read_contents(path / name) for name in (*targets, "optimizer")}
-        small = dist_util.load_state_dict(str(path / STATE_NAME))
+        small = load_state_dict(str(path / STATE_NAME))
         keys = {"optimizer", "scaler", "schedule_sampler", "guardian", "phema", "step", "rollbacks", "train_seconds"}
         if not isinstance(small, dict) or not small.keys() >= keys or "state" not in small["optimizer"]:
             raise UserError(f"{path / STATE_NAME} is no training state of this code: restore it")

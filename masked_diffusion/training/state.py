@@ -14,6 +14,7 @@ from ..config import RunConfig
 from ..resample import ScheduleSampler
 from ..utils.errors import UserError
 from ..utils.flag_values import split_numbers
+from ..utils.tensor_files import load_state_dict
 from ..weights.checkpoint import checkpoint_files, ema_name, model_name, opt_name, save_checkpoint
 from .adan import Adan
 from .ema import PowerEMA, remove_snapshots, save_snapshots, snapshot_files
@@ -33,7 +34,7 @@ from .parallel import (
 from .receive import receive_all, send_state
 
 
-def read_on_nodes(path: Path, read: Callable[..., Any] = dist_util.load_state_dict) -> Any:
+def read_on_nodes(path: Path, read: Callable[..., Any] = load_state_dict) -> Any:
     """What a file holds: the first rank of each node reads it, and the others receive its tensors when they use them.
 
     :param read: called with the path and `mmap=True`.

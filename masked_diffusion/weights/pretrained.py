@@ -9,12 +9,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .. import dist_util, logger
+from .. import logger
 from ..config import RunConfig
 from ..layers.attention import UNREAD_ROWS
 from ..models import SIZES, DiT, create_model, model_class
 from ..utils.errors import UserError
 from ..utils.safetensors_files import read_safetensors
+from ..utils.tensor_files import load_state_dict
 from .checkpoint import CONFIG_NAME, is_sharded, newest_ema, read_config
 
 ARCHITECTURE_KEYS = {
@@ -108,7 +109,7 @@ def _fetch(repository: str, names: tuple[str, ...]) -> Path:
 def read_weights(path: str | Path, mmap: bool = False) -> dict[str, torch.Tensor]:
     """The state dict in a file. In checkpoints of other codebases it is the entry `ema`, `model` or `state_dict`.
 
-    :param mmap: see `dist_util.load_state_dict`; only for files that this code wrote.
+    :param mmap: see `load_state_dict`; only for files that this code wrote.
 
     :raises UserError: for a file that cannot be read or holds no state dict of these models; see `check_state_dict`.
     """
@@ -131,7 +132,7 @@ def read_weights(path: str | Path, mmap: bool = False) -> dict[str, torch.Tensor
 def read_tensors(path: str | Path, mmap: bool = False) -> Any:
     """What a file of tensors holds, or a subfolder of a sharded checkpoint.
 
-    :param mmap: see `dist_util.load_state_dict`.
+    :param mmap: see `load_state_dict`.
     """
     if is_sharded(Path(path).parent):
         from .sharded import read_section
@@ -139,7 +140,7 @@ def read_tensors(path: str | Path, mmap: bool = False) -> Any:
         return read_section(Path(path))
     if Path(path).suffix == ".safetensors":
         return read_safetensors(path)
-    return dist_util.load_state_dict(str(path), mmap=mmap)
+    return load_state_dict(str(path), mmap=mmap)
 
 
 def check_state_dict(state: dict[str, Any]) -> None:

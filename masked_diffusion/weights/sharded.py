@@ -29,8 +29,8 @@ from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.tensor import DTensor
 
-from .. import dist_util
 from ..utils.errors import UserError
+from ..utils.tensor_files import load_state_dict
 from .checkpoint import MANIFEST_NAME, STATE_NAME
 
 METADATA_NAME = ".metadata"
@@ -250,7 +250,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     :raises UserError: for a file that is missing or damaged.
     """
     check_parts(checkpoint, section_parts(checkpoint, {""}))
-    return dist_util.load_state_dict(str(checkpoint / STATE_NAME))
+    return load_state_dict(str(checkpoint / STATE_NAME))
 
 
 def whole_train_state(small: dict[str, Any], optimizer: dict[str, torch.Tensor]) -> dict[str, Any]:
