@@ -32,7 +32,9 @@ def start(script, flags, ranks, prepare=lambda rank: None):
         if ranks > 1:
             os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
             os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        torch.set_num_threads(1)  # in a fork, threads of the autograd engine that do this first and together abort
+        # The first call after a fork renews PyTorch's thread pool: without this one the threads of the autograd engine
+        # make it together, and now and then one of them finds no pool and aborts.
+        torch.set_num_threads(1)
         code = 1
         try:
             sys.argv = [script, *flags]
