@@ -259,18 +259,23 @@ def test_a_job_that_nobody_waits_for_is_ended(server, painted):
     assert server.log.read_text().count("nobody waits for these images any more") == before + 1
 
 
-def test_a_password_is_asked_for(named_checkpoint, tmp_path, monkeypatch, capsys):
+def test_a_password_is_asked_for(named_checkpoint, tmp_path, monkeypatch):
     import page
 
+    # Without capsys: uvicorn closes all handlers of `logging`, and that of absl then closes its stream, unless that is
+    # sys.stderr at that moment: it may be pytest's own file for standard error.
+    lines = []
+    monkeypatch.setattr(page.logger, "log", lines.append)
     monkeypatch.setattr(page.os, "environ", dict(os.environ) | {"GRADIO_TEMP_DIR": str(tmp_path)})
     config, jobs = sample_config(named_checkpoint), web_guards.Jobs(web_guards.Listeners())
     studio = page.Studio(config, web_requests.Limits(), load_weights(config), tmp_path, jobs)
     port = free_port()
     for password, warned in ((None, 1), ("open sesame", 0)):
-        built, _ = page.build_page(studio), capsys.readouterr()
+        built = page.build_page(studio)
+        lines.clear()
         page.launch(built, page.PageConfig(host="0.0.0.0", port=port, password=password), jobs.listeners)
         try:
-            assert capsys.readouterr().out.count("everyone who reaches 0.0.0.0 may use this page") == warned
+            assert "".join(lines).count("everyone who reaches 0.0.0.0 may use this page") == warned
             connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
 
             def ask(path, body=None, connection=connection, **headers):
