@@ -1,5 +1,6 @@
 """Items, order, sharding, classes, bad folders."""
 
+import gc
 import os
 import random
 import signal
@@ -255,6 +256,7 @@ def test_loader_processes_obey_their_own_training_process_alone(tmp_path):
 def test_a_killed_loader_process_is_heard_of_at_the_next_batch(tmp_path):
     data, processes = start_loading(tmp_path)
     pid = processes[1].pid
+    assert data._batches._workers_done_event._cond.acquire(timeout=4)  # as if that process held it when it was killed
     os.kill(pid, signal.SIGKILL)
     os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
     time.sleep(0.05)  # torch by itself raises here, wherever the training step is
@@ -263,8 +265,11 @@ def test_a_killed_loader_process_is_heard_of_at_the_next_batch(tmp_path):
         LoaderWorkerDied, match=rf"^data loading process {pid} was killed by a signal \(Killed\): most likely"
     ):
         next(data)
-    del data, processes
+    del data
+    gc.collect()
     assert time.monotonic() - start < 4
+    processes[0].join(4)
+    assert processes[0].exitcode == -signal.SIGKILL, "its memory is needed no longer"
 
 
 def test_what_killed_a_loader_process_is_told():

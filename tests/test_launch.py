@@ -183,7 +183,8 @@ def poll():
 try:
     dist_util.add_to_count("images", 3 + rank)
     dist_util.host_barrier(None if rank else poll)
-    print(rank, dist_util.add_to_count("images", 0), count > 5 or rank, dist_util.broadcast_object("word"))
+    total, word = dist_util.add_to_count("images", 0), dist_util.broadcast_object("word")
+    sys.stdout.write(f"{rank} {total} {count > 5 or rank} {word}\\n")  # in one piece, also where nothing is buffered
 except RuntimeError:
     print("the other rank is dead")
 if child:

@@ -398,6 +398,14 @@ class Window:
         wait(lambda: search.get_attribute("value") != text)
         return search.get_attribute("value")
 
+    def set(self, slider, number):
+        from selenium.webdriver import Keys
+
+        box = self.find(f"{slider} input[type=number]")
+        box.click()
+        box.send_keys(Keys.CONTROL, "a")
+        box.send_keys(str(number), Keys.TAB)
+
     def press(self, button, line):
         """Press a button, and look on until the text under the view says `line`; the views, first to last."""
         views = [self.view()]
@@ -436,8 +444,11 @@ class Window:
 def test_a_class_is_picked_drawn_saved_and_painted_over_in_a_browser(server, browser, drawn, tmp_path):
     page = Window(browser, server.url)
     assert page.view() is None and page.pick("tw") == "2  two"
-    views = page.press("#draw", "4 x 2 two, seed 7: 30 steps in")
+    page.set("#steps", 250)  # long enough to be seen on its way
+    views = page.press("#draw", "4 x 2 two, seed 7: 250 steps in")
     assert len(set(views)) > 3, "images are seen as they form"
+    page.set("#steps", 30)
+    page.press("#draw", "4 x 2 two, seed 7: 30 steps in")
     assert np.abs(page.images() - drawn).max() <= 1
     page.find("#download").click()
     saved = tmp_path / "downloads" / "class2_seed7.png"
@@ -456,9 +467,11 @@ def test_a_class_is_picked_drawn_saved_and_painted_over_in_a_browser(server, bro
     loaded = browser.execute_script("return performance.getEntriesByType('resource').map(entry => entry.name)")
     assert len(loaded) > 20 and {name for name in loaded if not name.startswith((server.url, "blob:"))} == set()
 
+    page.set("#steps", 250)
     page.find("#fill").click()
     wait(lambda: "Step " in page.find("#status").text)
     page.find("#stop").click()
     wait(lambda: "Stopped." in page.find("#status").text)
+    page.set("#steps", 30)
     page.press("#draw", "4 x 2 two, seed 7: 30 steps in")
     assert np.abs(page.images() - drawn).max() <= 1

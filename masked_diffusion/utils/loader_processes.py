@@ -19,6 +19,7 @@ CAUSES = {
     "Killed": "most likely the machine or the job ran out of memory: lower --num_workers, or ask for more memory",
     "Bus error": "its shared memory (/dev/shm) is full: enlarge it (docker run --shm-size), or lower --num_workers",
 }
+_abandoned: list[Any] = []  # torch's iterators, which have no effect when they are freed as the interpreter ends
 OTHER_CAUSE = "run with --num_workers 0 to see the cause, or lower --num_workers if memory is short"
 
 
@@ -86,7 +87,18 @@ class LoaderIterator:
             sentence = _explain_death(str(error))
             if sentence is None:
                 raise
+            self._abandon()
             raise LoaderWorkerDied(sentence) from error.with_traceback(None)
+
+    def _abandon(self) -> None:
+        """End the other processes, and keep torch from ending them in its own way.
+
+        torch first takes a lock that the processes share. One that was killed may have held it: this process would
+        wait for it for ever.
+        """
+        for process in self._batches._workers:
+            process.kill()
+        _abandoned.append(self._batches)
 
 
 def _explain_death(message: str) -> str | None:
