@@ -25,6 +25,7 @@ from masked_diffusion.utils.locks import FileLock
 
 FAST, SLOW = Cell("MDTv2", "adan", True), Cell("DiT", "adamw", False)
 MINI = {"steps": 8, "eval_interval": 1, "num_samples": 20, "num_sampling_steps": 2, "batch_size": 8}
+TUNED = {0.005: 3.0, 0.01: 2.0, 0.02: 2.5}  # Frechet distance by learning rate
 
 
 def make_row(cell, qualities, seed=1, lr=0.01, step=10, seconds=1.0, **more):
@@ -37,10 +38,18 @@ def make_row(cell, qualities, seed=1, lr=0.01, step=10, seconds=1.0, **more):
     return cell._asdict() | row | more
 
 
-def run_study(monkeypatch, out, draw=False, **flags):
+def run_study(monkeypatch, out, draw=False, tuned=(), **flags):
+    """Run the script; its JSON.
+
+    :param tuned: cells that a new JSON holds the tuning of already, to a learning rate of 0.01.
+    """
     flags = MINI | {"out": out, "work": f"{out}_work"} | flags
     words = [f"--{key}={value}" for key, value in flags.items()]
     monkeypatch.setattr(sys, "argv", ["compare_learning.py", *words])
+    if tuned and not Path(f"{out}.json").exists():
+        results = compare_learning.Results(script_util.parse_flags(compare_learning.StudyConfig, ""))
+        for cell, (lr, score) in product(map(learning_tuning.tuning_cell, tuned), TUNED.items()):
+            results.add("tuning", make_row(cell, [score], 0, lr))
     threads = torch.get_num_threads()
     try:
         with monkeypatch.context() as patched:
@@ -50,15 +59,6 @@ def run_study(monkeypatch, out, draw=False, **flags):
     finally:
         torch.set_num_threads(threads)
     return json.loads(Path(f"{out}.json").read_text())
-
-
-def tuned_study(path, cells):
-    """The JSON of a study that has tuned every cell to a learning rate of 0.01."""
-    scores = {0.005: 3.0, 0.01: 2.0, 0.02: 2.5}
-    cells = map(learning_tuning.tuning_cell, cells)
-    rows = [make_row(cell, [score], 0, lr) for cell in cells for lr, score in scores.items()]
-    path.write_text(json.dumps({"settings": {}, "judge": {}, "tuning": rows, "runs": []}))
-    return path
 
 
 def source_of(picture):
@@ -225,7 +225,7 @@ def test_the_processor_has_a_name():
 def test_a_miniature_resumes_exactly_and_goes_on_where_it_stopped(tmp_path, monkeypatch):
     cells = [SLOW]
     monkeypatch.setattr(compare_learning, "cells_of", lambda config: cells)
-    flags = {"tuning_from": tuned_study(tmp_path / "tuned.json", [FAST, SLOW]), "seeds": 1, "work": tmp_path / "work"}
+    flags = {"tuned": [FAST, SLOW], "seeds": 1, "work": tmp_path / "work"}
     (whole,) = run_study(monkeypatch, tmp_path / "whole", **flags)["runs"]
     steps, seconds, flop = ([point[key] for point in whole["curve"]] for key in ("step", "cpu_seconds", "flop"))
     assert steps == list(range(1, 9)) and seconds == sorted(seconds) and flop[-1] == pytest.approx(8 * flop[0])
@@ -246,7 +246,7 @@ def test_a_miniature_resumes_exactly_and_goes_on_where_it_stopped(tmp_path, monk
     monkeypatch.setattr(Curve, "after_step", stop_at_five)
     with pytest.raises(KeyboardInterrupt):
         run_study(monkeypatch, tmp_path / "cut", **flags)
-    assert stopped and not (tmp_path / "cut.json").exists()
+    assert stopped and json.loads((tmp_path / "cut.json").read_text())["runs"] == []
     cells.append(FAST)
     runs = run_study(monkeypatch, tmp_path / "cut", draw=True, **flags)["runs"]
     assert [row["variant"] for row in runs] == ["DiT", "MDTv2"]
@@ -288,7 +288,7 @@ def test_a_folder_of_images_is_judged_by_a_classifier_of_its_own(tmp_path, monke
         (tmp_path / split).mkdir()
         write_images(tmp_path / split, [f"{'ab'[i % 2]}_{i}.png" for i in range(40)], size=(8, 8))
     monkeypatch.setattr(compare_learning, "cells_of", lambda config: [FAST])
-    flags = {"tuning_from": tuned_study(tmp_path / "tuned.json", [FAST]), "seeds": 1}
+    flags = {"tuned": [FAST], "seeds": 1}
     flags |= {"data_dir": tmp_path / "train", "test_dir": tmp_path / "test", "random_flip": True}
     content = run_study(monkeypatch, tmp_path / "out", **flags)
     last = content["runs"][0]["curve"][-1]
@@ -325,8 +325,6 @@ def test_the_classifier_learns(tmp_path):
         ({"steps": 7}, "at least 8 evaluations"),
         ({"data_dir": "here"}, "--data_dir and --test_dir go together"),
         ({"report": True}, "out.json is no file"),
-        ({"tuning_from": "nowhere.json"}, "--tuning_from nowhere.json is no file"),
-        ({"tuning_from": "docs/sweep.json"}, "docs/sweep.json is not the JSON of a study"),
         ({"image_size": 16}, "--image_size is 16, but the digits have 8"),
         ({"doc": "nowhere/x.md"}, "there is no folder nowhere"),
         ({"size": "Foo_2"}, "no model is called"),
@@ -338,12 +336,6 @@ def test_what_is_refused_before_anything_is_trained(flags, message, tmp_path, mo
     with pytest.raises(UserError, match=message):
         run_study(monkeypatch, tmp_path / "out", **flags)
     assert not (tmp_path / "out.json").exists()
-
-
-def test_tuning_of_another_study_must_be_finished(tmp_path, monkeypatch):
-    path = tuned_study(tmp_path / "tuned.json", [FAST])
-    with pytest.raises(UserError, match=r"has not tuned the learning rate of MDTv2-unmasked, adan, with Min-SNR"):
-        run_study(monkeypatch, tmp_path / "out", tuning_from=path, cells="published")
 
 
 def test_the_page_in_docs_has_a_place_for_every_table():

@@ -25,7 +25,7 @@ from demo_run import grade_digits
 from image_classifier import classifier_judge, folder_hash
 from learning_factors import cell_of
 from learning_runs import VARIANTS, Cell, Judge, Run, evenly, published_cell, train
-from learning_tuning import best_lr, next_lr, tried, tuned_lr, tuning_cell
+from learning_tuning import best_lr, next_lr, tried, tuning_cell
 
 from masked_diffusion import script_util
 from masked_diffusion.models import create_model
@@ -40,7 +40,7 @@ DIGITS_SIZE = 8  # pixels of a side
 OPTIMIZERS, MIN_SNR = ("adan", "adamw"), (True, False)
 LEAST_EVALUATIONS = 8
 # Flags with which the rows of one JSON may differ, and still compare.
-MAY_CHANGE = ("out", "doc", "work", "seeds", "report", "cells", "data_dir", "test_dir", "tuning_from")
+MAY_CHANGE = ("out", "doc", "work", "seeds", "report", "cells", "data_dir", "test_dir")
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,6 @@ class StudyConfig(Config):
     eval_interval: int = option(250, "steps between evaluations of the EMA", at_least=1)
     tuning_lr: float = option(4e-3, "the learning rate that tuning starts from", above=0)
     tuning_factor: float = option(2.0, "ratio of neighbouring learning rates", above=1)
-    tuning_from: str = option("", "take the tuning of this study's JSON instead; '': tune here")
     num_samples: int = option(500, "images to draw in each evaluation", at_least=2)
     solver: str = option("dpm++", "sampling algorithm of the evaluations", choices=SOLVERS)
     num_sampling_steps: int = option(10, "its steps", at_least=1)
@@ -146,20 +145,6 @@ class Results:
                         f"{self.path} was made with {key} {found.get(key)}, not {value}: give the same flags, or "
                         "another --out"
                     )
-
-    def take_tuning(self, config: StudyConfig) -> None:
-        """Take the tuning runs of another study, where this one has none.
-
-        :raises UserError: when they do not tune every cell of this study.
-        """
-        path = Path(config.tuning_from)
-        if not path.is_file():
-            raise UserError(f"--tuning_from {path} is no file: name the JSON of a study")
-        rows = read_study(path)["tuning"]
-        for cell in cells_of(config):
-            if tuned_lr(rows, cell, config.tuning_lr, config.tuning_factor) is None:
-                raise UserError(f"--tuning_from {path} has not tuned the learning rate of {cell}: let it finish first")
-        self.content["tuning"] = self.content["tuning"] or rows
 
     def take_judge(self, about: dict[str, Any]) -> None:
         """Enter who judges.
@@ -267,8 +252,6 @@ def study(config: StudyConfig, say: Callable[[str], None]) -> None:
     """Train what the JSON lacks."""
     check_models(config)
     results, work = Results(config), Path(config.work)
-    if config.tuning_from:
-        results.take_tuning(config)
     folder = runs_folder(config, results.content["settings"])
     try:
         folder.mkdir(parents=True, exist_ok=True)
