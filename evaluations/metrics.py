@@ -139,10 +139,7 @@ def frechet_distance(mu1, sigma1, mu2, sigma2, as_adm=False):
         raise UserError("the statistics hold NaN or infinite numbers: compute them anew")
     root1, root2 = _root(sigma1), _root(sigma2)
     if root1.shape == root2.shape == sigma1.shape:
-        from scipy.linalg import eigvalsh  # takes two thirds of torch's time on an AMD EPYC
-
-        product = _product_of_roots(root1, root2).numpy()
-        values = torch.from_numpy(eigvalsh(product, check_finite=False)).clamp_min(0).sqrt()
+        values = torch.linalg.eigvalsh(_product_of_roots(root1, root2)).clamp_min(0).sqrt()
     else:
         values = torch.linalg.svdvals(root1.T @ root2)
         if as_adm:
