@@ -284,7 +284,7 @@ def test_2048_dimensions_are_exact_and_far_faster_than_the_matrix_square_root():
     difference = gaussians[0] - gaussians[2]
     by_root = difference @ difference + np.trace(gaussians[1] + gaussians[3] - 2 * root.real)
     assert by_root == pytest.approx(expected, rel=1e-6)
-    assert square_root > 5 * own  # 7 to 10 times alone; what else the machine does slows eigenvalues down more
+    assert square_root > 8 * own
 
 
 # ---------------------------------------------------------------- Inception score
