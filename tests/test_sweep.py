@@ -296,6 +296,17 @@ def test_the_presets_are_the_studies_of_the_demo():
     assert sweep.read_flags(["--preset", "digits", "--cfg_scales", "3"]).axes.cfg_scales == (3.0,)
 
 
+@pytest.mark.parametrize("name", ["sweep", "solvers"])
+def test_the_pages_in_docs_are_made_of_their_reports(name):
+    report = json.loads((REPO / f"docs/{name}.json").read_text())
+    config = sweep.read_flags(report["command"].split()[2:])
+    cells = sweep.all_cells(config.axes, list(report["emas"]), "power-cosine")
+    assert {cell.key() for cell in cells} == set(report["rows"])
+    assert sweep_report.add_best(report, cells, config.grading) == report
+    page = sweep_report.as_markdown(report, cells, config.grading.keys)
+    assert page == (REPO / f"docs/{name}.md").read_text()
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [
