@@ -19,23 +19,25 @@ RULES = ("none", "constant", "power-cosine", "interval")
 # ---------------------------------------------------------------- weights
 
 
-def constant_weight(t: torch.Tensor, cfg_scale: float) -> torch.Tensor:
+def constant_weight(t: torch.Tensor, cfg_scale: float | torch.Tensor) -> torch.Tensor:
     """Classifier-free guidance (Ho & Salimans 2022, eq. 6 with w = 1 + guidance strength): w(t) = cfg_scale.
 
     :param t: (N,) timesteps.
+    :param cfg_scale: one scale, or (N,) scales.
     :return: (N,) float32 weights.
     """
-    return torch.full(t.shape, float(cfg_scale), device=t.device)
+    return torch.ones(t.shape, device=t.device) * cfg_scale
 
 
 def power_cosine_weight(
-    t: torch.Tensor, cfg_scale: float, diffusion_steps: int = 1000, scale_pow: float = 4.0
+    t: torch.Tensor, cfg_scale: float | torch.Tensor, diffusion_steps: int = 1000, scale_pow: float = 4.0
 ) -> torch.Tensor:
     """Power-cosine guidance of MDT: w(t) = 1 + (s - 1) * (1 - cos(pi * (1 - t / steps)^pow)) / 2.
 
     During sampling, the weight grows from 1 (pure noise) to s = `cfg_scale` (image). A larger `scale_pow` delays it.
 
     :param t: (N,) timesteps in [0, diffusion_steps].
+    :param cfg_scale: one scale, or (N,) scales.
     :return: (N,) float32 weights between 1 and cfg_scale.
     """
     progress = (1 - t.float() / diffusion_steps) ** scale_pow
@@ -94,7 +96,7 @@ class Guidance:
     """The settings of a guidance rule.
 
     :param rule: one of `RULES`.
-    :param cfg_scale: guidance scale: the largest weight.
+    :param cfg_scale: guidance scale: the largest weight; a tensor (N,) for one of each row.
     :param scale_pow: power of the `power-cosine` rule.
     :param interval: smallest and largest timestep that the `interval` rule guides.
     :param guided_channels: see `resolve_channels`.
@@ -105,7 +107,7 @@ class Guidance:
     """
 
     rule: str = "none"
-    cfg_scale: float = 1.0
+    cfg_scale: float | torch.Tensor = 1.0
     scale_pow: float = 4.0
     interval: tuple[float, float] = (0, 1000)
     guided_channels: int | str | None = "auto"
@@ -117,7 +119,7 @@ class Guidance:
             raise UserError(f"guidance is {self.rule!r}: choose one of {', '.join(RULES)}")
         for name in ("cfg_scale", "scale_pow", "interval", "skip_below"):
             value = getattr(self, name)
-            if not all(map(math.isfinite, value if name == "interval" else (value,))):
+            if not torch.as_tensor(value).isfinite().all():
                 raise UserError(f"{name} of the guidance is {value}: it must be finite")
         if self.guided_channels is not None and (requirement := check_channels(self.guided_channels)):
             raise UserError(f"guided_channels of the guidance is {self.guided_channels}: it must be {requirement}")

@@ -148,23 +148,30 @@ class DiT(BlockModel):
         return self.unpatchify(self.final_layer(x, c))  # (N, out_channels, H, W)
 
     def forward_with_cfg(
-        self, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float | None = None, diffusion_steps: int = 1000,
-        scale_pow: float = 4.0, guided_channels: int | str | None = "auto",
+        self, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float | Tensor | None = None,
+        diffusion_steps: int = 1000, scale_pow: float = 4.0, guided_channels: int | str | None = "auto",
     ) -> Tensor:  # fmt: skip
         """A forward pass with classifier-free guidance.
 
         :param x: (2n, C, H, W), of which only the first n rows are used. :param t: (2n,) timesteps.
         :param y: (2n,) labels: n classes, then the null label n times.
-        :param cfg_scale: guidance scale; None is `forward`. The weight is constant for DiT; for MDT and MDTv2 it is
-            the power-cosine schedule over `diffusion_steps`, with the power `scale_pow`.
+        :param cfg_scale: guidance scale; None is `forward`; a tensor of n scales, or of 2n of which the first n count,
+            gives each pair its own. The weight is constant for DiT; for MDT and MDTv2 it is the power-cosine schedule
+            over `diffusion_steps`, with the power `scale_pow`.
         :param guided_channels: see `guidance.resolve_channels`.
         :return: (2n, C or 2C, H, W); the guided channels are the same in both halves.
-        :raises UserError: for an odd number of rows.
+        :raises UserError: for an odd number of rows, and for another number of scales.
         """
         if cfg_scale is None:
             return self(x, t, y)
         if len(x) % 2:
             raise UserError(f"guidance takes pairs of rows, n with a class and n with the null class, but got {len(x)}")
+        if isinstance(cfg_scale, Tensor):  # (), (n,), (2n,) or, as users of DiT have it, (n, 1, 1, 1)
+            if cfg_scale.numel() not in (1, len(x) // 2, len(x)):
+                raise UserError(
+                    f"cfg_scale holds {cfg_scale.numel()} scales: it must hold 1, {len(x) // 2} or {len(x)}"
+                )
+            cfg_scale = cfg_scale.reshape(-1)[: len(x) // 2]
         half, guided = x[: len(x) // 2], resolve_channels(guided_channels, x.shape[1]) or x.shape[1]
         out_cond, out_null = self(torch.cat([half, half]), t, y).chunk(2)
         guidance = Guidance(self.guidance_rule, cfg_scale, scale_pow, diffusion_steps=diffusion_steps)

@@ -8,6 +8,7 @@ from fill import fill
 
 from masked_diffusion import create_model
 from masked_diffusion.guidance import RULES, Guidance, GuidedDenoiser, interval_weight, resolve_channels
+from masked_diffusion.utils.errors import UserError
 
 T = torch.tensor([999, 750, 500, 250, 0])
 X, Y = torch.randn(5, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(5)
@@ -48,6 +49,23 @@ def test_guidance_is_the_models_own():
         denoise = GuidedDenoiser(model, Guidance("power-cosine", 3.0, 2.0, **options), model.null_label)
         torch.testing.assert_close(denoise(X, T, Y), doubled[:5], rtol=0, atol=0)
     assert torch.equal(GuidedDenoiser(model, Guidance())(X, T, Y), model(X, T, Y))
+
+
+@pytest.mark.parametrize("name", ["MDTv2_Nano_2", "DiT_Nano_2"])
+def test_each_pair_may_have_its_own_scale(name):
+    model = fill(create_model(name, input_size=8, in_channels=3, num_classes=10)).eval().requires_grad_(False)
+    x, t, y = torch.cat([X, X]), torch.cat([T, T]), torch.cat([Y, torch.full((5,), 10)])
+    scales = torch.tensor([1.0, 1.5, 2.0, 4.0, 8.0])
+    rows = [model.forward_with_cfg(x, t, y, scale.item())[[i, 5 + i]] for i, scale in enumerate(scales)]
+    expected = torch.stack(rows).transpose(0, 1).flatten(0, 1)
+    for given in (scales, scales.view(5, 1, 1, 1), torch.cat([scales, -scales])):
+        torch.testing.assert_close(model.forward_with_cfg(x, t, y, given), expected, rtol=0, atol=0)
+    for one in (scales[3], scales[3:4]):
+        assert torch.equal(model.forward_with_cfg(x, t, y, one), model.forward_with_cfg(x, t, y, 4.0))
+    with pytest.raises(UserError, match="cfg_scale holds 3 scales: it must hold 1, 5 or 10"):
+        model.forward_with_cfg(x, t, y, scales[:3])
+    with pytest.raises(UserError, match=r"cfg_scale of the guidance is .*nan.*: it must be finite"):
+        model.forward_with_cfg(x, t, y, scales * math.nan)
 
 
 def test_channels_beyond_the_guided_ones_are_left_alone():
