@@ -4,7 +4,7 @@ A rule maps timesteps to weights w(t), and `guide` applies the weights. `GuidedD
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -68,6 +68,22 @@ def resolve_channels(guided_channels: int | str | None, in_channels: int) -> int
     return 3 if in_channels <= 4 else None
 
 
+def scale_of_pairs(cfg_scale: float | torch.Tensor, num_pairs: int, device: torch.device) -> float | torch.Tensor:
+    """The guidance scale of `forward_with_cfg`: a number as it is, or float32 scales on the device of the images.
+
+    :param cfg_scale: a number; or a tensor of one scale, of n, also as (n, 1, 1, 1), or of 2n, whose first n count.
+    :param num_pairs: n.
+    :return: a number, or (1,) or (n,) scales.
+    :raises UserError: for another number of scales.
+    """
+    if not isinstance(cfg_scale, torch.Tensor):
+        return cfg_scale
+    count = cfg_scale.numel()
+    if count not in (1, num_pairs, 2 * num_pairs):
+        raise UserError(f"cfg_scale holds {count} scales: it must hold 1, {num_pairs} or {2 * num_pairs}")
+    return cfg_scale.reshape(-1)[:num_pairs].to(device, torch.float32)
+
+
 def guide(
     out_cond: torch.Tensor, out_null: torch.Tensor, weight: torch.Tensor, guided_channels: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -89,6 +105,13 @@ def guide(
 
 
 # ---------------------------------------------------------------- a guided model
+
+
+def _is_finite(value: float | Sequence[float] | torch.Tensor) -> bool:
+    """Whether all numbers are finite. Those on a GPU pass: to look at them, the host would wait at every step."""
+    if isinstance(value, torch.Tensor):
+        return value.device.type != "cpu" or bool(value.isfinite().all())
+    return all(map(math.isfinite, value if isinstance(value, (tuple, list)) else (value,)))
 
 
 @dataclass(frozen=True)
@@ -119,7 +142,7 @@ class Guidance:
             raise UserError(f"guidance is {self.rule!r}: choose one of {', '.join(RULES)}")
         for name in ("cfg_scale", "scale_pow", "interval", "skip_below"):
             value = getattr(self, name)
-            if not torch.as_tensor(value).isfinite().all():
+            if not _is_finite(value):
                 raise UserError(f"{name} of the guidance is {value}: it must be finite")
         if self.guided_channels is not None and (requirement := check_channels(self.guided_channels)):
             raise UserError(f"guided_channels of the guidance is {self.guided_channels}: it must be {requirement}")

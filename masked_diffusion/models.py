@@ -13,7 +13,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from .guidance import Guidance, guide, resolve_channels
+from .guidance import Guidance, guide, resolve_channels, scale_of_pairs
 from .layers.attention import Attention, RelativePositionBias, gather_pairs  # noqa: F401 (published names)
 from .layers.base import BlockModel
 from .layers.blocks import DiTBlock, FinalLayer, MDTBlock, modulate  # noqa: F401 (published names)
@@ -166,15 +166,10 @@ class DiT(BlockModel):
             return self(x, t, y)
         if len(x) % 2:
             raise UserError(f"guidance takes pairs of rows, n with a class and n with the null class, but got {len(x)}")
-        if isinstance(cfg_scale, Tensor):  # (), (n,), (2n,) or, as users of DiT have it, (n, 1, 1, 1)
-            if cfg_scale.numel() not in (1, len(x) // 2, len(x)):
-                raise UserError(
-                    f"cfg_scale holds {cfg_scale.numel()} scales: it must hold 1, {len(x) // 2} or {len(x)}"
-                )
-            cfg_scale = cfg_scale.reshape(-1)[: len(x) // 2]
         half, guided = x[: len(x) // 2], resolve_channels(guided_channels, x.shape[1]) or x.shape[1]
         out_cond, out_null = self(torch.cat([half, half]), t, y).chunk(2)
-        guidance = Guidance(self.guidance_rule, cfg_scale, scale_pow, diffusion_steps=diffusion_steps)
+        scale = scale_of_pairs(cfg_scale, len(half), x.device)
+        guidance = Guidance(self.guidance_rule, scale, scale_pow, diffusion_steps=diffusion_steps)
         return torch.cat(guide(out_cond, out_null, guidance.weight(t[: len(half)]), guided))
 
 

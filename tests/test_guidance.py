@@ -68,6 +68,15 @@ def test_each_pair_may_have_its_own_scale(name):
         model.forward_with_cfg(x, t, y, scales * math.nan)
 
 
+def test_the_host_does_not_look_at_scales_on_a_device():
+    model = small_model().to("meta")  # a tensor there has no values: whoever looks at one gets an error
+    x = torch.zeros(4, 3, 8, 8, device="meta")
+    t = y = torch.zeros(4, dtype=torch.int64, device="meta")
+    for scale in (torch.tensor(4.0), torch.ones(2, dtype=torch.float64), torch.ones(2, 1, 1, 1, device="meta")):
+        out = model.forward_with_cfg(x, t, y, scale)
+        assert (out.device.type, out.dtype, out.shape) == ("meta", torch.float32, (4, 6, 8, 8))
+
+
 def test_channels_beyond_the_guided_ones_are_left_alone():
     x = torch.zeros(1, 4, 2, 2)
     for channels, expected in ((3, [19.0] * 3 + [3.0]), ("auto", [19.0] * 3 + [3.0]), (None, [19.0] * 4)):
