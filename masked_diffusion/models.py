@@ -167,9 +167,9 @@ class DiT(BlockModel):
         if len(x) % 2:
             raise UserError(f"guidance takes pairs of rows, n with a class and n with the null class, but got {len(x)}")
         half, guided = x[: len(x) // 2], resolve_channels(guided_channels, x.shape[1]) or x.shape[1]
-        out_cond, out_null = self(torch.cat([half, half]), t, y).chunk(2)
         scale = scale_of_pairs(cfg_scale, len(half), x.device)
         guidance = Guidance(self.guidance_rule, scale, scale_pow, diffusion_steps=diffusion_steps)
+        out_cond, out_null = self(torch.cat([half, half]), t, y).chunk(2)
         return torch.cat(guide(out_cond, out_null, guidance.weight(t[: len(half)]), guided))
 
 
